@@ -1,0 +1,129 @@
+"""Rotary position embedding in its half-rotated (GPT-NeoX) form, and the frequencies of each scaling.
+
+Sources: Su et al. 2021 (arXiv 2104.09864); NTK-aware and dynamic scaling as in transformers'
+`modeling_rope_utils`; YaRN, Peng et al. 2023 (arXiv 2309.00071); the llama3 rule of Llama 3.1.
+Shapes: T tokens, H heads, D head_dim, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """The fields of a checkpoint's `rope_parameters` (older: `rope_theta` and `rope_scaling`)."""
+
+    head_dim: int
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_positions: int = 8192  # tokens; where the scaling starts from
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: derived from factor
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs of channels")
+
+
+def rotary_frequencies(config: RopeConfig, max_positions: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [D/2] in float32 and the factor on cos and sin.
+
+    Dynamic NTK depends on the longest position in use. A cached key must not change with later
+    tokens, so the base is fixed for `max_positions` once: equal to transformers' for a prompt of
+    that length, and to no scaling at all up to `original_max_positions`.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    base = 1.0 / (config.theta**exponent)
+    if config.rope_type == "linear":
+        return base / config.factor, 1.0
+    if config.rope_type == "dynamic":
+        return _dynamic(config, exponent, max_positions), 1.0
+    if config.rope_type == "llama3":
+        return _llama3(config, base), 1.0
+    if config.rope_type == "yarn":
+        return _yarn(config, base)
+    return base, 1.0
+
+
+def rotary_table(config: RopeConfig, max_positions: int) -> torch.Tensor:
+    """cos and sin of every position: float32 [P, 2, D/2]."""
+    frequencies, factor = rotary_frequencies(config, max_positions)
+    angles = torch.outer(torch.arange(max_positions).float(), frequencies)  # [P, D/2]
+    return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)
+
+
+def rotary_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn channel i with channel i + D/2; x [T, H, D], cos and sin [T, D/2] -> [T, H, D]."""
+    first, second = x.float().chunk(2, dim=-1)
+    c, s = cos.float()[:, None], sin.float()[:, None]
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As `rotary_ref`, in x's dtype (transformers rounds cos and sin to it); raises ValueError on wrong shapes."""
+    if cos.shape != (x.shape[0], x.shape[-1] // 2) or sin.shape != cos.shape:
+        raise ValueError(f"x is {tuple(x.shape)}, but cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}; expected [T, D/2]")
+    first, second = x.chunk(2, dim=-1)
+    c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+def _dynamic(config: RopeConfig, exponent: torch.Tensor, max_positions: int) -> torch.Tensor:
+    length = max(max_positions, config.original_max_positions)
+    stretch = config.factor * length / config.original_max_positions - (config.factor - 1)
+    theta = config.theta * stretch ** (config.head_dim / (config.head_dim - 2))
+    return 1.0 / (theta**exponent)
+
+
+def _llama3(config: RopeConfig, base: torch.Tensor) -> torch.Tensor:
+    wavelength = 2 * math.pi / base
+    low = config.original_max_positions / config.low_freq_factor
+    high = config.original_max_positions / config.high_freq_factor
+    smooth = (config.original_max_positions / wavelength - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    blended = (1 - smooth) * base / config.factor + smooth * base
+    scaled = torch.where(wavelength > low, base / config.factor, base)
+    return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
+
+
+def _yarn(config: RopeConfig, base: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def correction(rotations: float) -> float:
+        span = config.original_max_positions / (rotations * 2 * math.pi)
+        return config.head_dim * math.log(span) / (2 * math.log(config.theta))
+
+    low, high = correction(config.beta_fast), correction(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    if low == high:
+        high += 0.001  # avoids a division by zero
+    ramp = ((torch.arange(config.head_dim // 2).float() - low) / (high - low)).clamp(0, 1)
+    frequencies = base / config.factor * ramp + base * (1 - ramp)
+    return frequencies, _yarn_attention_factor(config)
+
+
+def _yarn_attention_factor(config: RopeConfig) -> float:
+    def scale(mscale: float) -> float:
+        return 1.0 if config.factor <= 1 else 0.1 * mscale * math.log(config.factor) + 1.0
+
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return scale(config.mscale) / scale(config.mscale_all_dim)
+    return scale(1.0)

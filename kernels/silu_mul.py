@@ -1,0 +1,23 @@
+"""The gate of a SwiGLU feed-forward: silu(gate) * up, both halves in one tensor.
+
+Source: Shazeer 2020 (arXiv 2002.05202). Shapes: T tokens, F feed-forward width of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def silu_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [..., 2F], gate first -> [..., F]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_mul_ref`; raises ValueError for an odd last dimension."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"the last dimension is {gate_up.shape[-1]}, expected gate and up of equal width")
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,43 @@
+"""Self-attention of one decoder layer. Shapes: T tokens, HQ and HK heads, D head_dim, C hidden size."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention
+from vlserve.kernels.rms_norm import rms_norm
+from vlserve.kernels.rotary import rotary
+from vlserve.kernels.store_kv import store_kv
+from vlserve.llm.config import DecoderConfig
+from vlserve.llm.linear import FusedLinear
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.sizes = [n * config.head_dim for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+        self.qkv_proj = FusedLinear(
+            config.hidden_size, dict(zip(("q_proj", "k_proj", "v_proj"), self.sizes, strict=True)), bias=config.qkv_bias
+        )
+        self.o_proj = nn.Linear(self.sizes[0], config.hidden_size, bias=config.output_bias)
+        self.eps = config.rms_norm_eps
+        self.q_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """x [T, C] -> [T, C]; writes this step's keys and values to the cache."""
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = rms_norm(query, self.q_norm, self.eps), rms_norm(key, self.k_norm, self.eps)
+        query, key = rotary(query, *cos_sin), rotary(key, *cos_sin)
+        store_kv(key, value, *cache, metadata.slots)
+        out = paged_attention(query, *cache, metadata, self.head_dim**-0.5)
+        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,120 @@
+"""One decoder for the Llama shape and its variations (Llama, Mistral, Qwen2, Qwen3).
+
+Embeddings in, hidden states out; logits are taken for the rows that need them. Sampling, requests and
+pictures are others' business. Shapes: T tokens, C hidden size, V vocabulary, R rows to sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlserve.kernels.paged_attention import AttentionMetadata
+from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
+from vlserve.kernels.rotary import rotary_table
+from vlserve.kernels.silu_mul import silu_mul
+from vlserve.llm.attention import Attention
+from vlserve.llm.config import DecoderConfig
+from vlserve.llm.kv_cache import KVCache
+from vlserve.llm.linear import FusedLinear
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
+        width = config.intermediate_size
+        self.gate_up_proj = FusedLinear(config.hidden_size, {"gate_proj": width, "up_proj": width}, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, residual), both [T, C]; their sum is the layer's result, taken by the next norm."""
+        if residual is None:
+            x, residual = rms_norm(x, self.input_layernorm, self.eps), x
+        else:
+            x, residual = add_rms_norm(x, residual, self.input_layernorm, self.eps)
+        x = self.self_attn(x, cos_sin, cache, metadata)
+        x, residual = add_rms_norm(x, residual, self.post_attention_layernorm, self.eps)
+        return self.down_proj(silu_mul(self.gate_up_proj(x))), residual
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        attention = self.self_attn
+        yield from attention.qkv_proj.targets(f"{prefix}self_attn.")
+        yield from self.gate_up_proj.targets(f"{prefix}mlp.")
+        plain = {"self_attn.o_proj": attention.o_proj, "mlp.down_proj": self.down_proj}
+        for name, module in plain.items():
+            for kind, parameter in module.named_parameters():
+                yield f"{prefix}{name}.{kind}", parameter.data
+        norms = {
+            "input_layernorm": self.input_layernorm,
+            "post_attention_layernorm": self.post_attention_layernorm,
+            "self_attn.q_norm": attention.q_norm,
+            "self_attn.k_norm": attention.k_norm,
+        }
+        for name, norm in norms.items():
+            if norm is not None:
+                yield f"{prefix}{name}.weight", norm.data
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size), requires_grad=False)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size), requires_grad=False)
+        )
+        self.rotary: torch.Tensor | None = None
+
+    def prepare(self, max_model_len: int, device: torch.device) -> None:
+        """Compute cos and sin for positions 0..max_model_len-1, once, in float32."""
+        self.rotary = rotary_table(self.config.rope, max_model_len).to(device)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [T] int64 -> [T, C]."""
+        return F.embedding(ids, self.embed_tokens)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, cache: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
+        """x [T, C], positions [T] int64 -> hidden states [T, C], normed."""
+        assert self.rotary is not None, "prepare() comes before forward()"
+        cos, sin = self.rotary[positions].unbind(1)
+        residual = None
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, residual = layer(x, residual, (cos, sin), layer_cache, metadata)
+        assert residual is not None
+        return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [R, C] -> float32 logits [R, V]."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head).float()
+
+    def targets(self) -> dict[str, torch.Tensor]:
+        """Checkpoint names as in a causal language model of transformers: `model.layers.0...`, `lm_head.weight`."""
+        found = {
+            "model.embed_tokens.weight": self.embed_tokens.data,
+            "model.norm.weight": self.norm.data,
+        }
+        if self.lm_head is not None:
+            found["lm_head.weight"] = self.lm_head.data
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            found.update(layer.targets(f"model.layers.{i}."))
+        return found

@@ -1,0 +1,31 @@
+"""The paged KV cache's memory: how many bytes a block takes, and the tensors themselves.
+
+Which block belongs to whom is `block_pool`'s business. Shapes: N blocks of S slots, HK KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vlserve.llm.config import DecoderConfig
+
+
+def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return per_token * block_size * dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of every layer; `layers[i]` is (keys, values), each [N, S, HK, D]."""
+
+    def __init__(
+        self, config: DecoderConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        # Untouched pages of torch.empty take no memory on the CPU until a block is first used; the slots
+        # past a sequence's end may hold anything, so attention never reads them.
+        self.layers = [
+            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in range(config.num_hidden_layers)
+        ]

@@ -1,0 +1,89 @@
+"""From an RGB picture to uint8 tiles and their digest.
+
+Tiles stay uint8 until they are on the device that encodes them (a quarter of the bytes);
+`normalise` turns them into the encoder's float input there. Shapes: N tiles, S tile size in pixels,
+H and W the picture's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vlserve.vision.tiling import Grid, choose_grid
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlserve.vision.config import ImageConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTiles:
+    """One picture, ready for the encoder; `digest` identifies pixels and preprocessing."""
+
+    pixels: torch.Tensor  # [N, 3, S, S] uint8
+    grid: Grid
+    num_tokens: int
+    digest: bytes
+
+
+def make_tiles(image: Image.Image, config: ImageConfig) -> ImageTiles:
+    """Cut an RGB picture into tiles, the thumbnail last.
+
+    Args:
+        image: a PIL picture in mode RGB, any size from 1x1.
+        config: tile size, tile bounds and tokens per tile.
+    """
+    array = np.array(image)  # [H, W, 3], a copy: torch wants writable memory
+    digest = image_digest(array, config)
+    picture = torch.from_numpy(array).permute(2, 0, 1).contiguous()  # [3, H, W]
+    size = config.tile_size
+    grid = Grid(1, 1)
+    if config.dynamic:
+        grid = choose_grid(
+            image.height,
+            image.width,
+            tile_size=size,
+            min_patches=config.min_patches,
+            max_patches=config.max_patches,
+        )
+    canvas = _resize(picture, grid.rows * size, grid.columns * size)
+    tiles = canvas.unflatten(1, (grid.rows, size)).unflatten(3, (grid.columns, size))  # [3, R, S, C, S]
+    tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # [R*C, 3, S, S]
+    if grid.num_tiles > 1:
+        tiles = torch.cat([tiles, _resize(picture, size, size)[None]])
+    return ImageTiles(
+        pixels=tiles.contiguous(),
+        grid=grid,
+        num_tokens=grid.num_tiles * config.tokens_per_tile,
+        digest=digest,
+    )
+
+
+def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 tiles [N, 3, S, S] to float32, by channel means and deviations of pixels in 0..1.
+
+    Written as transformers does it (one fused subtraction and division, scaled by 255), so that
+    the result is the same to the last bit.
+    """
+    shape = (1, 3, 1, 1)
+    return (pixels.float() - (mean * 255.0).view(shape)) / (std * 255.0).view(shape)
+
+
+def image_digest(array: np.ndarray, config: ImageConfig) -> bytes:
+    """32 bytes over size, pixels and every setting that changes the tiles."""
+    header = repr(("RGB", array.shape, str(array.dtype), config)).encode()
+    return hashlib.blake2b(header + array.tobytes(), digest_size=32).digest()
+
+
+def _resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Antialiased bicubic on uint8, [3, H, W] -> [3, height, width]; equals torchvision's to the bit."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    return F.interpolate(picture[None], size=(height, width), mode="bicubic", antialias=True)[0]

@@ -1,0 +1,60 @@
+"""vlserve: a server and a library for vision-language models.
+
+    from vlserve import VLPipeline
+    with VLPipeline() as pipe:
+        print(pipe(("What shape is it?", "picture.png")).text)
+
+Names are imported when first used: a rank process must not pay for the front's libraries.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlserve.config import EngineConfig, SamplingParams
+    from vlserve.errors import ConfigError, EngineError, ModelError, RequestError, VLServeError
+    from vlserve.outputs import Completion, Delta, Timing, Usage
+    from vlserve.pipeline import VLPipeline
+    from vlserve.server.app import router
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Completion": "outputs",
+    "ConfigError": "errors",
+    "Delta": "outputs",
+    "EngineConfig": "config",
+    "EngineError": "errors",
+    "ModelError": "errors",
+    "RequestError": "errors",
+    "SamplingParams": "config",
+    "Timing": "outputs",
+    "Usage": "outputs",
+    "VLPipeline": "pipeline",
+    "VLServeError": "errors",
+    "router": "server.app",
+}
+__all__ = [
+    "Completion",
+    "ConfigError",
+    "Delta",
+    "EngineConfig",
+    "EngineError",
+    "ModelError",
+    "RequestError",
+    "SamplingParams",
+    "Timing",
+    "Usage",
+    "VLPipeline",
+    "VLServeError",
+    "__version__",
+    "router",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlserve' has no attribute {name!r}")
+    return getattr(import_module(f"vlserve.{_HOMES[name]}"), name)

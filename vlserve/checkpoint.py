@@ -1,0 +1,93 @@
+"""Finds a model's folder and reads its JSON files: the box's `demo`, a local path, or the Hugging Face Hub.
+
+No torch, no weights: those are the rank's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlserve.errors import ModelError
+from vlserve.vision.config import ImageConfig, read_encoder_config, read_image_config
+
+DEMO = Path(__file__).parent / "demo"
+_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint's folder and its settings, as dictionaries; weights stay on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    image_config: ImageConfig
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        text = self.config.get("text_config") or {}
+        given = self.generation.get("eos_token_id", text.get("eos_token_id", self.config.get("eos_token_id")))
+        return frozenset([given] if isinstance(given, int) else given or ())
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.config["image_token_id"])
+
+
+def find_folder(model: str, revision: str | None = None) -> Path:
+    """`demo`, a folder, or `org/name` on the Hub (downloaded once); raises ModelError."""
+    if model == "demo":
+        return DEMO
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ModelError(f"model {model!r}: no such folder. Give demo, a folder, or a Hugging Face name such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"model {model!r}: no such folder here, and the Hugging Face Hub did not give it: {reason}") from error
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json and its companions; raises ModelError naming the file and key."""
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") == "internvl_chat":
+        raise ModelError(
+            "model_type 'internvl_chat' is OpenGVLab's own format and is not read yet; use the model's '-hf' edition, "
+            "whose model_type is 'internvl'"
+        )
+    processor = _read_json(folder / "processor_config.json", optional=True)
+    preprocessor = processor.get("image_processor") or _read_json(folder / "preprocessor_config.json", optional=True)
+    try:
+        image_config = read_image_config(preprocessor, read_encoder_config(config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder.name}: {error}") from error
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        generation=_read_json(folder / "generation_config.json", optional=True),
+        image_config=image_config,
+    )
+
+
+def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if not path.exists():
+        if optional:
+            return {}
+        raise ModelError(f"{path.parent}: checkpoint file missing: {path.name}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,89 @@
+"""The engine: sequences in, token events out, one step at a time, in whatever process it is put."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from vlserve.checkpoint import find_folder, read_checkpoint
+from vlserve.config import EngineConfig
+from vlserve.engine.messages import Add, TokenEvent
+from vlserve.engine.runner import Progress, Runner, load_model, resolve_max_model_len
+from vlserve.engine.scheduler import Scheduler
+from vlserve.engine.sequence import ImageSpan, Sequence
+from vlserve.llm.block_pool import BlockPool
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Add requests, call `step` while `has_work`; every request ends in one event with a finish_reason."""
+
+    def __init__(self, config: EngineConfig, progress: Progress = lambda name, done, total: None) -> None:
+        checkpoint = read_checkpoint(find_folder(config.model, config.revision))
+        progress("model", 0, 0)
+        model = load_model(checkpoint, config, progress)
+        progress("kv cache", 0, 0)
+        self.runner = Runner(
+            model,
+            checkpoint=checkpoint,
+            config=config,
+            max_model_len=resolve_max_model_len(checkpoint, config, model),
+            in_use=self._images_in_use,
+        )
+        self.scheduler = Scheduler(
+            BlockPool(self.runner.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.runner.max_model_len,
+            end_token_ids=checkpoint.end_token_ids,
+        )
+        progress("warm-up", 0, 0)
+        self.runner.warm_up()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Add, pixels: list[torch.Tensor]) -> None:
+        """Queue a request; `pixels` are its pictures' tiles [N, 3, S, S] uint8, in order."""
+        images = [
+            ImageSpan(start=image.start, num_tokens=image.num_tokens, digest=image.digest, pixels=tiles)
+            for image, tiles in zip(request.images, pixels, strict=True)
+        ]
+        self.scheduler.add(
+            Sequence(
+                id=request.id,
+                token_ids=list(request.token_ids),
+                images=images,
+                sampling=request.sampling,
+                max_tokens=request.max_tokens,
+            )
+        )
+
+    def abort(self, ids: Iterable[int]) -> list[TokenEvent]:
+        return self._ended(self.scheduler.abort(ids))
+
+    def step(self) -> list[TokenEvent]:
+        """Schedule, run, commit. A step that breaks ends its own requests, not the engine."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        try:
+            sampled = self.runner.run(chunks)
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            log.exception("a step of %d requests failed", len(chunks))
+            return self._ended(self.scheduler.fail(chunks, f"the engine could not compute this step: {type(error).__name__}"))
+        return self._ended(self.scheduler.commit(chunks, sampled))
+
+    def _ended(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        self.runner.sampler.forget([event.id for event in events if event.finish_reason])
+        return events
+
+    def _images_in_use(self) -> set[bytes]:
+        """Pictures whose placeholders are not all computed yet, of running requests."""
+        return {
+            image.digest for s in self.scheduler.running for image in s.images if s.num_computed < image.stop
+        }

@@ -1,0 +1,205 @@
+"""Decides who computes how many tokens in the next step, and takes in what came out.
+
+The scheduler knows nothing of tensors: it moves sequences between waiting and running, and blocks
+between sequences and the pool. Every added sequence ends in exactly one event with a finish_reason.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vlserve.engine.messages import FinishReason, TokenEvent, TokenLogprob
+from vlserve.engine.sequence import Sequence
+from vlserve.llm.block_pool import BlockPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Tokens start..stop of a sequence; `samples` when the chunk reaches its last token."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        return self.stop == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class Scheduler:
+    """First come, first served; a step takes decodes first, then prefill chunks, within the token budget."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        end_token_ids: frozenset[int],
+    ) -> None:
+        self.pool = pool
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.max_model_len, self.end_token_ids = max_model_len, end_token_ids
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        assert 0 < len(sequence.token_ids) < self.max_model_len, "the front checks lengths"
+        self.waiting.append(sequence)
+
+    def abort(self, ids: Iterable[int]) -> list[TokenEvent]:
+        """End the named sequences; ids that are not here ended already."""
+        return [self._finish(s, None, "abort") for s in self._select(set(ids))]
+
+    def fail(self, chunks: Iterable[Chunk], message: str) -> list[TokenEvent]:
+        """End the sequences of a step that broke."""
+        return [self._finish(chunk.sequence, None, "error", error=message) for chunk in chunks]
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks, with their blocks allocated; empty when there is nothing to do."""
+        chunks: list[Chunk] = []
+        budget = self.max_num_batched_tokens
+        is_decode = {s.id: len(s.token_ids) - s.num_computed == 1 for s in self.running}
+        for sequence in sorted(self.running, key=lambda s: not is_decode[s.id]):
+            if budget == 0:
+                break
+            if sequence not in self.running:  # preempted for one before it
+                continue
+            chunk = self._chunk(sequence, budget)
+            if not self._make_room(sequence, chunk.stop, {c.sequence.id for c in chunks}):
+                continue
+            chunks.append(chunk)
+            budget -= chunk.stop - chunk.start
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            admitted = self._admit(self.waiting[0], budget)
+            if admitted is None:
+                break
+            chunks.append(admitted)
+            budget -= admitted.stop - admitted.start
+        assert chunks or not self.has_work, "a step without work: the KV cache holds less than one sequence"
+        return chunks
+
+    def commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
+        """Book what a step computed; `sampled` has one entry for each chunk that samples, in order."""
+        events = []
+        tokens = iter(sampled)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.stop
+            self._register_full_blocks(sequence, chunk.start)
+            if not chunk.samples:
+                continue
+            token = next(tokens)
+            sequence.token_ids.append(token.token_id)
+            reason = self._finish_reason(sequence, token.token_id)
+            if reason is None:
+                events.append(self._event(sequence, token, None))
+            else:
+                events.append(self._finish(sequence, token, reason))
+        return events
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        start = sequence.num_computed
+        return Chunk(sequence=sequence, start=start, stop=min(len(sequence.token_ids), start + budget))
+
+    def _num_missing_blocks(self, sequence: Sequence, stop: int) -> int:
+        return max(0, -(-stop // self.pool.block_size) - len(sequence.blocks))
+
+    def _make_room(self, sequence: Sequence, stop: int, scheduled: set[int]) -> bool:
+        """Allocate blocks up to token `stop`; preempts the youngest sequences not in this step. False: preempted itself."""
+        needed = self._num_missing_blocks(sequence, stop)
+        while needed > self.pool.num_free:
+            victim = next((s for s in reversed(self.running) if s.id not in scheduled), sequence)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(needed)
+        return True
+
+    def _admit(self, sequence: Sequence, budget: int) -> Chunk | None:
+        """Move the first waiting sequence to running, from its cached prefix on; None when blocks are short."""
+        size = self.pool.block_size
+        # the last token is always computed: its logits are needed
+        known = self.pool.match(sequence.digest_blocks((len(sequence.token_ids) - 1) // size, size))
+        start = len(known) * size
+        stop = min(len(sequence.token_ids), start + budget)
+        fresh = -(-stop // size) - len(known)
+        if fresh + self.pool.num_taken_by(known) > self.pool.num_free:
+            return None
+        self.waiting.popleft()
+        self.running.append(sequence)
+        self.pool.share(known)
+        sequence.blocks = known + self.pool.allocate(fresh)
+        sequence.num_computed = start
+        if sequence.started is None:
+            sequence.started = time.monotonic()
+            sequence.num_cached_tokens = start
+        return Chunk(sequence=sequence, start=start, stop=stop)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give its blocks back; it waits, first in line, and is computed again (from what is still cached)."""
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed = 0
+        self.waiting.appendleft(sequence)
+
+    def _register_full_blocks(self, sequence: Sequence, start: int) -> None:
+        size = self.pool.block_size
+        first, full = start // size, sequence.num_computed // size
+        for i, digest in enumerate(sequence.digest_blocks(full, size)[first:], start=first):
+            self.pool.register(sequence.blocks[i], digest)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sampling = sequence.sampling
+        if sequence.num_output_tokens >= sampling.min_tokens and (
+            token_id in sampling.stop_token_ids or (token_id in self.end_token_ids and not sampling.ignore_eos)
+        ):
+            return "stop"
+        if sequence.num_output_tokens >= sequence.max_tokens or len(sequence.token_ids) >= self.max_model_len:
+            return "length"
+        return None
+
+    def _finish(self, sequence: Sequence, token: Sampled | None, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+        return self._event(sequence, token, reason, error)
+
+    def _event(
+        self, sequence: Sequence, token: Sampled | None, reason: FinishReason | None, error: str | None = None
+    ) -> TokenEvent:
+        return TokenEvent(
+            id=sequence.id,
+            token_id=token.token_id if token else None,
+            finish_reason=reason,
+            logprob=token.logprob if token else None,
+            error=error,
+            cached_tokens=sequence.num_cached_tokens,
+            queue_s=(sequence.started or time.monotonic()) - sequence.arrived,
+            encode_s=sequence.encode_s,
+        )
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+
+    def _select(self, ids: set[int]) -> list[Sequence]:
+        return [s for s in [*self.running, *self.waiting] if s.id in ids]

@@ -1,0 +1,68 @@
+"""One request inside the engine: its tokens, its pictures' places, how far it is. Knows nothing of tensors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlserve.config import SamplingParams
+from vlserve.llm.block_pool import Digest, block_digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ImageSpan:
+    """One picture's placeholders: tokens start..stop of the sequence, its digest and its tiles."""
+
+    start: int
+    num_tokens: int
+    digest: bytes
+    pixels: Any  # [N, 3, S, S] uint8, opaque here
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+    def overlaps(self, start: int, stop: int) -> bool:
+        return self.start < stop and start < self.stop
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Mutable; owned by the scheduler. `num_computed <= len(token_ids)` always."""
+
+    id: int
+    token_ids: list[int]  # prompt and answer
+    images: list[ImageSpan]
+    sampling: SamplingParams
+    max_tokens: int
+    num_prompt_tokens: int = 0
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when first scheduled
+    blocks: list[int] = field(default_factory=list)
+    digests: list[Digest] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None  # first scheduled
+    encode_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def digest_blocks(self, number: int, block_size: int) -> list[Digest]:
+        """Digests of the first `number` full blocks, computed once each."""
+        while len(self.digests) < number:
+            start = len(self.digests) * block_size
+            stop = start + block_size
+            assert stop <= len(self.token_ids), f"block {len(self.digests)} is not full"
+            extra = [
+                image.digest + (image.start - start).to_bytes(8, "little", signed=True)
+                for image in self.images
+                if image.overlaps(start, stop)
+            ]
+            previous = self.digests[-1] if self.digests else b""
+            self.digests.append(block_digest(previous, self.token_ids[start:stop], extra))
+        return self.digests[:number]
