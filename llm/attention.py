@@ -40,4 +40,4 @@ class Attention(nn.Module):
         query, key = rotary(query, *cos_sin), rotary(key, *cos_sin)
         store_kv(key, value, *cache, metadata.slots)
         out = paged_attention(query, *cache, metadata, self.head_dim**-0.5)
-        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+        return self.o_proj(out.flatten(1))

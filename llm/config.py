@@ -12,6 +12,10 @@ from typing import Any
 from vlserve.kernels.rotary import RopeConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_OPTIONAL_ROPE_KEYS = (
+    *("low_freq_factor", "high_freq_factor"),  # llama3
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),  # yarn
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +96,11 @@ def _refuse_sliding_window(text: Mapping[str, Any]) -> None:
 def _read_rope(text: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
     given = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    rope_type = given.get("rope_type", given.get("type", "default"))
+    rope_type = str(given.get("rope_type") or given.get("type") or "default")
     partial = given.get("partial_rotary_factor", text.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(f"text_config partial_rotary_factor {partial} is not supported; supported: 1")
-    optional = {
-        key: given[key]
-        for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-        + ("mscale", "mscale_all_dim", "truncate")
-        if given.get(key) is not None
-    }
+    optional = {key: given[key] for key in _OPTIONAL_ROPE_KEYS if given.get(key) is not None}
     return RopeConfig(
         head_dim=head_dim,
         theta=float(given.get("rope_theta", text.get("rope_theta", 10000.0))),

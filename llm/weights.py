@@ -51,7 +51,9 @@ def load_weights(
                 continue
             target = missing.pop(name)
             if target.shape != tensor.shape:
-                raise ValueError(f"{path.name}: {checkpoint_name} is {list(tensor.shape)}, config.json asks for {list(target.shape)}")
+                raise ValueError(
+                    f"{path.name}: {checkpoint_name} is {list(tensor.shape)}, config.json asks for {list(target.shape)}"
+                )
             target.copy_(tensor)
             num_bytes += tensor.nbytes
     progress(len(files), len(files))

@@ -47,7 +47,7 @@ class EncoderAttention(nn.Module):
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (self.q_norm(query), self.k_norm(key), value)]
         out = F.scaled_dot_product_attention(*heads)
-        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 def build_encoder(config: EncoderConfig) -> VisionTransformer:

@@ -32,4 +32,4 @@ class Projector(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """patches [N, P, C] (no class token) -> [N, K, H]."""
         x = self.layer_norm(pixel_shuffle(patches, self.ratio))
-        return self.linear_2(F.gelu(self.linear_1(x)))  # type: ignore[no-any-return]
+        return self.linear_2(F.gelu(self.linear_1(x)))

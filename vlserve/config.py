@@ -132,7 +132,9 @@ class SamplingParams:
         value = getattr(self, name)
         good = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
         if not good or (above and value == low):
-            raise RequestError(f"{name} is {value!r}; expected a number {'above' if above else 'from'} {low} to {high}", param=name)
+            raise RequestError(
+                f"{name} is {value!r}; expected a number {'above' if above else 'from'} {low} to {high}", param=name
+            )
 
     def _integer(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
         value = getattr(self, name)

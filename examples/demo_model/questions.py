@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+
 from pictures import COLOURS, SHAPES, Thing
 
 Turn = tuple[str, str]
@@ -151,7 +152,9 @@ def _colour(rng: random.Random, things: Sequence[Thing]) -> Turn | None:
     where = rng.choice(WHERE)
     if len(things) == 1 and rng.random() < 0.4:
         it, colour = rng.choice(IT), things[0].colour
-        question = rng.choice((f"What colour is {it}?", f"Which colour is {it}?", "Name the colour.", f"What colour does {it} have?"))
+        question = rng.choice(
+            (f"What colour is {it}?", f"Which colour is {it}?", "Name the colour.", f"What colour does {it} have?")
+        )
         return question, _sentence(colour)
     shapes = _unique([t.shape for t in things])
     if not shapes:
@@ -240,7 +243,13 @@ def _yes_no(rng: random.Random, things: Sequence[Thing]) -> Turn | None:
         shape = rng.choice(shapes)
         real = next(t.colour for t in things if t.shape == shape)
         colour = real if want else rng.choice([c for c in COLOURS if c != real])
-        question = rng.choice((f"Is the {shape} {colour}?", f"Is the colour of the {shape} {colour}?", f"Does the {shape} have the colour {colour}?"))
+        question = rng.choice(
+            (
+                f"Is the {shape} {colour}?",
+                f"Is the colour of the {shape} {colour}?",
+                f"Does the {shape} have the colour {colour}?",
+            )
+        )
         return question, _sentence("yes" if want else "no")
     else:
         if not things:

@@ -52,9 +52,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 # Qwen2's pre-tokenizer pattern
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TILE, PATCH = 96, 8
 IMAGE = ImageConfig(tile_size=TILE, tokens_per_tile=(TILE // PATCH // 2) ** 2, min_patches=1, max_patches=4)
 QUESTIONS_PER_PICTURE = 5
@@ -168,7 +166,7 @@ class Samples(torch.utils.data.IterableDataset):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for i in range(self.start + first, self.end, step):
             low, high = self.ramp
-            hardness = 0.85 * min(1.0, max(0.0, (i - low) / (high - low)))
+            hardness = 0.65 * min(1.0, max(0.0, (i - low) / (high - low)))
             yield make_sample(self.tokenizer, random.Random(f"picture-{self.seed}-{i}"), hardness)
 
 
@@ -269,7 +267,9 @@ def losses_and_hits(model, head: torch.nn.Linear, batch: dict[str, torch.Tensor]
         x = x.masked_scatter((batch["ids"] == image_token)[..., None], features.flatten(0, -2).to(x.dtype))
         mask = torch.zeros(batch["mask"].shape, dtype=torch.bfloat16, device=device)
         mask = mask.masked_fill(~batch["mask"], torch.finfo(torch.bfloat16).min)
-        hidden = model.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=batch["positions"], use_cache=False)
+        hidden = model.model.language_model(
+            inputs_embeds=x, attention_mask=mask, position_ids=batch["positions"], use_cache=False
+        )
         targets = batch["labels"][:, 1:]
         keep = targets != -100
         logits = model.lm_head(hidden.last_hidden_state[:, :-1][keep])
@@ -307,7 +307,8 @@ def load_checkpoint(work: Path, model, optimiser: torch.optim.AdamW) -> tuple[in
         with torch.no_grad():
             parameter.copy_(tensors[f"model.{name}"])
         optimiser.state[parameter] = {
-            key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
+            key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+            for key in ("step", "exp_avg", "exp_avg_sq")
         }
     return int(meta["step"]), json.loads(meta["log"])
 
@@ -381,8 +382,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, outside the repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--batch", type=int, default=24, help="pictures a step, each with %d questions" % QUESTIONS_PER_PICTURE)
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--batch", type=int, default=24, help="pictures a step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -398,11 +399,15 @@ def main() -> None:
     model.place_head = head  # so that checkpoints hold it; removed before the model is written
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
+    )
     step, log = load_checkpoint(args.work, model, optimiser)
     total = args.steps * args.batch
     samples = Samples(tokenizer, args.seed, step * args.batch, total, (round(total * 0.15), round(total * 0.35)))
-    loader = torch.utils.data.DataLoader(samples, batch_size=args.batch, num_workers=args.workers, collate_fn=collate, prefetch_factor=6)
+    loader = torch.utils.data.DataLoader(
+        samples, batch_size=args.batch, num_workers=args.workers, collate_fn=collate, prefetch_factor=6
+    )
     bar = tqdm(total=args.steps, initial=step, mininterval=5)
     sums, count, saved = [0.0, 0.0, 0.0], 0, time.monotonic()
     for batch in loader:

@@ -84,6 +84,4 @@ class Engine:
 
     def _images_in_use(self) -> set[bytes]:
         """Pictures whose placeholders are not all computed yet, of running requests."""
-        return {
-            image.digest for s in self.scheduler.running for image in s.images if s.num_computed < image.stop
-        }
+        return {image.digest for s in self.scheduler.running for image in s.images if s.num_computed < image.stop}

@@ -24,7 +24,7 @@ def find_model(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any], ImageC
         return BUILT_IN[model_type]
     plugins = {point.name: point for point in entry_points(group="vlserve.models")}
     if model_type in plugins:
-        return plugins[model_type].load()  # type: ignore[no-any-return]
+        return plugins[model_type].load()
     raise ModelError(
         f"model_type {model_type!r} (architectures {config.get('architectures')}) is not supported; "
         f"supported: {', '.join(sorted({*BUILT_IN, *plugins}))}"

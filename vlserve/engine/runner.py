@@ -126,7 +126,7 @@ def _dtype(checkpoint: Checkpoint, config: EngineConfig) -> torch.dtype:
     dtype = getattr(torch, str(name), None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"config.json's dtype {name!r} is not supported; give dtype=float32, bfloat16 or float16")
-    return dtype  # type: ignore[no-any-return]
+    return dtype
 
 
 def _num_blocks(config: EngineConfig, model: InternVL, max_model_len: int) -> int:

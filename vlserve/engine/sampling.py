@@ -33,9 +33,7 @@ class Sampler:
         tokens = torch.stack(rows).argmax(dim=-1).tolist() if rows else []
         for i in drawn:
             tokens[i] = self._draw(rows[i], sequences[i])
-        return [
-            Sampled(token_id=token, logprob=_pick(logprobs.get(i), sequences[i], token)) for i, token in enumerate(tokens)
-        ]
+        return [Sampled(token_id=token, logprob=_pick(logprobs.get(i), sequences[i], token)) for i, token in enumerate(tokens)]
 
     def _adjust(self, row: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         """Penalties, bias and the ban on ending too early; row [V]."""
@@ -44,14 +42,12 @@ class Sampler:
             row = row.clone()
             _penalise(row, sequence)
         if p.logit_bias:
-            ids = torch.tensor([i for i in p.logit_bias], device=row.device)
+            ids = torch.tensor(list(p.logit_bias), device=row.device)
             bias = torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
             row = row.index_add(0, ids, bias)
         if sequence.num_output_tokens < p.min_tokens:
             banned = [*self._end_token_ids, *p.stop_token_ids]
             row = row.index_fill(0, torch.tensor(banned, device=row.device), float("-inf"))
-        elif p.ignore_eos and self._end_token_ids:
-            pass  # the end token may be drawn; it just does not end the answer
         return row
 
     def _draw(self, row: torch.Tensor, sequence: Sequence) -> int:
@@ -102,6 +98,4 @@ def _pick(logprobs: torch.Tensor | None, sequence: Sequence, token: int) -> Toke
     if logprobs is None:
         return None
     values, ids = logprobs.topk(min(sequence.sampling.logprobs or 0, len(logprobs)))
-    return TokenLogprob(
-        token_id=token, logprob=float(logprobs[token]), top=list(zip(ids.tolist(), values.tolist(), strict=True))
-    )
+    return TokenLogprob(token_id=token, logprob=float(logprobs[token]), top=list(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,194 @@
+"""The command line. Flags are made from the configuration's fields, so each exists once.
+
+Starting is quick on purpose: the engine's process is started before the web framework is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import vlserve
+from vlserve.config import EngineConfig, SamplingParams, ServerConfig
+from vlserve.errors import VLServeError
+
+SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+Config = type[EngineConfig] | type[ServerConfig] | type[SamplingParams]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for an error that is explained, 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except VLServeError as error:
+        print(f"vlserve: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlserve",
+        description="Serve and ask vision-language models.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vlserve {vlserve.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument(
+            "model", nargs="?", default="demo", metavar="MODEL", help=EngineConfig.__dataclass_fields__["model"].metadata["help"]
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    serve = command("serve", _serve, "Start an OpenAI-compatible HTTP server.")
+    _add_flags(serve, "server", ServerConfig)
+    chat = command("chat", _chat, "Talk to a model in the terminal; /image PATH adds a picture.")
+    run = command("run", _run, "Ask one question and print the answer.")
+    run.add_argument("--prompt", required=True, help="the question")
+    run.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="a picture: path or URL; may be given several times"
+    )
+    run.add_argument("--json", action="store_true", help="print one JSON document with text, tokens, usage and timing")
+    for sub in (chat, run):
+        _add_flags(sub, "sampling", SamplingParams, only=SAMPLING_FLAGS)
+    for sub in (serve, chat, run):
+        _add_flags(sub, "engine", EngineConfig, leave_out=("model",))
+    return parser
+
+
+def _add_flags(
+    parser: argparse.ArgumentParser, title: str, config: Config, *, only: Sequence[str] = (), leave_out: Sequence[str] = ()
+) -> None:
+    group = parser.add_argument_group(f"{title} options")
+    hints = get_type_hints(config)
+    for field in fields(config):
+        if field.name in leave_out or (only and field.name not in only):
+            continue
+        kind, several = _flag_type(hints[field.name])
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"] + _default_text(field)
+        settings: dict[str, Any] = {"dest": field.name, "default": None, "help": text}
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
+        elif several:
+            group.add_argument(flag, type=kind, action="append", metavar="TEXT", **settings)
+        else:
+            choices = field.metadata.get("choices")
+            metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+            group.add_argument(flag, type=kind, choices=choices, metavar=metavar, **settings)
+
+
+def _default_text(field: Field[Any]) -> str:
+    shown = field.default is not MISSING and field.default not in (None, (), "")
+    return f" (default: {field.default})" if shown else ""
+
+
+def _flag_type(hint: Any) -> tuple[type, bool]:
+    """(type of one value, whether the flag may come several times)."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(arm for arm in get_args(hint) if arm is not type(None))
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0], True
+    return hint, False
+
+
+def _given(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    values = {field.name: getattr(options, field.name, None) for field in fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = ServerConfig(**_given(options, ServerConfig))
+    from vlserve.pipeline import VLPipeline
+
+    pipeline = VLPipeline(wait=False, **_given(options, EngineConfig))
+    from vlserve.server.serve import serve
+
+    return serve(pipeline, config)
+
+
+def _run(options: argparse.Namespace) -> int:
+    sampling = SamplingParams(**_given(options, SamplingParams))
+    from vlserve.pipeline import VLPipeline
+
+    with VLPipeline(**_given(options, EngineConfig)) as pipeline:
+        prompt = (options.prompt, options.image) if options.image else options.prompt
+        if options.json:
+            print(json.dumps(asdict(pipeline(prompt, sampling=sampling)), ensure_ascii=False))
+            return 0
+        for delta in pipeline.stream(prompt, sampling=sampling):
+            print(delta.text, end="", flush=True)
+        print()
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    sampling = SamplingParams(**_given(options, SamplingParams))
+    from vlserve.pipeline import VLPipeline
+
+    with VLPipeline(**_given(options, EngineConfig)) as pipeline:
+        print(f"{pipeline.config.model}. /image PATH adds a picture to your next message, /clear starts over, /quit ends.")
+        _talk(pipeline, sampling)
+    return 0
+
+
+def _talk(pipeline: Any, sampling: SamplingParams) -> None:
+    messages: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        word, _, rest = line.partition(" ")
+        if word in ("/quit", "/exit"):
+            return
+        if word == "/clear":
+            messages, pictures = [], []
+        elif word == "/image":
+            path = rest.strip()
+            if path.startswith(("http://", "https://")) or Path(path).expanduser().is_file():
+                pictures.append({"type": "image", "image": path})
+            else:
+                print(f"no such file: {path!r}")
+        elif word.startswith("/"):
+            print("commands: /image PATH, /clear, /quit")
+        elif line:
+            question = {"role": "user", "content": [*pictures, {"type": "text", "text": line}]}
+            answer = _say(pipeline, [*messages, question], sampling)
+            if answer is not None:
+                messages += [question, {"role": "assistant", "content": answer}]
+                pictures = []
+
+
+def _say(pipeline: Any, messages: list[dict[str, Any]], sampling: SamplingParams) -> str | None:
+    """Print the answer as it comes; None when it failed or was broken off with Ctrl-C."""
+    text = ""
+    try:
+        for delta in pipeline.stream(messages, sampling=sampling):
+            text += delta.text
+            print(delta.text, end="", flush=True)
+        print()
+        return text
+    except KeyboardInterrupt:
+        print("\n(broken off)")
+    except VLServeError as error:
+        print(f"error: {error}")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

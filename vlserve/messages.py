@@ -1,0 +1,113 @@
+"""Reads OpenAI-style messages, and the shorter forms that `VLPipeline` takes, into turns with their pictures' sources.
+
+Pictures are named here, not loaded. Raises RequestError with the field's place, e.g. messages[0].content[1].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlserve.errors import RequestError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SOURCES = (str, bytes, bytearray, os.PathLike)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePart:
+    """Something that names or is a picture. `local`: a path is allowed. `low`: one tile is enough."""
+
+    source: Any
+    param: str
+    local: bool
+    low: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    role: str
+    parts: Sequence[str | ImagePart]
+    is_string: bool
+
+
+def is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+
+
+def is_batch(prompt: Any) -> bool:
+    """A list that is not itself one conversation."""
+    return isinstance(prompt, list) and not is_conversation(prompt)
+
+
+def read_prompt(prompt: Any) -> list[Turn]:
+    """One prompt of `VLPipeline`: a text, (text, picture), (text, [pictures]) or messages."""
+    if isinstance(prompt, str):
+        return [Turn(role="user", parts=[prompt], is_string=True)]
+    if isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[0], str):
+        text, images = prompt
+        images = images if isinstance(images, (list, tuple)) else [images]
+        parts = [ImagePart(source=image, param=f"images[{i}]", local=True) for i, image in enumerate(images)]
+        return [Turn(role="user", parts=[*parts, text], is_string=False)]
+    if is_conversation(prompt):
+        return read_messages(prompt, local=True)
+    raise RequestError(
+        f"a prompt is a text, (text, picture), (text, [pictures]) or a list of messages; got {type(prompt).__name__}",
+        param="prompt",
+    )
+
+
+def read_messages(messages: Any, *, local: bool) -> list[Turn]:
+    """OpenAI-style messages; `local` also allows parts {"type": "image", "image": path | PIL | bytes | array}."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("messages must be a list with at least one message", param="messages")
+    return [_read_message(message, f"messages[{i}]", local) for i, message in enumerate(messages)]
+
+
+def _read_message(message: Any, param: str, local: bool) -> Turn:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{param} must be an object with role and content", param=param)
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{param}.role is {role!r}; expected one of {', '.join(ROLES)}", param=f"{param}.role")
+    if message.get("tool_calls"):
+        raise RequestError(f"{param}.tool_calls is not supported", param=f"{param}.tool_calls")
+    content = message.get("content")
+    role = "system" if role == "developer" else role
+    if isinstance(content, str):
+        return Turn(role=role, parts=[content], is_string=True)
+    if not isinstance(content, Sequence) or not content:
+        raise RequestError(f"{param}.content must be a text or a list of parts", param=f"{param}.content")
+    parts = [_read_part(part, f"{param}.content[{i}]", local) for i, part in enumerate(content)]
+    return Turn(role=role, parts=parts, is_string=False)
+
+
+def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
+    if not isinstance(part, Mapping):
+        raise RequestError(f"{param} must be an object with a type", param=param)
+    kind = part.get("type")
+    if kind in ("text", "input_text"):
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{param}.text must be a text", param=f"{param}.text")
+        return str(part["text"])
+    if kind in ("image_url", "input_image"):
+        return _read_image_url(part, f"{param}.image_url")
+    if kind == "image" and local:
+        if "image" not in part:
+            raise RequestError(f"{param}.image is missing", param=f"{param}.image")
+        return ImagePart(source=part["image"], param=f"{param}.image", local=True)
+    raise RequestError(f"{param}.type is {kind!r}; expected text or image_url", param=f"{param}.type")
+
+
+def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
+    value = part.get("image_url")
+    url, detail = (value.get("url"), value.get("detail")) if isinstance(value, Mapping) else (value, part.get("detail"))
+    if not isinstance(url, str):
+        raise RequestError(f'{param} must be {{"url": "..."}}', param=param)
+    if detail not in (None, "auto", "low", "high"):
+        raise RequestError(f"{param}.detail is {detail!r}; expected auto, low or high", param=f"{param}.detail")
+    if not url.startswith(("data:", "http://", "https://")):
+        raise RequestError(f"{param}: expected a data: or http(s): URL", param=param, code="invalid_image")
+    return ImagePart(source=url, param=param, local=False, low=detail == "low")

@@ -1,0 +1,51 @@
+"""What a user gets back: a whole answer or its pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlserve.engine.messages import FinishReason, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one request; `image_tokens` and `cached_tokens` are parts of `prompt_tokens`."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    image_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds: waiting for the engine, encoding the pictures, until the first token, in all."""
+
+    queue_s: float
+    encode_s: float
+    ttft_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """The next piece of an answer; the last one has a `finish_reason`, and then `usage` and `timing` too."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer. `text` is without the token that ended it, `token_ids` with it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+    logprobs: tuple[TokenLogprob, ...] | None = None

@@ -1,0 +1,318 @@
+"""`VLPipeline`: pictures and text in, text out, from Python; the HTTP server stands on it too.
+
+Owns the way from a user's prompt to the engine's request and back. Synchronous calls run on an event
+loop in a thread of the pipeline's own, so they work in scripts, notebooks and inside a running loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib import import_module
+from types import TracebackType
+from typing import Any, TypeVar
+
+from vlserve.answer import AnswerText
+from vlserve.checkpoint import find_folder, read_checkpoint
+from vlserve.client import EngineClient
+from vlserve.config import SamplingParams, engine_config
+from vlserve.engine.messages import Stage, TokenEvent, TokenLogprob
+from vlserve.errors import EngineError, RequestError
+from vlserve.media import MAX_IMAGES, decode_image, fetch
+from vlserve.messages import ImagePart, Turn, is_batch, read_prompt
+from vlserve.outputs import Completion, Delta, Timing, Usage
+from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, Text
+
+T = TypeVar("T")
+
+
+class VLPipeline:
+    """A vision-language model, ready to be asked.
+
+        pipe = VLPipeline("demo")
+        pipe(("What shape is it?", "picture.png"), max_tokens=16).text
+
+    Args:
+        model: demo, a folder, or a Hugging Face name. Other keywords are the fields of `EngineConfig`.
+        wait: False returns before the engine is ready; asking before then raises EngineError.
+
+    A prompt is a text, (text, picture), (text, [pictures]), OpenAI-style messages, or a list of these.
+    Pictures are PIL images, paths, URLs, data URLs, bytes or uint8 arrays.
+
+    Raises ConfigError for a wrong option, ModelError for a checkpoint that cannot be used.
+    """
+
+    def __init__(self, model: str = "demo", *, wait: bool = True, **options: Any) -> None:
+        self.config = engine_config({"model": model, **options})
+        self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
+        self.client = EngineClient(self.config)
+        try:
+            self._builder = PromptBuilder(self.checkpoint)
+            self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="vlserve-prepare")
+            self._loop: asyncio.AbstractEventLoop | None = None
+            self._loop_lock = threading.Lock()
+            # tiling needs torch; importing it overlaps with the engine's start
+            self._workers.submit(import_module, "vlserve.vision.preprocess")
+            if wait:
+                self.wait_ready()
+        except BaseException:
+            self.client.close()
+            raise
+
+    def wait_ready(self) -> None:
+        """Block until the engine serves, showing the stages on a terminal; raises what start-up failed with."""
+        shown = sys.stderr.isatty()
+
+        def on_stage(stage: Stage) -> None:
+            parts = f" {stage.done}/{stage.total}" if stage.total else ""
+            print(f"\r\033[Kloading {self.config.model}: {stage.name}{parts}", end="", file=sys.stderr, flush=True)
+
+        try:
+            self.client.wait_ready(on_stage if shown else lambda stage: None)
+        finally:
+            if shown:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def __call__(
+        self, prompt: Any, *, sampling: SamplingParams | None = None, progress: bool | None = None, **fields: Any
+    ) -> Any:
+        """One `Completion` for one prompt, a list of them, in order, for a list.
+
+        Args:
+            prompt: see the class. sampling: or its fields by keyword, e.g. max_tokens=64, temperature=0.0.
+            progress: a bar over a list's answers; default: on a terminal.
+        """
+        params = _sampling(sampling, fields)
+        if not is_batch(prompt):
+            return self._run(self.agenerate(prompt, sampling=params))
+        show = sys.stderr.isatty() if progress is None else progress
+        return self._run(self._generate_all(prompt, params, show))
+
+    def stream(self, prompt: Any, *, sampling: SamplingParams | None = None, **fields: Any) -> Iterator[Delta]:
+        """The answer piece by piece. Leaving the loop early ends the request."""
+        pieces: queue.SimpleQueue[Delta | BaseException | None] = queue.SimpleQueue()
+
+        async def pump() -> None:
+            try:
+                async for delta in self.astream(prompt, sampling=sampling, **fields):
+                    pieces.put(delta)
+                pieces.put(None)
+            except BaseException as error:
+                pieces.put(error)
+                raise
+
+        task = asyncio.run_coroutine_threadsafe(pump(), self._background())
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            task.cancel()
+
+    async def agenerate(self, prompt: Any, *, sampling: SamplingParams | None = None, **fields: Any) -> Completion:
+        """As calling the pipeline with one prompt, for asyncio."""
+        return collect([delta async for delta in self.astream(prompt, sampling=sampling, **fields)])
+
+    async def astream(self, prompt: Any, *, sampling: SamplingParams | None = None, **fields: Any) -> AsyncIterator[Delta]:
+        """As `stream`, for asyncio."""
+        params = _sampling(sampling, fields)
+        async for delta in self.answer(await self.prepare(read_prompt(prompt)), params):
+            yield delta
+
+    async def prepare(self, turns: Sequence[Turn]) -> Prompt:
+        """Load and cut the pictures, apply the chat template; off the event loop. Raises RequestError."""
+        images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+        if len(images) > MAX_IMAGES:
+            raise RequestError(f"{len(images)} pictures in one request; the limit is {MAX_IMAGES}", param="messages")
+        loop = asyncio.get_running_loop()
+        fetched = await asyncio.gather(*(_fetch(image) for image in images))
+        return await loop.run_in_executor(self._workers, self._build, turns, fetched)
+
+    async def answer(self, prompt: Prompt, sampling: SamplingParams) -> AsyncIterator[Delta]:
+        """Run a prepared prompt; the last delta has finish_reason, usage and timing.
+
+        Raises RequestError when the lengths do not fit, EngineError when the engine fails.
+        """
+        max_tokens = self.check(prompt, sampling)
+        begun, first = time.monotonic(), None
+        text = AnswerText(self._builder.tokenizer, sampling)
+        num_tokens = 0
+        events = self.client.generate(prompt, sampling, max_tokens)
+        try:
+            async for event in events:
+                first = first or time.monotonic()
+                if event.finish_reason == "error":
+                    raise EngineError(event.error or "the engine failed")
+                num_tokens += event.token_id is not None
+                ended_by_token = event.finish_reason == "stop"
+                piece = text.add(event.token_id) if event.token_id is not None and not ended_by_token else ""
+                if event.finish_reason is not None and not text.stopped:
+                    piece += text.finish()
+                reason = "stop" if text.stopped else event.finish_reason
+                delta = Delta(
+                    text=piece,
+                    token_ids=() if event.token_id is None else (event.token_id,),
+                    finish_reason=reason,
+                    logprobs=None if event.logprob is None else (event.logprob,),
+                )
+                if reason is None:
+                    yield delta
+                    continue
+                now = time.monotonic()
+                timing = Timing(queue_s=event.queue_s, encode_s=event.encode_s, ttft_s=first - begun, total_s=now - begun)
+                yield replace(delta, usage=_usage(prompt, num_tokens, event), timing=timing)
+                return
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    def check(self, prompt: Prompt, sampling: SamplingParams) -> int:
+        """How many tokens the answer may have; raises RequestError when prompt or parameters do not fit the model."""
+        ready = self.client.ready
+        if ready is None or self.client.error is not None:
+            raise self.client.error or EngineError(f"the engine is still loading (stage: {self.client.stage.name})")
+        room = ready.max_model_len - len(prompt.token_ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt.token_ids)} tokens ({prompt.num_image_tokens} of them image tokens), "
+                f"which leaves no room for an answer in max_model_len {ready.max_model_len}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if sampling.max_tokens is not None and sampling.max_tokens > room:
+            raise RequestError(
+                f"max_tokens {sampling.max_tokens} and the prompt's {len(prompt.token_ids)} tokens are more than "
+                f"max_model_len {ready.max_model_len}; max_tokens can be {room} at most",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            for id in ids:
+                if not 0 <= id < ready.vocab_size:
+                    raise RequestError(f"{name} names token {id}; the vocabulary has 0 to {ready.vocab_size - 1}", param=name)
+        if max(prompt.token_ids) >= ready.vocab_size:
+            raise RequestError(f"the prompt has a token outside the model's vocabulary of {ready.vocab_size}", param="messages")
+        return sampling.max_tokens or room
+
+    def close(self) -> None:
+        """End the engine and its process. Open requests raise EngineError."""
+        self.client.close()
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        with self._loop_lock:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop = None
+
+    def __enter__(self) -> VLPipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._builder.tokenizer
+
+    def _build(self, turns: Sequence[Turn], sources: Sequence[Any]) -> Prompt:
+        """In a worker thread: decode and cut the pictures, then build the prompt."""
+        from vlserve.vision.preprocess import make_tiles  # imports torch, which the front does while the rank loads
+
+        remaining = iter(sources)
+
+        def part(given: str | ImagePart) -> Text | Picture:
+            if isinstance(given, str):
+                return Text(given)
+            image = decode_image(next(remaining), param=given.param, local=given.local)
+            config = self.checkpoint.image_config
+            return Picture(make_tiles(image, replace(config, dynamic=False) if given.low else config))
+
+        messages = [Message(turn.role, [part(p) for p in turn.parts], turn.is_string) for turn in turns]
+        return self._builder.build(messages)
+
+    async def _generate_all(self, prompts: Sequence[Any], sampling: SamplingParams, show: bool) -> list[Completion]:
+        from tqdm import tqdm
+
+        limit = asyncio.Semaphore(2 * self.config.max_num_seqs)  # prepared pictures take memory
+        with tqdm(total=len(prompts), disable=not show, unit="answer") as bar:
+
+            async def one(prompt: Any) -> Completion:
+                async with limit:
+                    completion = await self.agenerate(prompt, sampling=sampling)
+                    bar.update()
+                    return completion
+
+            tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    def _background(self) -> asyncio.AbstractEventLoop:
+        with self._loop_lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run_loop, args=(self._loop,), name="vlserve-loop", daemon=True).start()
+            return self._loop
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._background())
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C too: the request must not go on
+            future.cancel()
+            raise
+
+
+def collect(deltas: Sequence[Delta]) -> Completion:
+    """The whole answer from its pieces."""
+    last = deltas[-1]
+    assert last.finish_reason is not None and last.usage is not None and last.timing is not None
+    logprobs: list[TokenLogprob] = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(id for delta in deltas for id in delta.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        timing=last.timing,
+        logprobs=tuple(logprobs) if logprobs else None,
+    )
+
+
+async def _fetch(image: ImagePart) -> Any:
+    if isinstance(image.source, str) and image.source.startswith(("http://", "https://")):
+        return await fetch(image.source, param=image.param)
+    return image.source
+
+
+def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+    if sampling is not None and fields:
+        raise RequestError(f"give sampling or its fields, not both (got {', '.join(fields)})", param="sampling")
+    if sampling is not None:
+        return sampling
+    unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
+    if unknown:
+        names = ", ".join(SamplingParams.__dataclass_fields__)
+        raise RequestError(f"unknown sampling parameter {unknown[0]!r}; parameters: {names}", param=unknown[0])
+    return SamplingParams(**fields)
+
+
+def _usage(prompt: Prompt, num_tokens: int, event: TokenEvent) -> Usage:
+    return Usage(
+        prompt_tokens=len(prompt.token_ids),
+        completion_tokens=num_tokens,
+        image_tokens=prompt.num_image_tokens,
+        cached_tokens=event.cached_tokens,
+    )
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()

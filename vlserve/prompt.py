@@ -1,0 +1,222 @@
+"""From messages to token ids with the pictures' places: the chat template, rendered so that text stays text.
+
+The template is rendered with random marks in place of everything that came from outside, and split there.
+Special tokens are looked for in the template's own parts only; user text between them is encoded with
+special tokens switched off. So no message can become a turn, a picture or an end, and on ordinary text
+the result is the tokenizer's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from vlserve.checkpoint import Checkpoint
+from vlserve.errors import ModelError, RequestError
+from vlserve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from vlserve.vision.preprocess import ImageTiles
+
+
+GUARD = "\u205f"  # white space that templates strip but never write
+_MARK = re.compile(f"({GUARD}?)(\ue000[0-9a-f]{{16}}:[0-9]+\ue001)({GUARD}?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words of a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of a message, cut into tiles."""
+
+    tiles: ImageTiles
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn; `parts` in the order given. A single text given as a plain string has `is_string`."""
+
+    role: str
+    parts: Sequence[Text | Picture]
+    is_string: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A picture's placeholders in the prompt: token `start` on."""
+
+    start: int
+    tiles: ImageTiles
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: list[int]
+    spans: list[Span]
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(span.tiles.num_tokens for span in self.spans)
+
+
+class PromptBuilder:
+    """Reads a checkpoint's tokenizer and chat template once; `build` is called for every request."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        settings = _token_names(checkpoint.folder)
+        self._image_token = settings.get("context_image_token", "<IMG_CONTEXT>")
+        self._image_start = settings.get("start_image_token", "<img>")
+        self._image_end = settings.get("end_image_token", "</img>")
+        self.tokenizer = Tokenizer(checkpoint.folder, (self._image_token, self._image_start, self._image_end))
+        if self.tokenizer.token_id(self._image_token) != checkpoint.image_token_id:
+            raise ModelError(f"config.json's image_token_id {checkpoint.image_token_id} is not the id of {self._image_token}")
+        self._template = _compile(_read_template(checkpoint.folder, self.tokenizer.settings))
+        self._variables = {
+            name: _content(value) for name, value in self.tokenizer.settings.items() if name.endswith("_token") and value
+        }
+        names = sorted((t for t in self.tokenizer.added if self.tokenizer.added[t]["special"]), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
+
+    def build(self, messages: Sequence[Message]) -> Prompt:
+        """Token ids of a conversation, with the answer's opening; raises RequestError when the template refuses it."""
+        marks: dict[str, Text] = {}
+        rendered = self._render(messages, marks)
+        pictures = [part.tiles for message in messages for part in message.parts if isinstance(part, Picture)]
+        ids: list[int] = []
+        spans: list[Span] = []
+        pending = ""  # ordinary text, of the template and of messages, up to the next special token
+        strip = False
+        for piece in self._pieces(rendered, marks):
+            if isinstance(piece, Text):
+                text = piece.text.lstrip() if strip and not pending else piece.text
+                pending += text
+                continue
+            added = self.tokenizer.added[piece]
+            ids += self.tokenizer.encode_plain(pending.rstrip() if added.get("lstrip") else pending)
+            pending, strip = "", bool(added.get("rstrip"))
+            if piece != self._image_token:
+                ids.append(self.tokenizer.token_id(piece))
+                continue
+            if len(spans) == len(pictures):
+                raise ModelError("the chat template has a place for more pictures than the messages have")
+            tiles = pictures[len(spans)]
+            ids.append(self.tokenizer.token_id(self._image_start))
+            spans.append(Span(len(ids), tiles))
+            ids += [self.tokenizer.token_id(self._image_token)] * tiles.num_tokens
+            ids.append(self.tokenizer.token_id(self._image_end))
+        ids += self.tokenizer.encode_plain(pending)
+        if len(spans) != len(pictures):
+            raise RequestError(
+                f"the model's chat template has a place for {len(spans)} of {len(pictures)} pictures; "
+                "some models take pictures in user messages only",
+                param="messages",
+            )
+        beginning = self.tokenizer.beginning
+        if beginning and ids[:1] != beginning:
+            ids = beginning + ids
+        if not ids:
+            raise RequestError("the prompt is empty", param="messages")
+        return Prompt(ids, spans)
+
+    def _render(self, messages: Sequence[Message], marks: dict[str, Text]) -> str:
+        """The template's output, with a mark for each text; a blank on either side shows whether it was stripped."""
+        key = secrets.token_hex(8)
+
+        def mark(part: Text) -> str:
+            name = f"\ue000{key}:{len(marks)}\ue001"
+            marks[name] = part
+            return f"{GUARD}{name}{GUARD}"
+
+        def content(message: Message) -> str | list[dict[str, Any]]:
+            if message.is_string:
+                return "".join(mark(part) for part in message.parts if isinstance(part, Text))
+            return [{"type": "image"} if isinstance(p, Picture) else {"type": "text", "text": mark(p)} for p in message.parts]
+
+        conversation = [{"role": message.role, "content": content(message)} for message in messages]
+        try:
+            return self._template.render(messages=conversation, add_generation_prompt=True, **self._variables)
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from error
+
+    def _pieces(self, rendered: str, marks: Mapping[str, Text]) -> list[Text | str]:
+        """Ordinary text as Text, special tokens of the template as str."""
+        pieces: list[Text | str] = []
+
+        def template_part(text: str) -> None:
+            last = 0
+            for match in self._special.finditer(text):
+                pieces.extend((Text(text[last : match.start()]), match[0]))
+                last = match.end()
+            pieces.append(Text(text[last:]))
+
+        last = 0
+        for match in _MARK.finditer(rendered):
+            if match[2] not in marks:
+                continue
+            template_part(rendered[last : match.start()])
+            text = marks[match[2]].text
+            text = text if match[1] else text.lstrip()
+            pieces.append(Text(text if match[3] else text.rstrip()))
+            last = match.end()
+        template_part(rendered[last:])
+        return pieces
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _token_names(folder: Path) -> dict[str, str]:
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    extra = settings.get("extra_special_tokens")
+    merged = {**(extra if isinstance(extra, dict) else {}), **settings}
+    return {key: _content(value) for key, value in merged.items() if key.endswith("_image_token")}
+
+
+def _read_template(folder: Path, settings: Mapping[str, Any]) -> str:
+    """chat_template.jinja, chat_template.json or tokenizer_config.json, in transformers' order."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if (folder / "chat_template.json").exists():
+        template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str):
+        raise ModelError(
+            f"{folder}: checkpoint file missing: chat_template.jinja (and no chat_template in tokenizer_config.json)"
+        )
+    return template
+
+
+def _compile(source: str) -> jinja2.Template:
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"the chat template is not valid Jinja: {error}") from error
