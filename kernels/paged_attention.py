@@ -1,7 +1,8 @@
 """Causal attention over a paged KV cache, for prefill chunks and decode steps in one call.
 
 A sequence's last `query_len` tokens are the queries; its `context_len` counts them too. Keys and
-values, the new ones included, are already in the cache. Shapes: T query tokens of all sequences one
+values, the new ones included, are already in the cache; the slots past a sequence's end in its own
+blocks hold finite numbers. Shapes: T query tokens of all sequences one
 after another, B sequences, HQ query heads, HK KV heads, G = HQ / HK, D head_dim, N blocks of S slots,
 M blocks per sequence at most, L context length.
 """
@@ -20,7 +21,7 @@ class AttentionMetadata:
 
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
-    block_tables: torch.Tensor  # [B, M] int64, padded with 0
+    block_tables: torch.Tensor  # [B, M] int64, padded with a block of the same sequence
     slots: torch.Tensor  # [T] int64, where the new keys and values go
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[Prefill, ...]

@@ -23,9 +23,17 @@ class KVCache:
         self, config: DecoderConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        # Untouched pages of torch.empty take no memory on the CPU until a block is first used; the slots
-        # past a sequence's end may hold anything, so attention never reads them.
+        # untouched pages of torch.empty take no memory on the CPU until a block is first used
         self.layers = [
             (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(config.num_hidden_layers)
         ]
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks that will be filled in part: attention masks their other slots, but 0 * NaN is NaN."""
+        if not blocks:
+            return
+        index = torch.tensor(blocks, device=self.layers[0][0].device)
+        for keys, values in self.layers:
+            keys.index_fill_(0, index, 0)
+            values.index_fill_(0, index, 0)

@@ -116,7 +116,7 @@ def test_an_unknown_rope_type_is_named() -> None:
 def paged(
     query_lens: tuple[int, ...], context_lens: tuple[int, ...], *, heads: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata, list[tuple[torch.Tensor, ...]]]:
-    """A cache with scattered blocks, every other slot NaN, and the contiguous tensors behind it."""
+    """A cache with scattered blocks, those of nobody full of NaN, and the contiguous tensors behind it."""
     counts = [-(-n // size) for n in context_lens]
     num_blocks = sum(counts) + 3
     order = torch.randperm(num_blocks).tolist()
@@ -126,9 +126,10 @@ def paged(
         blocks, order = order[:count], order[count:]
         k, v, q = (torch.randn(n, h, dim).to(dtype) for n, h in ((context_len, kv_heads), (context_len, kv_heads), (query_len, heads)))
         places = torch.tensor([blocks[p // size] * size + p % size for p in range(context_len)])
+        keys[blocks], values[blocks] = 0, 0
         store_kv(k, v, keys, values, places)
         slots += places[context_len - query_len :].tolist()
-        tables.append(blocks + [0] * (max(counts) - count))
+        tables.append(blocks + blocks[-1:] * (max(counts) - count))
         plain.append((q, k, v))
         queries.append(q)
     metadata = plan_attention(
@@ -144,6 +145,7 @@ def paged(
 MIXES = [
     ((1,), (1,)),
     ((1, 1, 1), (1, 63, 129)),
+    ((1, 1, 1, 1, 1), (33, 60, 17, 49, 64)),
     ((7,), (7,)),
     ((5,), (129,)),
     ((1, 7, 1, 63, 2), (63, 7, 1, 129, 2)),

@@ -28,6 +28,7 @@ class Batch:
     metadata: AttentionMetadata
     pieces: tuple[ImagePiece, ...]
     sample_rows: torch.Tensor  # [R] int64, the last rows of the chunks that sample
+    partial_blocks: list[int]  # fresh blocks that this step fills only in part
 
 
 def make_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Batch:
@@ -37,6 +38,7 @@ def make_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Ba
     slots: list[int] = []
     sample_rows: list[int] = []
     pieces: list[ImagePiece] = []
+    partial_blocks: list[int] = []
     for chunk in chunks:
         sequence, row = chunk.sequence, len(ids)
         ids += sequence.token_ids[chunk.start : chunk.stop]
@@ -47,10 +49,13 @@ def make_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Ba
                 start, stop = max(chunk.start, image.start), min(chunk.stop, image.stop)
                 piece = ImagePiece(image=image, row=row + start - chunk.start, start=start - image.start, stop=stop - image.start)
                 pieces.append(piece)
+        last_start = chunk.stop // block_size * block_size
+        if chunk.start <= last_start < chunk.stop:
+            partial_blocks.append(sequence.blocks[-1])
         if chunk.samples:
             sample_rows.append(len(ids) - 1)
     width = max(len(chunk.sequence.blocks) for chunk in chunks)
-    tables = [chunk.sequence.blocks + [0] * (width - len(chunk.sequence.blocks)) for chunk in chunks]
+    tables = [s.blocks + s.blocks[-1:] * (width - len(s.blocks)) for s in (chunk.sequence for chunk in chunks)]
     return Batch(
         ids=torch.tensor(ids, device=device),
         positions=torch.tensor(positions, device=device),
@@ -63,4 +68,5 @@ def make_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Ba
         ),
         pieces=tuple(pieces),
         sample_rows=torch.tensor(sample_rows, device=device, dtype=torch.int64),
+        partial_blocks=partial_blocks,
     )

@@ -54,6 +54,7 @@ class Runner:
         if batch.pieces:
             self._encode_missing(batch.pieces, chunks)
             self._fill_in(x, batch)
+        self.cache.clear(batch.partial_blocks)
         hidden = self.model.decoder(x, batch.positions, self.cache, batch.metadata)
         self.features.trim()
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
