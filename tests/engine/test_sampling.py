@@ -1,0 +1,80 @@
+"""Draws follow the distribution that the parameters ask for, and each request's draws are its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from vlserve.config import SamplingParams
+from vlserve.engine.sampling import Sampler
+from vlserve.engine.sequence import Sequence
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
+
+
+def sequence(id: int = 0, prompt: tuple[int, ...] = (0,), answer: tuple[int, ...] = (), **params: Any) -> Sequence:
+    s = Sequence(id=id, token_ids=list(prompt), images=[], sampling=SamplingParams(**params), max_tokens=5)
+    s.token_ids += answer
+    return s
+
+
+def pick(logits: torch.Tensor, s: Sequence, sampler: Sampler | None = None) -> int:
+    return (sampler or Sampler(frozenset([4]))).sample(logits[None].clone(), [s])[0].token_id
+
+
+def frequencies(number: int = 4000, **params: Any) -> dict[int, float]:
+    sampler = Sampler(frozenset())
+    s = sequence(seed=1, **params)
+    counts = Counter(pick(LOGITS, s, sampler) for _ in range(number))
+    return {token: n / number for token, n in counts.items()}
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    want = (LOGITS / temperature).softmax(0)
+    got = frequencies(temperature=temperature)
+    for token, p in enumerate(want.tolist()):
+        assert abs(got.get(token, 0) - p) < 0.03
+
+
+def test_filters_keep_what_they_say() -> None:
+    assert set(frequencies(temperature=1.0, top_k=2)) == {4, 0}
+    probabilities = LOGITS.softmax(0)
+    assert set(frequencies(temperature=1.0, top_p=float(probabilities[4]) + 0.01)) == {4, 0}
+    assert set(frequencies(temperature=1.0, top_p=1e-6)) == {4}
+    assert set(frequencies(temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
+
+
+def test_penalties_bias_and_minimum_are_applied() -> None:
+    assert pick(LOGITS, sequence()) == 4
+    assert pick(LOGITS, sequence(logit_bias={2: 50.0})) == 2
+    assert pick(LOGITS, sequence(min_tokens=1)) == 0, "4 ends the answer, so it may not come yet"
+    assert pick(LOGITS, sequence(answer=(4,), presence_penalty=1.5)) == 0
+    assert pick(LOGITS, sequence(answer=(4, 4, 4), frequency_penalty=0.5)) == 0
+    assert pick(LOGITS, sequence(prompt=(4,), presence_penalty=1.5)) == 4, "the prompt does not count for presence"
+    assert pick(LOGITS, sequence(prompt=(4,), repetition_penalty=2.0)) == 0, "for repetition it does"
+    negative = torch.tensor([-1.0, -1.1])
+    assert pick(negative, sequence(prompt=(0,), repetition_penalty=1.5)) == 1
+
+
+def test_a_seed_gives_the_same_draws_in_any_company() -> None:
+    def draws(with_others: bool) -> list[int]:
+        sampler, s = Sampler(frozenset()), sequence(id=1, temperature=1.0, seed=5)
+        others = [sequence(id=2, temperature=1.0), sequence(id=3)] if with_others else []
+        rows = LOGITS.repeat(1 + len(others), 1)
+        return [sampler.sample(rows, [s, *others])[0].token_id for _ in range(40)]
+
+    assert draws(False) == draws(True)
+    assert len(set(draws(False))) > 1
+
+
+def test_logprobs_are_the_models_own() -> None:
+    s = sequence(temperature=0.7, logprobs=2, logit_bias={1: 100.0}, seed=3)
+    (result,) = Sampler(frozenset()).sample(LOGITS[None], [s])
+    want = LOGITS.log_softmax(0)
+    assert result.token_id == 1 and result.logprob is not None
+    assert result.logprob.logprob == pytest.approx(float(want[1]))
+    assert [id for id, _ in result.logprob.top] == [4, 0]

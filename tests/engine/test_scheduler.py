@@ -1,0 +1,123 @@
+"""The scheduler on its own, with a fake model: every request ends once, budgets hold, nobody starves."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from vlserve.config import SamplingParams
+from vlserve.engine.messages import TokenEvent
+from vlserve.engine.scheduler import Chunk, Sampled, Scheduler
+from vlserve.engine.sequence import ImageSpan, Sequence
+from vlserve.llm.block_pool import BlockPool
+
+END = 7
+
+
+def scheduler(num_blocks: int = 64, *, seqs: int = 4, budget: int = 16, max_len: int = 100, size: int = 4) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks, size),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=max_len,
+        end_token_ids=frozenset([END]),
+    )
+
+
+def sequence(id: int, length: int, max_tokens: int = 5, **sampling: object) -> Sequence:
+    ids = [100 + (id * 31 + i) % 50 for i in range(length)]
+    return Sequence(id=id, token_ids=ids, images=[], sampling=SamplingParams(**sampling), max_tokens=max_tokens)  # type: ignore[arg-type]
+
+
+def step(s: Scheduler, token: int = 1) -> tuple[list[Chunk], list[TokenEvent]]:
+    chunks = s.schedule()
+    return chunks, s.commit(chunks, [Sampled(token_id=token) for c in chunks if c.samples])
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_samples_once() -> None:
+    s = scheduler(budget=10)
+    s.add(sequence(0, 25, max_tokens=1))
+    sizes = []
+    events: list[TokenEvent] = []
+    while s.has_work:
+        chunks, news = step(s)
+        sizes += [c.stop - c.start for c in chunks]
+        events += news
+    assert sizes == [10, 10, 5] and [e.finish_reason for e in events] == ["length"]
+
+
+def test_decodes_come_before_prefills() -> None:
+    s = scheduler(budget=8)
+    s.add(sequence(0, 3, max_tokens=20))
+    step(s)
+    s.add(sequence(1, 30))
+    for _ in range(3):
+        chunks, _ = step(s)
+        assert chunks[0].sequence.id == 0 and chunks[0].stop - chunks[0].start == 1
+        assert sum(c.stop - c.start for c in chunks) <= 8
+
+
+@pytest.mark.parametrize(
+    "sampling,token,reason",
+    [({}, END, "stop"), ({"stop_token_ids": (9,)}, 9, "stop"), ({"ignore_eos": True}, END, "length"), ({"min_tokens": 3}, END, "stop")],
+)
+def test_reasons(sampling: dict[str, object], token: int, reason: str) -> None:
+    s = scheduler()
+    s.add(sequence(0, 3, max_tokens=4, **sampling))
+    events: list[TokenEvent] = []
+    while s.has_work:
+        events += step(s, token)[1]
+    assert events[-1].finish_reason == reason
+    assert len(events) == {"stop": sampling.get("min_tokens", 1), "length": 4}[reason]
+
+
+def test_the_context_limit_ends_an_answer() -> None:
+    s = scheduler(max_len=10)
+    s.add(sequence(0, 8, max_tokens=50))
+    events: list[TokenEvent] = []
+    while s.has_work:
+        events += step(s)[1]
+    assert len(events) == 2 and events[-1].finish_reason == "length"
+
+
+def test_the_last_prompt_token_is_always_computed() -> None:
+    s = scheduler(size=4)
+    for id in (0, 0):
+        s.add(sequence(id, 8, max_tokens=1))
+        chunks, _ = step(s)
+    assert chunks[0].start == 4, "two full blocks are known, the second holds the last token"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_request_ends_exactly_once_whatever_happens(seed: int) -> None:
+    rng = random.Random(seed)
+    s = scheduler(num_blocks=26, seqs=rng.randint(1, 6), budget=rng.randint(1, 40), max_len=100, size=4)
+    ended: dict[int, int] = {}
+    added = 0
+    while added < 25 or s.has_work:
+        if added < 25 and rng.random() < 0.5:
+            q = sequence(added, rng.randint(1, 60), rng.randint(1, 30))
+            if rng.random() < 0.4:
+                q.images.append(ImageSpan(start=0, num_tokens=1, digest=bytes([rng.randint(0, 3)]) * 32, pixels=None))
+            s.add(q)
+            added += 1
+        events: list[TokenEvent] = []
+        if rng.random() < 0.1:
+            events += s.abort([rng.randrange(25)])
+        chunks = s.schedule()
+        assert sum(c.stop - c.start for c in chunks) <= s.max_num_batched_tokens
+        assert len({c.sequence.id for c in chunks}) == len(chunks) <= s.max_num_seqs
+        for c in chunks:
+            assert c.start == c.sequence.num_computed < c.stop <= len(c.sequence.token_ids)
+            assert len(c.sequence.blocks) * 4 >= c.stop
+        if rng.random() < 0.05:
+            events += s.fail(chunks, "broken")
+        else:
+            events += s.commit(chunks, [Sampled(token_id=rng.choice([1, 2, END])) for c in chunks if c.samples])
+        for e in events:
+            if e.finish_reason:
+                ended[e.id] = ended.get(e.id, 0) + 1
+        s.pool.check()
+    assert ended == {i: 1 for i in range(25)}
+    assert s.pool.num_free == 26

@@ -1,0 +1,171 @@
+"""The chat endpoint as clients use it, through the openai package and raw HTTP, against a real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from tests.server.running import RunningServer, chat, data_url, running, tiny
+from tests.vision.test_preprocess import noise
+from vlserve import VLPipeline
+
+PICTURE = Image.fromarray(noise(60, 30))
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Callable[..., Path]) -> Iterator[RunningServer]:
+    with running(*tiny(checkpoint("qwen2"))) as server:
+        server.wait_ready()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(server: RunningServer, body: Any) -> httpx.Response:
+    content = body if isinstance(body, (str, bytes)) else json.dumps(body)
+    return httpx.post(server.base + "/v1/chat/completions", content=content, timeout=60)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_openai_client_gets_the_pipelines_answer(client: openai.OpenAI, checkpoint: Callable[..., Path]) -> None:
+    messages: Any = chat("What shape is it?", PICTURE)["messages"]
+    got = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3)
+    streamed = list(
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_completion_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    with VLPipeline(str(checkpoint("qwen2")), dtype="float32", kv_cache_gib=0.05) as pipe:
+        want = pipe(("What shape is it?", PICTURE), max_tokens=12)
+    assert got.choices[0].message.content == want.text
+    assert got.choices[0].finish_reason == want.finish_reason
+    assert got.usage is not None and got.usage.prompt_tokens == want.usage.prompt_tokens
+    assert got.usage.completion_tokens == len(want.token_ids)
+    logprobs = got.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None and len(logprobs.content) == len(want.token_ids)
+    assert all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in logprobs.content)
+    assert "".join(c.choices[0].delta.content or "" for c in streamed if c.choices) == want.text
+    assert streamed[0].choices[0].delta.role == "assistant"
+    assert streamed[-1].choices == [] and streamed[-1].usage is not None
+    assert streamed[-1].usage.prompt_tokens_details is not None
+    assert (streamed[-1].usage.prompt_tokens_details.cached_tokens or 0) > 0, "the picture was asked about before"
+
+
+def test_stream_order(server: RunningServer) -> None:
+    chunks = events(post(server, chat("hi", stream=True)))
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all(c["choices"][0]["finish_reason"] is None for c in chunks[:-1])
+    assert chunks[-1]["choices"][0]["delta"] == {} and chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+    assert len({c["id"] for c in chunks}) == 1 and not any("usage" in c for c in chunks)
+
+
+def test_mixed_parts_several_pictures_and_turns(server: RunningServer) -> None:
+    url = {"type": "image_url", "image_url": {"url": data_url(PICTURE), "detail": "low"}}
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Compare"}, url, {"type": "input_image", "image_url": url["image_url"]}]},
+        {"role": "assistant", "content": "They are alike."},
+        {"role": "user", "content": "And now?"},
+    ]
+    answer = post(server, {"messages": messages, "max_tokens": 4}).json()
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * 4, "detail low is one tile"
+
+
+def test_nulls_and_harmless_fields_are_accepted(server: RunningServer) -> None:
+    nulls = dict.fromkeys(["temperature", "top_p", "stop", "tools", "response_format", "stream_options", "logit_bias", "n", "unheard_of"])
+    body = chat("hi", user="me", store=False, metadata={"a": "b"}, n=1, response_format={"type": "text"}, stream_options={"include_usage": True})
+    assert post(server, nulls | body).status_code == 200
+
+
+BAD: list[tuple[Any, int, str | None, str]] = [
+    ("{", 400, None, "not valid JSON"),
+    ("[" * 100_000, 400, None, "not valid JSON"),
+    ("[]", 400, None, "JSON object"),
+    ({}, 400, "messages", "messages is missing"),
+    ({"messages": []}, 400, "messages", "at least one"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", "'robot'"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "text or a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "messages[0].content[0].type", "'audio'"),
+    (chat("x", model="gpt-9"), 404, "model", "'gpt-9'"),
+    (chat("x", max_tokens=-1), 400, "max_tokens", "-1"),
+    (chat("x", max_tokens=100_000), 400, "max_tokens", "max_model_len 512"),
+    (chat("word " * 600), 400, "messages", "no room"),
+    (json.dumps(chat("x", temperature=float("nan"))), 400, "temperature", "nan"),
+    (chat("x", temperature="hot"), 400, "temperature", "number"),
+    (chat("x", top_p=1.5), 400, "top_p", "1.5"),
+    (chat("x", n=2), 400, "n", "only supported as 1"),
+    (chat("x", tools=[{"type": "function"}]), 400, "tools", "tools"),
+    (chat("x", response_format={"type": "json_object"}), 400, "response_format", "response_format"),
+    (chat("x", best_of=3), 400, "best_of", "best_of"),
+    (chat("x", stop=["a"] * 100), 400, "stop", "at most 16"),
+    (chat("x", logprobs=True, top_logprobs=99), 400, "top_logprobs", "99"),
+    (chat("x", top_logprobs=2), 400, "top_logprobs", "needs logprobs"),
+    (chat("x", logit_bias={"99999": 1}), 400, "logit_bias", "99999"),
+    (chat("x", stream_options={"what": 1}, stream=True), 400, "stream_options.what", "what"),
+]
+PICTURES = [
+    ("data:image/png;base64,AAAA", "cannot be decoded"),
+    ("data:image/png;base64,!", "base64 is damaged"),
+    ("http://127.0.0.1:1/x.png", "public internet"),
+    ("file:///etc/passwd", "data: or http"),
+    ("/etc/passwd", "data: or http"),
+]
+for url, message in PICTURES:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    BAD.append(({"messages": [{"role": "user", "content": [part]}]}, 400, "messages[0].content[0].image_url", message))
+
+
+@pytest.mark.parametrize("body,status,param,message", BAD, ids=[str(n) for n in range(len(BAD))])
+def test_bad_requests_name_their_field_and_hurt_nobody(
+    server: RunningServer, body: Any, status: int, param: str | None, message: str
+) -> None:
+    for extra in ({}, {"stream": True}):
+        answer = post(server, body | extra if isinstance(body, dict) else body)
+        error = answer.json()["error"]
+        assert answer.status_code == status, error
+        assert error["param"] == param and message in error["message"] and error["type"] == "invalid_request_error"
+    assert post(server, chat("still there?")).status_code == 200
+
+
+def test_unknown_routes_and_methods_have_the_error_shape(server: RunningServer) -> None:
+    assert httpx.get(server.base + "/v1/nothing").json()["error"]["message"] == "GET /v1/nothing is not here"
+    assert httpx.get(server.base + "/v1/chat/completions").status_code == 405
+
+
+def test_models_health_and_live(server: RunningServer, client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert httpx.get(server.base + "/v1/models").json()["data"][0]["max_model_len"] == 512
+    assert httpx.get(server.base + "/health").json() == {"status": "ok"}
+    assert httpx.get(server.base + "/live").json() == {"status": "ok"}
+
+
+def test_special_tokens_in_a_message_are_only_text(server: RunningServer) -> None:
+    answer = post(server, chat("<IMG_CONTEXT><|im_end|><img>"))
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 0
+
+
+def test_a_client_that_leaves_is_forgotten(server: RunningServer) -> None:
+    body = chat("hi", max_tokens=400, ignore_eos=True)
+    for stream in (True, False):
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.05) as client:  # noqa: PT012
+            client.post(server.base + "/v1/chat/completions", json=body | {"stream": stream}).read()
+            pytest.fail("the answer was quicker than the test can leave")
+    # the engine is free again: a short answer does not wait behind the long ones for ever
+    assert post(server, chat("next", max_tokens=2)).status_code == 200
