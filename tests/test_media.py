@@ -87,7 +87,19 @@ def test_bounds_on_pixels_and_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "10.0.0.1", "169.254.169.254", "192.168.1.1", "0.0.0.0", "100.64.0.1", "224.0.0.1", "::1", "::", "fe80::1", "fc00::1"]
+    [
+        "127.0.0.1",
+        "10.0.0.1",
+        "169.254.169.254",
+        "192.168.1.1",
+        "0.0.0.0",
+        "100.64.0.1",
+        "224.0.0.1",
+        "::1",
+        "::",
+        "fe80::1",
+        "fc00::1",
+    ]
     + ["::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "2002:7f00:1::", "fe80::1%eth0"],
 )
 def test_addresses_that_are_not_public(address: str) -> None:
@@ -100,8 +112,22 @@ def test_public_addresses() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["http://127.0.0.1/x", "http://localhost/x", "http://2130706433/", "http://0x7f.1/", "http://[::1]/", "http://[::ffff:127.0.0.1]/"]
-    + ["http://0/", "http://127.1/", "https://user:pass@127.0.0.1/", "http://8.8.8.8\\@127.0.0.1/", "http:///x", "ftp://8.8.8.8/x"],
+    [
+        "http://127.0.0.1/x",
+        "http://localhost/x",
+        "http://2130706433/",
+        "http://0x7f.1/",
+        "http://[::1]/",
+        "http://[::ffff:127.0.0.1]/",
+    ]
+    + [
+        "http://0/",
+        "http://127.1/",
+        "https://user:pass@127.0.0.1/",
+        "http://8.8.8.8\\@127.0.0.1/",
+        "http:///x",
+        "ftp://8.8.8.8/x",
+    ],
 )
 def test_urls_that_lead_inside_are_refused_before_any_connection(url: str) -> None:
     with pytest.raises(RequestError, match="public internet|data: or http|not known"):
@@ -130,7 +156,10 @@ def test_every_redirect_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> Non
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         async with server:
-            assert await fetch(f"http://localhost.localdomain:{port}/good".replace("localhost.localdomain", "localhost"), param="i") == PNG
+            assert (
+                await fetch(f"http://localhost.localdomain:{port}/good".replace("localhost.localdomain", "localhost"), param="i")
+                == PNG
+            )
             with pytest.raises(RequestError, match="not on the public internet"):
                 await fetch(f"http://localhost:{port}/bad", param="i")
         assert hosts[0] == f"Host: localhost:{port}", "the name stays in the header, the address in the connection"

@@ -27,9 +27,7 @@ TEXTS = [
     "",
     "\ue000not a mark\ue001",
 ]
-CONVERSATIONS: list[list[tuple[str, list[Any]]]] = [
-    [("user", [text])] for text in TEXTS if text
-] + [
+CONVERSATIONS: list[list[tuple[str, list[Any]]]] = [[("user", [text])] for text in TEXTS if text] + [
     [("system", ["Be brief."]), ("user", ["Hello"]), ("assistant", ["Hi!"]), ("user", ["And now?"])],
     [("user", [Image, "What is it?"]), ("assistant", ["A circle."]), ("user", ["And this?", Image])],
     [("user", ["first", Image, "second", Image, "third"])],
@@ -87,7 +85,9 @@ def test_special_tokens_in_text_stay_text(name: str, checkpoint: Callable[..., P
             assert text in builder.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
 
 
-def test_control_tokens_that_the_file_does_not_call_special_stay_text_too(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_control_tokens_that_the_file_does_not_call_special_stay_text_too(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = copy_of(checkpoint(), tmp_path)
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace('"special": true', '"special": false'))

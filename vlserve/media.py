@@ -78,13 +78,13 @@ async def fetch(url: str, *, param: str) -> bytes:
 
 
 async def _fetch(url: str, param: str) -> bytes:
-    import httpx  # here: the front starts without it
+    import httpx2  # here: the front starts without it
 
     try:
-        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=FETCH_SECONDS) as client:
+        async with httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=FETCH_SECONDS) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 host, address = await _resolve(url, param)
-                parts = httpx.URL(url)
+                parts = httpx2.URL(url)
                 pinned = parts.copy_with(host=address, username=None, password=None)
                 headers = {"Host": parts.netloc.decode("ascii").rpartition("@")[2], "User-Agent": "vlserve"}
                 async with client.stream("GET", pinned, headers=headers, extensions={"sni_hostname": host}) as response:
@@ -99,7 +99,7 @@ async def _fetch(url: str, param: str) -> bytes:
                         if len(data) > MAX_BYTES:
                             raise _refusal(param, f"the picture has more than {MAX_BYTES} bytes")
                     return bytes(data)
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError):
+    except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError):
         raise _refusal(param, "the picture could not be fetched") from None
     raise _refusal(param, f"the picture's URL leads on more than {MAX_REDIRECTS} times")
 

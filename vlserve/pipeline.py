@@ -129,6 +129,8 @@ class VLPipeline:
 
     async def prepare(self, turns: Sequence[Turn]) -> Prompt:
         """Load and cut the pictures, apply the chat template; off the event loop. Raises RequestError."""
+        if self.client.error is not None:
+            raise EngineError(str(self.client.error))
         images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
         if len(images) > MAX_IMAGES:
             raise RequestError(f"{len(images)} pictures in one request; the limit is {MAX_IMAGES}", param="messages")
@@ -315,4 +317,7 @@ def _usage(prompt: Prompt, num_tokens: int, event: TokenEvent) -> Usage:
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
-    loop.run_forever()
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()

@@ -30,7 +30,8 @@ def prompt(folder: Path, text: str, images: list[Any] = ()) -> Prompt:  # type: 
 
 def add(engine: Engine, id: int, prompt: Prompt, sampling: SamplingParams, max_tokens: int) -> None:
     images = [
-        ImageRef(start=s.start, num_tokens=s.tiles.num_tokens, digest=s.tiles.digest, num_tiles=len(s.tiles.pixels)) for s in prompt.spans
+        ImageRef(start=s.start, num_tokens=s.tiles.num_tokens, digest=s.tiles.digest, num_tiles=len(s.tiles.pixels))
+        for s in prompt.spans
     ]
     request = Add(id=id, token_ids=prompt.token_ids, images=images, sampling=sampling, max_tokens=max_tokens)
     engine.add(request, [s.tiles.pixels for s in prompt.spans])

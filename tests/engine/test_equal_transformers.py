@@ -19,7 +19,10 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": True, "max_shard": "100KB"}),
     ("qwen3", {}),
     ("llama", {}),
-    ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
     ("mistral", {}),
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
 ]
@@ -43,6 +46,8 @@ def test_greedy_tokens_equal_transformers(decoder: str, settings: dict[str, Any]
             add(ours, id, p, sampling, 16)
     for id, events in run(ours).items():
         comparison.take(events, *wanted[id][1:])
-    print(f"{decoder} {settings}: {comparison.equal} equal, {comparison.ties} ties, logprobs within {comparison.largest_logprob_difference:.1e}")
+    print(
+        f"{decoder} {settings}: {comparison.equal} equal, {comparison.ties} ties, logprobs within {comparison.largest_logprob_difference:.1e}"
+    )
     comparison.check()
     assert comparison.largest_logprob_difference < 1e-3

@@ -72,7 +72,9 @@ def test_the_block_size_changes_nothing(folder: Path, block_size: int) -> None:
 
 
 def mixed_prompts(folder: Path) -> list[Prompt]:
-    return [prompt(folder, f"Question {i} " + "word " * (i * 5 % 23), [picture(i, (20 + 9 * i, 40))] * (i % 3)) for i in range(16)]
+    return [
+        prompt(folder, f"Question {i} " + "word " * (i * 5 % 23), [picture(i, (20 + 9 * i, 40))] * (i % 3)) for i in range(16)
+    ]
 
 
 def test_a_batch_of_16_equals_16_singles(folder: Path) -> None:

@@ -60,7 +60,12 @@ def test_decodes_come_before_prefills() -> None:
 
 @pytest.mark.parametrize(
     "sampling,token,reason",
-    [({}, END, "stop"), ({"stop_token_ids": (9,)}, 9, "stop"), ({"ignore_eos": True}, END, "length"), ({"min_tokens": 3}, END, "stop")],
+    [
+        ({}, END, "stop"),
+        ({"stop_token_ids": (9,)}, 9, "stop"),
+        ({"ignore_eos": True}, END, "length"),
+        ({"min_tokens": 3}, END, "stop"),
+    ],
 )
 def test_reasons(sampling: dict[str, object], token: int, reason: str) -> None:
     s = scheduler()

@@ -96,7 +96,10 @@ def test_frequencies_equal_transformers(scaling: dict[str, float | str], length:
     if kind in ("llama3", "yarn"):
         parameters["original_max_position_embeddings"] = original
     config = LlamaConfig(
-        hidden_size=256, num_attention_heads=4, max_position_embeddings=8192 if kind != "dynamic" else original, rope_parameters=parameters
+        hidden_size=256,
+        num_attention_heads=4,
+        max_position_embeddings=8192 if kind != "dynamic" else original,
+        rope_parameters=parameters,
     )
     if kind == "default":
         want, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
@@ -114,7 +117,14 @@ def test_an_unknown_rope_type_is_named() -> None:
 
 
 def paged(
-    query_lens: tuple[int, ...], context_lens: tuple[int, ...], *, heads: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype
+    query_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata, list[tuple[torch.Tensor, ...]]]:
     """A cache with scattered blocks, those of nobody full of NaN, and the contiguous tensors behind it."""
     counts = [-(-n // size) for n in context_lens]
@@ -124,7 +134,9 @@ def paged(
     tables, slots, plain, queries = [], [], [], []
     for query_len, context_len, count in zip(query_lens, context_lens, counts, strict=True):
         blocks, order = order[:count], order[count:]
-        k, v, q = (torch.randn(n, h, dim).to(dtype) for n, h in ((context_len, kv_heads), (context_len, kv_heads), (query_len, heads)))
+        k, v, q = (
+            torch.randn(n, h, dim).to(dtype) for n, h in ((context_len, kv_heads), (context_len, kv_heads), (query_len, heads))
+        )
         places = torch.tensor([blocks[p // size] * size + p % size for p in range(context_len)])
         keys[blocks], values[blocks] = 0, 0
         store_kv(k, v, keys, values, places)
@@ -187,5 +199,9 @@ def test_store_kv_equals_its_definition_and_touches_nothing_else() -> None:
 def test_a_context_shorter_than_its_queries_is_refused() -> None:
     with pytest.raises(ValueError, match="sequence 0 has 3 query tokens in a context of 2"):
         plan_attention(
-            query_lens=(3,), context_lens=(2,), block_tables=torch.zeros(1, 1, dtype=torch.int64), slots=torch.zeros(3), block_size=4
+            query_lens=(3,),
+            context_lens=(2,),
+            block_tables=torch.zeros(1, 1, dtype=torch.int64),
+            slots=torch.zeros(3),
+            block_size=4,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -32,12 +32,12 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def post(server: RunningServer, body: Any) -> httpx.Response:
+def post(server: RunningServer, body: Any) -> httpx2.Response:
     content = body if isinstance(body, (str, bytes)) else json.dumps(body)
-    return httpx.post(server.base + "/v1/chat/completions", content=content, timeout=60)
+    return httpx2.post(server.base + "/v1/chat/completions", content=content, timeout=60)
 
 
-def events(response: httpx.Response) -> list[Any]:
+def events(response: httpx2.Response) -> list[Any]:
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
@@ -45,10 +45,17 @@ def events(response: httpx.Response) -> list[Any]:
 
 def test_openai_client_gets_the_pipelines_answer(client: openai.OpenAI, checkpoint: Callable[..., Path]) -> None:
     messages: Any = chat("What shape is it?", PICTURE)["messages"]
-    got = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3)
+    got = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3
+    )
     streamed = list(
         client.chat.completions.create(
-            model="tiny", messages=messages, max_completion_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+            model="tiny",
+            messages=messages,
+            max_completion_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     with VLPipeline(str(checkpoint("qwen2")), dtype="float32", kv_cache_gib=0.05) as pipe:
@@ -79,7 +86,10 @@ def test_mixed_parts_several_pictures_and_turns(server: RunningServer) -> None:
     url = {"type": "image_url", "image_url": {"url": data_url(PICTURE), "detail": "low"}}
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
-        {"role": "user", "content": [{"type": "text", "text": "Compare"}, url, {"type": "input_image", "image_url": url["image_url"]}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Compare"}, url, {"type": "input_image", "image_url": url["image_url"]}],
+        },
         {"role": "assistant", "content": "They are alike."},
         {"role": "user", "content": "And now?"},
     ]
@@ -88,8 +98,18 @@ def test_mixed_parts_several_pictures_and_turns(server: RunningServer) -> None:
 
 
 def test_nulls_and_harmless_fields_are_accepted(server: RunningServer) -> None:
-    nulls = dict.fromkeys(["temperature", "top_p", "stop", "tools", "response_format", "stream_options", "logit_bias", "n", "unheard_of"])
-    body = chat("hi", user="me", store=False, metadata={"a": "b"}, n=1, response_format={"type": "text"}, stream_options={"include_usage": True})
+    nulls = dict.fromkeys(
+        ["temperature", "top_p", "stop", "tools", "response_format", "stream_options", "logit_bias", "n", "unheard_of"]
+    )
+    body = chat(
+        "hi",
+        user="me",
+        store=False,
+        metadata={"a": "b"},
+        n=1,
+        response_format={"type": "text"},
+        stream_options={"include_usage": True},
+    )
     assert post(server, nulls | body).status_code == 200
 
 
@@ -144,15 +164,15 @@ def test_bad_requests_name_their_field_and_hurt_nobody(
 
 
 def test_unknown_routes_and_methods_have_the_error_shape(server: RunningServer) -> None:
-    assert httpx.get(server.base + "/v1/nothing").json()["error"]["message"] == "GET /v1/nothing is not here"
-    assert httpx.get(server.base + "/v1/chat/completions").status_code == 405
+    assert httpx2.get(server.base + "/v1/nothing").json()["error"]["message"] == "GET /v1/nothing is not here"
+    assert httpx2.get(server.base + "/v1/chat/completions").status_code == 405
 
 
 def test_models_health_and_live(server: RunningServer, client: openai.OpenAI) -> None:
     assert [m.id for m in client.models.list()] == ["tiny"]
-    assert httpx.get(server.base + "/v1/models").json()["data"][0]["max_model_len"] == 512
-    assert httpx.get(server.base + "/health").json() == {"status": "ok"}
-    assert httpx.get(server.base + "/live").json() == {"status": "ok"}
+    assert httpx2.get(server.base + "/v1/models").json()["data"][0]["max_model_len"] == 512
+    assert httpx2.get(server.base + "/health").json() == {"status": "ok"}
+    assert httpx2.get(server.base + "/live").json() == {"status": "ok"}
 
 
 def test_special_tokens_in_a_message_are_only_text(server: RunningServer) -> None:
@@ -164,7 +184,7 @@ def test_special_tokens_in_a_message_are_only_text(server: RunningServer) -> Non
 def test_a_client_that_leaves_is_forgotten(server: RunningServer) -> None:
     body = chat("hi", max_tokens=400, ignore_eos=True)
     for stream in (True, False):
-        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.05) as client:  # noqa: PT012
+        with pytest.raises(httpx2.ReadTimeout), httpx2.Client(timeout=0.05) as client:  # noqa: PT012
             client.post(server.base + "/v1/chat/completions", json=body | {"stream": stream}).read()
             pytest.fail("the answer was quicker than the test can leave")
     # the engine is free again: a short answer does not wait behind the long ones for ever

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -29,11 +29,11 @@ class InFlight(threading.Thread):
     def run(self) -> None:
         body = chat("hi", max_tokens=490, ignore_eos=True, stream=True)
         try:
-            with httpx.stream("POST", self.url, json=body, timeout=60) as response:
+            with httpx2.stream("POST", self.url, json=body, timeout=60) as response:
                 for line in response.iter_lines():
                     self.lines.append(line)
                     self.begun.set()
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             self.lines.append(f"{type(error).__name__}")
 
     def last(self) -> str:
@@ -102,11 +102,11 @@ def test_killing_the_front_leaves_no_rank_behind(slow: tuple[str, ...]) -> None:
 
 def test_a_signal_while_loading(slow: tuple[str, ...]) -> None:
     with running(*slow) as server:
-        health = httpx.get(server.base + "/health")
+        health = httpx2.get(server.base + "/health")
         assert health.status_code == 503 and health.json()["status"] == "loading" and health.json()["stage"]
-        refused = httpx.post(server.base + "/v1/chat/completions", json=chat("hi"))
+        refused = httpx2.post(server.base + "/v1/chat/completions", json=chat("hi"))
         assert refused.status_code == 503 and "loading" in refused.json()["error"]["message"] and refused.headers["Retry-After"]
-        assert httpx.get(server.base + "/live").status_code == 200
+        assert httpx2.get(server.base + "/live").status_code == 200
         ranks = server.ranks()
         server.process.send_signal(signal.SIGINT)
         server.wait()

@@ -105,7 +105,7 @@ def read_chat_request(body: bytes) -> ChatRequest:
         return ChatRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = [p for p in first["loc"] if isinstance(p, int) or not p.startswith(("str", "list["))]
+        place = [p for p in first["loc"] if p not in ("str", "list[str]")]  # arms of a union, not fields
         param = ".".join(map(str, place)) or "body"
         raise RequestError(f"{param}: {first['msg']}", param=param) from None
 

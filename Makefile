@@ -1,0 +1,35 @@
+# Every target sets itself up: a virtual environment in .venv with the pinned versions, then the job.
+PYTHON ?= python3
+MODEL ?= demo
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
+
+serve: $(READY) ## start the HTTP server with the model in the box, on http://127.0.0.1:8000 (MODEL=... for another)
+	@$(BIN)/vlserve serve $(MODEL)
+
+test: $(READY) ## run the test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY) ## time the server on this machine: concurrency and start-up
+	$(BIN)/python benchmarks/bench_server.py
+
+clean: ## remove the virtual environment and caches
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlserve needs Python 3.10 or newer; this is %s. Set PYTHON=/path/to/python3" % sys.version.split()[0]'
+	@echo "setting up .venv with $$($(PYTHON) --version); torch is large, so the first time takes a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $(READY)

@@ -1,0 +1,183 @@
+"""`VLPipeline` from Python: every form of prompt, order, streaming, and the places people run it from."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.vision.test_preprocess import encoded, noise
+from vlserve import Completion, ConfigError, EngineError, ModelError, RequestError, SamplingParams, VLPipeline
+
+PICTURE = Image.fromarray(noise(60, 30))
+OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 0.05}
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint: Callable[..., Path]) -> Iterator[VLPipeline]:
+    with VLPipeline(str(checkpoint("qwen2")), **OPTIONS) as pipe:
+        yield pipe
+
+
+def test_all_forms_of_a_prompt_mean_the_same(pipe: VLPipeline, tmp_path: Path) -> None:
+    png = encoded(PICTURE, "PNG")
+    path = tmp_path / "picture.png"
+    path.write_bytes(png)
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    text = {"type": "text", "text": "What?"}
+
+    def message(part: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [part, text]}]
+
+    prompts: list[Any] = [
+        *[("What?", source) for source in (PICTURE, png, str(path), path, url, np.asarray(PICTURE), [PICTURE])],
+        *[message({"type": "image", "image": source}) for source in (PICTURE, str(path), png, np.asarray(PICTURE))],
+        message({"type": "image_url", "image_url": {"url": url}}),
+        message({"type": "image_url", "image_url": url}),
+    ]
+    answers = pipe(prompts, max_tokens=6)
+    assert len({a.token_ids for a in answers}) == 1 and len({a.usage.prompt_tokens for a in answers}) == 1
+    assert answers[0].usage.image_tokens > 0
+    single = pipe(prompts[0], max_tokens=6)
+    assert isinstance(single, Completion) and single.token_ids == answers[0].token_ids
+    assert single.usage.cached_tokens > 0
+
+
+def test_one_conversation_gives_one_answer_and_a_list_gives_a_list(pipe: VLPipeline) -> None:
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    one = pipe(conversation, max_tokens=3)
+    many = pipe([conversation, "text", conversation], max_tokens=3, progress=True)
+    assert isinstance(one, Completion) and [type(m) for m in many] == [Completion] * 3
+    assert many[0].token_ids == many[2].token_ids == one.token_ids
+    assert pipe([], max_tokens=3) == []
+
+
+def test_answers_come_in_the_order_asked(pipe: VLPipeline) -> None:
+    prompts = [f"Question {'x ' * i}" for i in range(24)]
+    answers = pipe(prompts, max_tokens=4)
+    assert [a.usage.prompt_tokens for a in answers] == [pipe(p, max_tokens=1).usage.prompt_tokens for p in prompts]
+
+
+def test_the_fields_of_an_answer(pipe: VLPipeline) -> None:
+    answer = pipe(("What?", PICTURE), sampling=SamplingParams(max_tokens=5, logprobs=2))
+    assert answer.finish_reason in ("stop", "length") and answer.usage.completion_tokens == len(answer.token_ids) <= 5
+    assert answer.logprobs is not None and [entry.token_id for entry in answer.logprobs] == list(answer.token_ids)
+    timing = answer.timing
+    assert 0 <= timing.queue_s <= timing.ttft_s <= timing.total_s and timing.encode_s >= 0
+
+
+def test_the_ending_token_is_in_the_ids_and_not_in_the_text(pipe: VLPipeline) -> None:
+    end = pipe.tokenizer.token_id("<|im_end|>")
+    answer = pipe("hi", max_tokens=5, logit_bias={end: 1000.0}, skip_special_tokens=False)
+    assert answer.token_ids == (end,) and answer.text == "" and answer.finish_reason == "stop"
+
+
+def test_streamed_equals_whole(pipe: VLPipeline) -> None:
+    for prompt in ("hi", ("What?", PICTURE)):
+        deltas = list(pipe.stream(prompt, max_tokens=30, temperature=1.0, seed=4))
+        whole = pipe(prompt, max_tokens=30, temperature=1.0, seed=4)
+        assert "".join(d.text for d in deltas) == whole.text
+        assert tuple(i for d in deltas for i in d.token_ids) == whole.token_ids
+        assert [d.finish_reason for d in deltas[:-1]] == [None] * (len(deltas) - 1) and deltas[-1].finish_reason
+
+
+def test_leaving_a_stream_early_ends_the_request(pipe: VLPipeline) -> None:
+    for _ in range(3):
+        for _delta in pipe.stream("hi", max_tokens=400, ignore_eos=True):
+            break
+    answer = pipe("hi", max_tokens=2)
+    assert answer.finish_reason in ("stop", "length")
+
+
+def test_asyncio_and_sync_work_inside_a_running_loop(pipe: VLPipeline) -> None:
+    async def main() -> None:
+        want = pipe("hi", max_tokens=4)  # synchronous, inside a running loop
+        answers = await asyncio.gather(*(pipe.agenerate("hi", max_tokens=4) for _ in range(5)))
+        assert all(a.token_ids == want.token_ids for a in answers)
+        text = "".join([d.text async for d in pipe.astream("hi", max_tokens=4)])
+        assert text == want.text
+        task = asyncio.ensure_future(pipe.agenerate("hi", max_tokens=400, ignore_eos=True))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
+BAD: list[tuple[Any, dict[str, Any], str, str]] = [
+    ("x", {"max_tokens": -1}, "max_tokens", "-1"),
+    ("x", {"max_tokens": 10**6}, "max_tokens", "max_model_len 512"),
+    ("x", {"temperature": float("nan")}, "temperature", "nan"),
+    ("x", {"temperatur": 1}, "temperatur", "unknown sampling parameter"),
+    ("word " * 800, {}, "messages", "no room"),
+    ({"role": "user"}, {}, "prompt", "a prompt is"),
+    (("x", "/no/such/file.png"), {}, "images[0]", "cannot read"),
+    (("x", [PICTURE] * 100), {}, "messages", "limit is 64"),
+    (("x", b"junk"), {}, "images[0]", "cannot be decoded"),
+    ([{"role": "user", "content": []}], {}, "messages[0].content", "text or a list"),
+    ("x", {"stop_token_ids": [10**6]}, "stop_token_ids", "vocabulary"),
+    ("x", {"sampling": SamplingParams(), "seed": 1}, "sampling", "not both"),
+]
+
+
+@pytest.mark.parametrize("prompt,fields,param,message", BAD, ids=[str(n) for n in range(len(BAD))])
+def test_bad_requests_name_their_field(pipe: VLPipeline, prompt: Any, fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message.replace("[", r"\[")) as caught:
+        pipe(prompt, **fields)
+    assert caught.value.param == param
+    assert pipe("next", max_tokens=1).token_ids
+
+
+def test_wrong_options_and_models() -> None:
+    with pytest.raises(ConfigError, match="unknown option 'max_len'"):
+        VLPipeline(max_len=5)
+    with pytest.raises(ConfigError, match="dtype is 'float8'"):
+        VLPipeline(dtype="float8")
+    with pytest.raises(ModelError, match="no such folder"):
+        VLPipeline("./nowhere")
+    with pytest.raises(ModelError, match="Hub did not give it"):
+        VLPipeline("no-such-org/no-such-model")
+
+
+def test_a_closed_pipeline_says_so_and_two_live_side_by_side(checkpoint: Callable[..., Path]) -> None:
+    first, second = (VLPipeline(str(checkpoint(kind)), **OPTIONS) for kind in ("qwen2", "llama"))
+    assert first("hi", max_tokens=3).token_ids and second("hi", max_tokens=3).token_ids
+    first.close()
+    first.close()
+    with pytest.raises(EngineError, match="closed"):
+        first("hi")
+    assert second("hi", max_tokens=3).token_ids
+    second.close()
+
+
+def test_before_it_is_ready_a_pipeline_says_so(checkpoint: Callable[..., Path]) -> None:
+    with VLPipeline(str(checkpoint("qwen2")), wait=False, **OPTIONS) as pipe:
+        with pytest.raises(EngineError, match="still loading"):
+            pipe("hi")
+        pipe.wait_ready()
+        assert pipe("hi", max_tokens=1).token_ids
+
+
+SCRIPT = """
+from vlserve import VLPipeline
+pipe = VLPipeline({model!r}, dtype="float32", kv_cache_gib=0.05)
+print("answer", pipe("hi", max_tokens=3).token_ids)
+"""
+
+
+def test_a_script_without_a_main_guard(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(model=str(checkpoint("qwen2"))))
+    for command in ([sys.executable, str(script)], [sys.executable, "-c", f"exec(open({str(script)!r}).read())"]):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert done.returncode == 0 and done.stdout.startswith("answer ("), done.stderr
+        assert done.stderr == ""
