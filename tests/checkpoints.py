@@ -75,19 +75,19 @@ def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: 
     from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
-    settings: dict[str, Any] = dict(
-        vocab_size=tokenizer.get_vocab_size() + 3,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        eos_token_id=end,
-        bos_token_id=pad,
-        pad_token_id=pad,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size() + 3,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "eos_token_id": end,
+        "bos_token_id": pad,
+        "pad_token_id": pad,
+    }
     if decoder == "qwen3":
         settings["head_dim"] = 16
     if decoder == "mistral":

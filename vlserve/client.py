@@ -29,7 +29,7 @@ import zmq
 
 from vlserve import errors
 from vlserve.config import EngineConfig, SamplingParams
-from vlserve.engine.messages import Abort, Add, Failed, FromRank, ImageRef, Ready, Shutdown, Stage, Stats, Step, TokenEvent
+from vlserve.engine.messages import Abort, Add, Failed, FromRank, ImageRef, Ready, Shutdown, Stage, Step, TokenEvent
 from vlserve.errors import EngineError, VLServeError
 from vlserve.rank import RankArguments
 
@@ -56,7 +56,6 @@ class EngineClient:
         self.stage = Stage(name="starting")
         self.ready: Ready | None = None
         self.error: VLServeError | None = None
-        self.stats = Stats(num_running=0, num_waiting=0)
         self.on_failure: Callable[[VLServeError], None] = lambda error: None
         self._ids = itertools.count()
         self._streams: dict[int, Stream] = {}
@@ -149,11 +148,16 @@ class EngineClient:
         inbox = self._context.socket(zmq.PULL)
         inbox.set_hwm(0)
         inbox.connect("inproc://outbox")
-        process = self._start_rank(*addresses)
+        process = None
         try:
+            process = self._start_rank(*addresses)
             self._move_messages(process, inbox, requests, events)
+        except Exception as error:
+            log.exception("the client's thread failed")
+            self._give_up(EngineError(f"the engine cannot be reached: {error}"))
         finally:
-            self._end_rank(process, requests)
+            if process is not None:
+                self._end_rank(process, requests)
             self._context.destroy(linger=0)
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -185,7 +189,7 @@ class EngineClient:
         poller = zmq.Poller()
         poller.register(inbox, zmq.POLLIN)
         poller.register(events, zmq.POLLIN)
-        while not self._closing.is_set():
+        while self.error is None:
             readable = dict(poller.poll(POLL_MS))
             if inbox in readable:
                 requests.send_multipart(inbox.recv_multipart(copy=False), copy=False)
@@ -193,17 +197,12 @@ class EngineClient:
                 self._handle(decoder.decode(events.recv()))
             elif process.poll() is not None:
                 self._give_up(EngineError(f"the engine's process ended ({_describe_exit(process.returncode)})"))
-                return
             self._check_deadlines()
-            if self.error is not None and not self._streams and self.ready is None:
-                return
 
     def _handle(self, message: FromRank) -> None:
         self._last_sign = time.monotonic()
         if isinstance(message, Step):
             self._dispatch(message.events)
-        elif isinstance(message, Stats):
-            self.stats = message
         elif isinstance(message, Stage):
             self.stage = message
         elif isinstance(message, Ready):
@@ -229,8 +228,6 @@ class EngineClient:
                 loop.call_soon_threadsafe(_put_all, news)
 
     def _check_deadlines(self) -> None:
-        if self.error is not None:
-            return
         waited = time.monotonic() - self._last_sign
         if self.ready is None and waited > self.config.load_timeout_s:
             self._give_up(

@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from vlserve.config import EngineConfig
-from vlserve.engine.messages import Abort, Add, Failed, FromRank, Ready, Shutdown, Stage, Stats, Step, TokenEvent, ToRank
+from vlserve.engine.messages import Abort, Add, Failed, FromRank, Ready, Shutdown, Stage, Step, TokenEvent, ToRank
 from vlserve.errors import VLServeError
 
 
@@ -101,9 +101,7 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], send: _Send) -> No
             elif isinstance(message, Add):
                 engine.add(message, [pixels(f, i.num_tiles) for f, i in zip(frames[1:], message.images, strict=True)])
         ended += engine.step()
-        if ended:
-            send(Step(events=ended))
-        send(Stats(num_running=len(engine.scheduler.running), num_waiting=len(engine.scheduler.waiting)))
+        send(Step(events=ended))
 
 
 def _receive(socket: zmq.Socket[bytes], *, wait: bool) -> list[list[zmq.Frame]]:

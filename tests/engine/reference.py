@@ -92,6 +92,10 @@ class Comparison:
         else:
             self.different.append(f"lengths {len(got_ids)} and {len(want_ids)}")
 
+    def __str__(self) -> str:
+        different = f", {len(self.different)} different" if self.different else ""
+        return f"{self.equal} equal, {self.ties} ties{different}; top-5 logprobs within {self.largest_logprob_difference:.1e}"
+
     def check(self) -> None:
         total = self.equal + self.ties + len(self.different)
         assert not self.different, f"{len(self.different)} of {total} differ: {self.different[:5]}"

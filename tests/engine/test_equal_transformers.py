@@ -46,8 +46,6 @@ def test_greedy_tokens_equal_transformers(decoder: str, settings: dict[str, Any]
             add(ours, id, p, sampling, 16)
     for id, events in run(ours).items():
         comparison.take(events, *wanted[id][1:])
-    print(
-        f"{decoder} {settings}: {comparison.equal} equal, {comparison.ties} ties, logprobs within {comparison.largest_logprob_difference:.1e}"
-    )
+    print(f"{decoder} {settings}: {comparison}")
     comparison.check()
     assert comparison.largest_logprob_difference < 1e-3

@@ -124,5 +124,5 @@ def test_every_request_ends_exactly_once_whatever_happens(seed: int) -> None:
             if e.finish_reason:
                 ended[e.id] = ended.get(e.id, 0) + 1
         s.pool.check()
-    assert ended == {i: 1 for i in range(25)}
+    assert ended == dict.fromkeys(range(25), 1)
     assert s.pool.num_free == 26

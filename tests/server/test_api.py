@@ -184,7 +184,7 @@ def test_special_tokens_in_a_message_are_only_text(server: RunningServer) -> Non
 def test_a_client_that_leaves_is_forgotten(server: RunningServer) -> None:
     body = chat("hi", max_tokens=400, ignore_eos=True)
     for stream in (True, False):
-        with pytest.raises(httpx2.ReadTimeout), httpx2.Client(timeout=0.05) as client:  # noqa: PT012
+        with pytest.raises(httpx2.ReadTimeout), httpx2.Client(timeout=0.05) as client:
             client.post(server.base + "/v1/chat/completions", json=body | {"stream": stream}).read()
             pytest.fail("the answer was quicker than the test can leave")
     # the engine is free again: a short answer does not wait behind the long ones for ever

@@ -83,15 +83,10 @@ class TokenEvent(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
+    """Sent after every step, also without events: it is the engine's sign of life."""
+
     events: list[TokenEvent]
 
 
-class Stats(msgspec.Struct, frozen=True, tag=True):
-    """A sign of life with what the engine has to do."""
-
-    num_running: int
-    num_waiting: int
-
-
 ToRank = Add | Abort | Shutdown
-FromRank = Stage | Ready | Failed | Step | Stats
+FromRank = Stage | Ready | Failed | Step

@@ -1,0 +1,78 @@
+"""The model in the box: a real checkpoint that transformers loads, that answers as it says, in every way it is asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.engine.reference import Comparison, Transformers, add, engine, prompt, run
+from vlserve import SamplingParams, VLPipeline
+from vlserve.checkpoint import DEMO, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "examples/demo_model"))
+from held_out import Item, is_right, make_items  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    return make_items(200, seed=7)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[VLPipeline]:
+    with VLPipeline(kv_cache_gib=0.2) as pipe:
+        yield pipe
+
+
+def test_what_the_box_promises() -> None:
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 16 * 2**20
+    checkpoint = read_checkpoint(DEMO)
+    text, vision = checkpoint.config["text_config"], checkpoint.config["vision_config"]
+    assert vision["num_attention_heads"] == 5
+    assert (text["num_attention_heads"], text["num_key_value_heads"]) == (8, 4)
+    assert text["max_position_embeddings"] >= 8192 and text["model_type"] == "qwen2"
+    for tp in (1, 2, 4):
+        for width in (text["vocab_size"], text["hidden_size"], text["intermediate_size"]):
+            assert width % tp == 0
+        assert text["intermediate_size"] // tp % 32 == 0 and text["hidden_size"] // tp % 32 == 0
+    assert checkpoint.image_config.dynamic and checkpoint.image_config.max_patches > 1
+
+
+def test_200_questions_equal_transformers(items: list[Item]) -> None:
+    reference, ours, comparison = Transformers(DEMO), engine(DEMO, max_num_seqs=16), Comparison()
+    wanted = []
+    for id, item in enumerate(items):
+        image = Image.open(io.BytesIO(item.image)).convert("RGB")
+        p = prompt(DEMO, item.question, [image])
+        wanted.append(reference.generate(item.question, [image], 24))
+        assert p.token_ids == wanted[-1][0]
+        add(ours, id, p, SamplingParams(logprobs=5), 24)
+    for id, events in sorted(run(ours).items()):
+        comparison.take(events, *wanted[id][1:])
+    print(f"demo: {comparison}")
+    comparison.check()
+    assert comparison.largest_logprob_difference < 1e-3
+
+
+def test_it_answers_right_far_more_often_than_chance(pipe: VLPipeline, items: list[Item]) -> None:
+    answers = pipe([(item.question, item.image) for item in items], max_tokens=24)
+    right = sum(is_right(item, answer.text) for item, answer in zip(items, answers, strict=True))
+    assert right >= 0.6 * len(items), f"{right} of {len(items)}; guessing gives about a quarter"
+
+
+def test_the_readmes_question(pipe: VLPipeline) -> None:
+    readme = (ROOT / "README.md").read_text()
+    question = json.loads(readme.split('{"type": "text", "text": ')[1].split("}]}]}'")[0])
+    answer = readme.split("`content` is `")[1].split("`")[0]
+    assert pipe((question, ROOT / "examples/pictures/shapes.png"), max_tokens=16).text == answer
+    url: Any = {"type": "image", "image": ROOT / "examples/pictures/shapes.png"}
+    text_first = [{"role": "user", "content": [{"type": "text", "text": question}, url]}]
+    assert pipe(text_first, max_tokens=16).text == answer, "OpenAI's own examples put the text first"
