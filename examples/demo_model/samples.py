@@ -44,7 +44,7 @@ class Samples(torch.utils.data.IterableDataset):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for i in range(self.start + first, self.end, step):
             low, high = self.ramp
-            hardness = 0.65 * min(1.0, max(0.0, (i - low) / (high - low)))
+            hardness = 0.65 * min(1.0, max(0.0, (i - low) / max(1, high - low)))
             yield make_sample(self.tokenizer, random.Random(f"picture-{self.seed}-{i}"), hardness)
 
 
