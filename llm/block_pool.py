@@ -92,11 +92,6 @@ class BlockPool:
         self._digests[block] = digest
         self._by_digest[digest] = block
 
-    def reset(self) -> None:
-        """Forget every cached prefix that nobody uses."""
-        for block in self._free:
-            self._forget(block)
-
     def check(self) -> None:
         """Assert that the books agree; for tests and for idle moments."""
         for block, references in enumerate(self._references):

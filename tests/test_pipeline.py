@@ -6,14 +6,17 @@ import asyncio
 import base64
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+import vlserve
 from tests.vision.test_preprocess import encoded, noise
 from vlserve import Completion, ConfigError, EngineError, ModelError, RequestError, SamplingParams, VLPipeline
 
@@ -125,7 +128,13 @@ BAD: list[tuple[Any, dict[str, Any], str, str]] = [
     (("x", b"junk"), {}, "images[0]", "cannot be decoded"),
     ([{"role": "user", "content": []}], {}, "messages[0].content", "text or a list"),
     ("x", {"stop_token_ids": [10**6]}, "stop_token_ids", "vocabulary"),
-    ("x", {"sampling": SamplingParams(), "seed": 1}, "sampling", "not both"),
+    ("\ud83d", {}, "prompt", "half a character"),
+    ("x", {"ignore_eos": None}, "ignore_eos", "true or false"),
+    ("x", {"max_tokens": True}, "max_tokens", "True"),
+    ("x", {"temperature": True}, "temperature", "True"),
+    ("x", {"logit_bias": {5: True}}, "logit_bias", "finite numbers"),
+    ("x", {"stop": ["\ud83d"]}, "stop", "texts"),
+    ("x", {"seed": 2**70}, "seed", "whole number"),
 ]
 
 
@@ -135,6 +144,14 @@ def test_bad_requests_name_their_field(pipe: VLPipeline, prompt: Any, fields: di
         pipe(prompt, **fields)
     assert caught.value.param == param
     assert pipe("next", max_tokens=1).token_ids
+
+
+def test_numpy_numbers_and_tiny_temperatures_are_taken(pipe: VLPipeline) -> None:
+    greedy = pipe("hi", max_tokens=4).token_ids
+    assert pipe("hi", max_tokens=4, temperature=1e-40).token_ids == greedy
+    assert pipe("hi", max_tokens=4, temperature=np.float64(0.5), seed=1).token_ids
+    with pytest.raises(RequestError, match="not both"):
+        pipe("hi", sampling=SamplingParams(), seed=1)
 
 
 def test_wrong_options_and_models() -> None:
@@ -165,6 +182,83 @@ def test_before_it_is_ready_a_pipeline_says_so(checkpoint: Callable[..., Path]) 
             pipe("hi")
         pipe.wait_ready()
         assert pipe("hi", max_tokens=1).token_ids
+
+
+def test_a_rank_that_is_killed_fails_every_request_at_once(checkpoint: Callable[..., Path]) -> None:
+    with VLPipeline(str(checkpoint("qwen2")), **OPTIONS) as pipe:
+        children = psutil.Process().children()
+        rank = max((p for p in children if "vlserve.rank" in " ".join(p.cmdline())), key=lambda p: p.create_time())
+        rank.kill()
+        for _ in range(3):  # also before the death is noticed
+            with pytest.raises(EngineError, match="killed by signal 9"):
+                pipe("hi", max_tokens=400, ignore_eos=True)
+
+
+def test_a_folder_that_sockets_cannot_live_in_is_an_error_and_no_hang(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep = tmp_path / ("x" * 110)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(EngineError, match="cannot be reached"):
+        VLPipeline(str(checkpoint("qwen2")), **OPTIONS)
+    assert list(deep.iterdir()) == []
+
+
+def test_closing_while_a_request_is_prepared_ends_the_request(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = VLPipeline(str(checkpoint("qwen2")), **OPTIONS)
+    begun = threading.Event()
+
+    async def never(image: Any) -> Any:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr("vlserve.pipeline._fetch", never)
+    for ask in (lambda: pipe(("x", PICTURE)), lambda: list(pipe.stream(("x", PICTURE)))):
+        begun.clear()
+        failures: list[BaseException] = []
+
+        def run(ask: Callable[[], Any] = ask, failures: list[BaseException] = failures) -> None:
+            try:
+                ask()
+            except BaseException as error:  # noqa: BLE001  (looked at below)
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        if not begun.wait(2):
+            thread.join(10)
+        pipe.close()
+        thread.join(10)
+        assert not thread.is_alive() and isinstance(failures[0], EngineError), failures
+
+
+def test_one_lazy_picture_in_many_prompts(pipe: VLPipeline, tmp_path: Path) -> None:
+    path = tmp_path / "big.png"
+    path.write_bytes(encoded(Image.fromarray(noise(700, 500)), "PNG"))
+    for _ in range(5):
+        with Image.open(path) as lazy:
+            answers = pipe([("x", lazy) for _ in range(8)], max_tokens=2)
+        assert len({a.token_ids for a in answers}) == 1
+
+
+def test_the_router_leaves_the_including_apps_errors_alone(pipe: VLPipeline) -> None:
+    from fastapi import Depends, FastAPI, HTTPException
+    from fastapi.testclient import TestClient
+
+    def locked() -> None:
+        raise HTTPException(401, "locked")
+
+    app = FastAPI()
+    app.include_router(vlserve.router(pipe), dependencies=[Depends(locked)])
+    app.include_router(vlserve.router(pipe, model_name="open"), prefix="/open")
+    with TestClient(app) as client:
+        assert client.get("/v1/models").status_code == 401
+        body = {"model": "open", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        assert client.post("/open/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] <= 2
+        assert client.post("/open/v1/chat/completions", json={}).json()["error"]["param"] == "messages"
 
 
 SCRIPT = """

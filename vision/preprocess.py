@@ -79,7 +79,9 @@ def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 def image_digest(array: np.ndarray, config: ImageConfig) -> bytes:
     """32 bytes over size, pixels and every setting that changes the tiles."""
     header = repr(("RGB", array.shape, str(array.dtype), config)).encode()
-    return hashlib.blake2b(header + array.tobytes(), digest_size=32).digest()
+    digest = hashlib.blake2b(header, digest_size=32)
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
 
 
 def _resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:

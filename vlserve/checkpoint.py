@@ -30,8 +30,9 @@ class Checkpoint:
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         text = self.config.get("text_config") or {}
-        given = self.generation.get("eos_token_id", text.get("eos_token_id", self.config.get("eos_token_id")))
-        return frozenset([given] if isinstance(given, int) else given or ())
+        places = (self.generation, text, self.config)
+        given: int | list[int] = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
+        return frozenset([given] if isinstance(given, int) else given)
 
     @property
     def image_token_id(self) -> int:
@@ -48,11 +49,11 @@ def find_folder(model: str, revision: str | None = None) -> Path:
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ModelError(f"model {model!r}: no such folder. Give demo, a folder, or a Hugging Face name such as org/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"model {model!r}: no such folder here, and the Hugging Face Hub did not give it: {reason}") from error
 

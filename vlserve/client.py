@@ -108,6 +108,7 @@ class EngineClient:
                 self._last_sign = time.monotonic()
             self._streams[id] = stream
             self._outbox.send_multipart(frames)
+        del frames  # the tiles are the rank's now
         try:
             while True:
                 event = await stream.queue.get()
@@ -140,16 +141,15 @@ class EngineClient:
 
     def _run(self) -> None:
         """The thread: starts the rank, then moves messages until the end."""
-        requests, events = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        addresses = [f"ipc://{self._folder}/{name}" for name in ("requests", "events")]
-        for socket, address in zip((requests, events), addresses, strict=True):
-            socket.set_hwm(0)
-            socket.bind(address)
-        inbox = self._context.socket(zmq.PULL)
-        inbox.set_hwm(0)
-        inbox.connect("inproc://outbox")
+        requests, events, inbox = (self._context.socket(kind) for kind in (zmq.PUSH, zmq.PULL, zmq.PULL))
         process = None
         try:
+            addresses = [f"ipc://{self._folder}/{name}" for name in ("requests", "events")]
+            for socket in (requests, events, inbox):
+                socket.set_hwm(0)
+            requests.bind(addresses[0])
+            events.bind(addresses[1])
+            inbox.connect("inproc://outbox")
             process = self._start_rank(*addresses)
             self._move_messages(process, inbox, requests, events)
         except Exception as error:
@@ -192,7 +192,9 @@ class EngineClient:
         while self.error is None:
             readable = dict(poller.poll(POLL_MS))
             if inbox in readable:
-                requests.send_multipart(inbox.recv_multipart(copy=False), copy=False)
+                frames = inbox.recv_multipart(copy=False)
+                with contextlib.suppress(zmq.Again):  # no peer: the rank is gone, which is noticed below
+                    requests.send_multipart(frames, zmq.NOBLOCK, copy=False)
             if events in readable:
                 self._handle(decoder.decode(events.recv()))
             elif process.poll() is not None:
@@ -251,7 +253,7 @@ class EngineClient:
             self.on_failure(error)
 
     def _end_rank(self, process: subprocess.Popen[bytes], requests: zmq.Socket[bytes]) -> None:
-        if process.poll() is None and self.ready is not None and not self.is_overdue:
+        if process.poll() is None and self.ready is not None:
             with contextlib.suppress(zmq.ZMQError):
                 requests.send(self._encoder.encode(Shutdown()), zmq.NOBLOCK)
             with contextlib.suppress(subprocess.TimeoutExpired):

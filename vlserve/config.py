@@ -78,7 +78,7 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port!r}; expected 0 to 65535")
 
 
-MAX_STOPS, MAX_LOGPROBS = 16, 20
+MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,9 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false", param=name)
         self._number("temperature", 0, 100)
         self._number("top_p", 0, 1, above=True)
         self._number("min_p", 0, 1)
@@ -119,30 +122,44 @@ class SamplingParams:
         self._integer("min_tokens", 0)
         self._integer("seed", -(2**63), 2**63 - 1, optional=True)
         self._integer("logprobs", 0, MAX_LOGPROBS, optional=True)
-        if len(self.stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in self.stop):
+        if len(self.stop) > MAX_STOPS or not all(_is_text(s) for s in self.stop):
             raise RequestError(f"stop must hold at most {MAX_STOPS} texts, none of them empty", param="stop")
-        if len(self.stop_token_ids) > 256 or not all(isinstance(i, int) and i >= 0 for i in self.stop_token_ids):
+        if len(self.stop_token_ids) > 256 or not all(_is_integer(i) and 0 <= i <= MAX_INTEGER for i in self.stop_token_ids):
             raise RequestError("stop_token_ids must hold at most 256 token ids of 0 or more", param="stop_token_ids")
-        if len(self.logit_bias) > 1024 or not all(math.isfinite(v) for v in self.logit_bias.values()):
-            raise RequestError("logit_bias must hold at most 1024 finite numbers", param="logit_bias")
+        bias = self.logit_bias
+        if len(bias) > 1024 or not all(_is_integer(i) and abs(i) <= MAX_INTEGER and _is_number(v) for i, v in bias.items()):
+            raise RequestError("logit_bias must hold at most 1024 finite numbers by token id", param="logit_bias")
+        object.__setattr__(self, "logit_bias", {id: float(value) for id, value in bias.items()})
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", param="min_tokens")
 
     def _number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
-        good = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-        if not good or (above and value == low):
-            raise RequestError(
-                f"{name} is {value!r}; expected a number {'above' if above else 'from'} {low} to {high}", param=name
-            )
+        if not _is_number(value) or not low <= value <= high or (above and value == low):
+            wanted = f"{'above' if above else 'from'} {low} to {high}"
+            raise RequestError(f"{name} is {value!r}; expected a number {wanted}", param=name)
+        object.__setattr__(self, name, float(value))  # numpy's numbers too
 
-    def _integer(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+    def _integer(self, name: str, low: int, high: int = MAX_INTEGER, *, optional: bool = False) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
-        if not isinstance(value, int) or value < low or (high is not None and value > high):
-            wanted = f"of {low} or more" if high is None else f"from {low} to {high}"
+        if not _is_integer(value) or not low <= value <= high:
+            wanted = f"of {low} or more" if not _is_integer(value) or value < low else f"from {low} to {high}"
             raise RequestError(f"{name} is {value!r}; expected a whole number {wanted}", param=name)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    """A text that is not empty and has no half characters."""
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:

@@ -14,6 +14,7 @@ import io
 import ipaddress
 import os
 import socket
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ MAX_PIXELS = 64_000_000  # of one picture
 MAX_IMAGES = 64  # in one request
 FETCH_SECONDS = 20.0
 MAX_REDIRECTS = 3
+_LOADING = threading.Lock()
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own bound on pixels is tighter
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -38,7 +41,7 @@ def decode_image(source: Any, *, param: str, local: bool = False) -> Image.Image
     Raises RequestError naming `param`.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, param)
+        return _decode(source, param)
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source, param), param)
     if isinstance(source, str) and source.startswith("data:"):
@@ -51,11 +54,16 @@ def decode_image(source: Any, *, param: str, local: bool = False) -> Image.Image
         raise _refusal(param, f"a {type(source).__name__} is no picture; give a PIL image, path, URL, data URL, bytes or array")
     if len(source) > MAX_BYTES:
         raise _refusal(param, f"the picture has {len(source)} bytes, the limit is {MAX_BYTES}")
+    return _decode(source, param)
+
+
+def _decode(source: Image.Image | bytes | bytearray | memoryview, param: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own bound on pixels follows
-            image = Image.open(io.BytesIO(source), formats=FORMATS)
-            return _to_rgb(image, param)
+        if isinstance(source, Image.Image):
+            with _LOADING:  # a picture that is still in its file reads it once, and prompts may share the picture
+                source.load()
+            return _to_rgb(source, param)
+        return _to_rgb(Image.open(io.BytesIO(source), formats=FORMATS), param)
     except RequestError:
         raise
     except Image.DecompressionBombError:
@@ -71,9 +79,8 @@ async def fetch(url: str, *, param: str) -> bytes:
     redirect again; proxies from the environment are not used, since one would undo the check.
     """
     try:
-        async with asyncio.timeout(FETCH_SECONDS) if hasattr(asyncio, "timeout") else _NoTimeout():
-            return await _fetch(url, param)
-    except TimeoutError:
+        return await asyncio.wait_for(_fetch(url, param), FETCH_SECONDS)
+    except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
         raise _refusal(param, f"the picture did not arrive within {FETCH_SECONDS:g} s") from None
 
 
@@ -88,7 +95,7 @@ async def _fetch(url: str, param: str) -> bytes:
                 pinned = parts.copy_with(host=address, username=None, password=None)
                 headers = {"Host": parts.netloc.decode("ascii").rpartition("@")[2], "User-Agent": "vlserve"}
                 async with client.stream("GET", pinned, headers=headers, extensions={"sni_hostname": host}) as response:
-                    if response.is_redirect:
+                    if response.has_redirect_location:
                         url = urljoin(url, response.headers["location"])
                         continue
                     if response.status_code != 200:
@@ -99,7 +106,7 @@ async def _fetch(url: str, param: str) -> bytes:
                         if len(data) > MAX_BYTES:
                             raise _refusal(param, f"the picture has more than {MAX_BYTES} bytes")
                     return bytes(data)
-    except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError):
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
         raise _refusal(param, "the picture could not be fetched") from None
     raise _refusal(param, f"the picture's URL leads on more than {MAX_REDIRECTS} times")
 
@@ -186,11 +193,3 @@ def _read_file(path: str | os.PathLike[str], param: str) -> bytes:
 
 def _refusal(param: str, message: str) -> RequestError:
     return RequestError(f"{param}: {message}", param=param, code="invalid_image")
-
-
-class _NoTimeout:
-    """Python 3.10 has no asyncio.timeout; there the HTTP client's own timeouts stand alone."""
-
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, *exc: object) -> None: ...

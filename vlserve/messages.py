@@ -5,15 +5,13 @@ Pictures are named here, not loaded. Raises RequestError with the field's place,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlserve.errors import RequestError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SOURCES = (str, bytes, bytearray, os.PathLike)
+ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +43,12 @@ def is_batch(prompt: Any) -> bool:
 def read_prompt(prompt: Any) -> list[Turn]:
     """One prompt of `VLPipeline`: a text, (text, picture), (text, [pictures]) or messages."""
     if isinstance(prompt, str):
-        return [Turn(role="user", parts=[prompt], is_string=True)]
+        return [Turn(role="user", parts=[_read_text(prompt, "prompt")], is_string=True)]
     if isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[0], str):
         text, images = prompt
         images = images if isinstance(images, (list, tuple)) else [images]
         parts = [ImagePart(source=image, param=f"images[{i}]", local=True) for i, image in enumerate(images)]
-        return [Turn(role="user", parts=[*parts, text], is_string=False)]
+        return [Turn(role="user", parts=[*parts, _read_text(text, "prompt")], is_string=False)]
     if is_conversation(prompt):
         return read_messages(prompt, local=True)
     raise RequestError(
@@ -72,12 +70,11 @@ def _read_message(message: Any, param: str, local: bool) -> Turn:
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{param}.role is {role!r}; expected one of {', '.join(ROLES)}", param=f"{param}.role")
-    if message.get("tool_calls"):
-        raise RequestError(f"{param}.tool_calls is not supported", param=f"{param}.tool_calls")
+    _refuse_others(message, ("role", "content"), param)
     content = message.get("content")
     role = "system" if role == "developer" else role
     if isinstance(content, str):
-        return Turn(role=role, parts=[content], is_string=True)
+        return Turn(role=role, parts=[_read_text(content, f"{param}.content")], is_string=True)
     if not isinstance(content, Sequence) or not content:
         raise RequestError(f"{param}.content must be a text or a list of parts", param=f"{param}.content")
     parts = [_read_part(part, f"{param}.content[{i}]", local) for i, part in enumerate(content)]
@@ -89,12 +86,13 @@ def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
         raise RequestError(f"{param} must be an object with a type", param=param)
     kind = part.get("type")
     if kind in ("text", "input_text"):
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{param}.text must be a text", param=f"{param}.text")
-        return str(part["text"])
+        _refuse_others(part, ("type", "text"), param)
+        return _read_text(part.get("text"), f"{param}.text")
     if kind in ("image_url", "input_image"):
+        _refuse_others(part, ("type", "image_url", "detail"), param)
         return _read_image_url(part, f"{param}.image_url")
     if kind == "image" and local:
+        _refuse_others(part, ("type", "image"), param)
         if "image" not in part:
             raise RequestError(f"{param}.image is missing", param=f"{param}.image")
         return ImagePart(source=part["image"], param=f"{param}.image", local=True)
@@ -103,6 +101,8 @@ def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
 
 def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
     value = part.get("image_url")
+    if isinstance(value, Mapping):
+        _refuse_others(value, ("url", "detail"), param)
     url, detail = (value.get("url"), value.get("detail")) if isinstance(value, Mapping) else (value, part.get("detail"))
     if not isinstance(url, str):
         raise RequestError(f'{param} must be {{"url": "..."}}', param=param)
@@ -111,3 +111,20 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
     if not url.startswith(("data:", "http://", "https://")):
         raise RequestError(f"{param}: expected a data: or http(s): URL", param=param, code="invalid_image")
     return ImagePart(source=url, param=param, local=False, low=detail == "low")
+
+
+def _read_text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{param} must be a text", param=param)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{param} holds half a character (a lone surrogate)", param=param) from None
+    return value
+
+
+def _refuse_others(given: Mapping[str, Any], known: Sequence[str], param: str) -> None:
+    """Nothing is accepted and ignored: a key that is not known must be null or empty."""
+    for key, value in given.items():
+        if key not in known and value not in (None, [], {}, ""):
+            raise RequestError(f"{param}.{key} is not supported", param=f"{param}.{key}", code="unsupported_parameter")

@@ -12,8 +12,9 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from types import TracebackType
@@ -31,6 +32,7 @@ from vlserve.outputs import Completion, Delta, Timing, Usage
 from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, Text
 
 T = TypeVar("T")
+MAX_TOKEN_CHARACTERS = 128  # no vocabulary of the field has longer tokens
 
 
 class VLPipeline:
@@ -54,6 +56,7 @@ class VLPipeline:
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         self.client = EngineClient(self.config)
         try:
+            weakref.finalize(self, self.client.close)  # a pipeline that is dropped ends its process
             self._builder = PromptBuilder(self.checkpoint)
             self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="vlserve-prepare")
             self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,6 +114,8 @@ class VLPipeline:
         task = asyncio.run_coroutine_threadsafe(pump(), self._background())
         try:
             while (piece := pieces.get()) is not None:
+                if isinstance(piece, asyncio.CancelledError):
+                    raise EngineError("the pipeline was closed")
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
@@ -134,6 +139,14 @@ class VLPipeline:
         images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
         if len(images) > MAX_IMAGES:
             raise RequestError(f"{len(images)} pictures in one request; the limit is {MAX_IMAGES}", param="messages")
+        num_characters = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
+        most = MAX_TOKEN_CHARACTERS * self.client.ready.max_model_len if self.client.ready else num_characters
+        if num_characters > most:  # encoding it first could take a minute
+            raise RequestError(
+                f"the text has {num_characters} characters, more than {most // MAX_TOKEN_CHARACTERS} tokens can hold",
+                param="messages",
+                code="context_length_exceeded",
+            )
         loop = asyncio.get_running_loop()
         fetched = await asyncio.gather(*(_fetch(image) for image in images))
         return await loop.run_in_executor(self._workers, self._build, turns, fetched)
@@ -206,11 +219,11 @@ class VLPipeline:
     def close(self) -> None:
         """End the engine and its process. Open requests raise EngineError."""
         self.client.close()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.shutdown(wait=False)
         with self._loop_lock:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._loop = None
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            asyncio.run_coroutine_threadsafe(_end_loop(), loop)
 
     def __enter__(self) -> VLPipeline:
         return self
@@ -268,6 +281,8 @@ class VLPipeline:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._background())
         try:
             return future.result()
+        except CancelledError:
+            raise EngineError("the pipeline was closed") from None
         except BaseException:  # Ctrl-C too: the request must not go on
             future.cancel()
             raise
@@ -313,6 +328,16 @@ def _usage(prompt: Prompt, num_tokens: int, event: TokenEvent) -> Usage:
         image_tokens=prompt.num_image_tokens,
         cached_tokens=event.cached_tokens,
     )
+
+
+async def _end_loop() -> None:
+    """Cancel what the loop still runs, so that nobody waits for it, then stop it."""
+    loop = asyncio.get_running_loop()
+    others = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    loop.stop()
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

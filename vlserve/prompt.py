@@ -152,6 +152,9 @@ class PromptBuilder:
             return self._template.render(messages=conversation, add_generation_prompt=True, **self._variables)
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from error
+        except Exception as error:
+            reason = type(error).__name__
+            raise RequestError(f"the model's chat template cannot take these messages ({reason})", param="messages") from error
 
     def _pieces(self, rendered: str, marks: Mapping[str, Text]) -> list[Text | str]:
         """Ordinary text as Text, special tokens of the template as str."""

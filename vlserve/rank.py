@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -32,7 +33,8 @@ class RankArguments(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches us too; the front decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the front decides
+        signal.signal(number, signal.SIG_IGN)
     arguments = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankArguments)
     _end_with_parent(arguments.parent)
     context = zmq.Context()
@@ -51,8 +53,12 @@ def main() -> None:
     except VLServeError as error:
         send(Failed(kind=type(error).__name__, message=str(error)))
         _exit(context, 1)
-    except MemoryError:
-        send(Failed(kind="EngineError", message="out of memory; try a smaller kv_cache_gib, max_model_len or a 16-bit dtype"))
+    except Exception as error:  # noqa: BLE001  (whatever it is, the front must hear of it)
+        traceback.print_exc()
+        message = f"the engine failed: {type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+            message = "out of memory; try a smaller kv_cache_gib, max_model_len or a 16-bit dtype"
+        send(Failed(kind="EngineError", message=message))
         _exit(context, 1)
     _exit(context, 0)
 

@@ -47,13 +47,10 @@ class Tokenizer:
             raise ModelError(f"tokenizer.json has no token {token!r}")
         return int(id)
 
-    def token(self, id: int) -> str | None:
-        token: str | None = self._whole.id_to_token(id)
-        return token
-
     def encode_plain(self, text: str) -> list[int]:
         """Tokens of text from outside: special tokens in it are ordinary characters."""
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        # encode() would hold the interpreter lock throughout, encode_batch() releases it
+        return list(self._plain.encode_batch([text], add_special_tokens=False)[0].ids)
 
     @property
     def beginning(self) -> list[int]:

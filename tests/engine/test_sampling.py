@@ -60,6 +60,10 @@ def test_penalties_bias_and_minimum_are_applied() -> None:
     assert pick(negative, sequence(prompt=(0,), repetition_penalty=1.5)) == 1
 
 
+def test_a_minimum_without_end_tokens_bans_nothing() -> None:
+    assert pick(LOGITS, sequence(min_tokens=3), Sampler(frozenset())) == 4
+
+
 def test_a_seed_gives_the_same_draws_in_any_company() -> None:
     def draws(with_others: bool) -> list[int]:
         sampler, s = Sampler(frozenset()), sequence(id=1, temperature=1.0, seed=5)

@@ -133,6 +133,15 @@ BAD: list[tuple[Any, int, str | None, str]] = [
     (chat("x", tools=[{"type": "function"}]), 400, "tools", "tools"),
     (chat("x", response_format={"type": "json_object"}), 400, "response_format", "response_format"),
     (chat("x", best_of=3), 400, "best_of", "best_of"),
+    (chat("x", top_k=10**30), 400, "top_k", "2147483647"),
+    (chat("x", ignore_eos=1), 400, "ignore_eos", "boolean"),
+    (chat("\ud83d"), 400, None, "UTF-8"),
+    (chat("x", stop="\ud83d"), 400, None, "UTF-8"),
+    (json.dumps(chat("x")).replace("x", "\xff").encode("latin-1"), 400, None, "UTF-8"),
+    ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, 400, "messages[0].name", "not supported"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role", "'tool'"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, 400, "messages[0].tool_calls", "not supported"),
+    (chat("a" * 100_000), 400, "messages", "100000 characters"),
     (chat("x", stop=["a"] * 100), 400, "stop", "at most 16"),
     (chat("x", logprobs=True, top_logprobs=99), 400, "top_logprobs", "99"),
     (chat("x", top_logprobs=2), 400, "top_logprobs", "needs logprobs"),
@@ -145,6 +154,7 @@ PICTURES = [
     ("http://127.0.0.1:1/x.png", "public internet"),
     ("file:///etc/passwd", "data: or http"),
     ("/etc/passwd", "data: or http"),
+    ("http://[::1", "could not be fetched"),
 ]
 for url, message in PICTURES:
     part = {"type": "image_url", "image_url": {"url": url}}

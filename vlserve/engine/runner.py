@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """One tile through the encoder and one token through the decoder, so that the first request is not slow."""
+        """One tile through the encoder and one row through the head, so that the first request is not slow."""
         size = self.model.image_config.tile_size
         self.model.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         self.model.decoder.logits(self.model.decoder.embed(torch.zeros(1, dtype=torch.int64, device=self.device)))
@@ -152,9 +153,17 @@ def _free_bytes(config: EngineConfig, device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - (1 - config.gpu_memory_utilization) * total
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
-    except OSError:
-        available = 4 * GIB
-    return available / 4
+    return _available_memory() / 4
+
+
+def _available_memory() -> float:
+    """Bytes that this process may still take: the machine's, within a container's limit (cgroup v2)."""
+    available: float = 4 * GIB  # where the system does not say
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    return available

@@ -11,6 +11,8 @@ from vlserve.engine.messages import TokenLogprob
 from vlserve.engine.scheduler import Sampled
 from vlserve.engine.sequence import Sequence
 
+GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature leave float32's range
+
 
 class Sampler:
     def __init__(self, end_token_ids: frozenset[int]) -> None:
@@ -29,7 +31,7 @@ class Sampler:
         """
         logprobs = self._logprobs(logits, sequences)
         rows = [self._adjust(row, sequence) for row, sequence in zip(logits.unbind(0), sequences, strict=True)]
-        drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature > 0]
+        drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
         tokens = torch.stack(rows).argmax(dim=-1).tolist() if rows else []
         for i in drawn:
             tokens[i] = self._draw(rows[i], sequences[i])
@@ -47,7 +49,7 @@ class Sampler:
             row = row.index_add(0, ids, bias)
         if sequence.num_output_tokens < p.min_tokens:
             banned = [*self._end_token_ids, *p.stop_token_ids]
-            row = row.index_fill(0, torch.tensor(banned, device=row.device), float("-inf"))
+            row = row.index_fill(0, torch.tensor(banned, device=row.device, dtype=torch.int64), float("-inf"))
         return row
 
     def _draw(self, row: torch.Tensor, sequence: Sequence) -> int:

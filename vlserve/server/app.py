@@ -14,8 +14,11 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import vlserve
 from vlserve.config import SamplingParams
@@ -27,6 +30,7 @@ from vlserve.prompt import Prompt
 from vlserve.server import protocol
 
 log = logging.getLogger(__name__)
+INTERNAL_ERROR = "internal error; the server's log says more"
 MAX_BODY_BYTES = 64 * 2**20
 T = TypeVar("T")
 
@@ -135,6 +139,10 @@ async def _stream(
     except EngineError as error:
         yield _event(protocol.error_dict(str(error), kind="server_error", code="engine_error"))
         return
+    except Exception:
+        log.exception("a stream failed")
+        yield _event(protocol.error_dict(INTERNAL_ERROR, kind="server_error"))
+        return
     if include_usage and usage is not None:
         yield _event(protocol.usage_chunk(id, name, usage))
     yield b"data: [DONE]\n\n"
@@ -192,12 +200,16 @@ class _Route(APIRoute):
             except EngineError as error:
                 body = protocol.error_dict(str(error), kind="server_error", code="engine_error")
                 return JSONResponse(body, 503, {"Retry-After": "5"})
+            except (HTTPException, RequestValidationError):  # the including app's own
+                raise
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
             except asyncio.CancelledError:
                 if asyncio.current_task() is not None and await request.is_disconnected():
-                    return Response(status_code=499)  # nobody reads it
+                    return Response(status_code=499)
                 raise
             except Exception:
                 log.exception("%s %s failed", request.method, request.url.path)
-                return JSONResponse(protocol.error_dict("internal error; the server's log says more", kind="server_error"), 500)
+                return JSONResponse(protocol.error_dict(INTERNAL_ERROR, kind="server_error"), 500)
 
         return handler

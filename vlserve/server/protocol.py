@@ -7,6 +7,7 @@ is accepted. Nothing is accepted and then ignored.
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "echo": (False,),
 }
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class StreamOptions(BaseModel):
@@ -90,8 +94,10 @@ def read_chat_request(body: bytes) -> ChatRequest:
     """Parse a request's body; raises RequestError naming the field."""
     try:
         values = json.loads(body)
+        if _SURROGATE.search(body):  # half of a character, e.g. an emoji that was cut: no text that could be encoded
+            json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        raise RequestError("the request's body is not valid JSON") from None
+        raise RequestError("the request's body is not valid JSON in UTF-8") from None
     if not isinstance(values, dict):
         raise RequestError("the request's body must be a JSON object")
     if "messages" not in values or values["messages"] is None:
@@ -112,9 +118,9 @@ def read_chat_request(body: bytes) -> ChatRequest:
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     """What generation_config.json asks for; greedy where it does not sample."""
-    if not generation.get("do_sample"):
-        return {}
-    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    wanted = {"repetition_penalty": 1.0}
+    if generation.get("do_sample"):
+        wanted |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     return {key: generation.get(key) or value for key, value in wanted.items()}
 
 
