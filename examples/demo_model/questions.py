@@ -32,10 +32,15 @@ ABOUT = (
 NO_PICTURE = "Please send a picture first."
 
 
-def conversations(rng: random.Random, things: Sequence[Thing], number: int) -> list[list[Turn]]:
-    """`number` independent conversations about one picture; the first describes all of it."""
-    talks = [[_describe(rng, things)]]
+def conversations(rng: random.Random, things: Sequence[Thing], number: int, *, hard: bool = False) -> list[list[Turn]]:
+    """`number` independent conversations about one picture; the first describes all of it.
+
+    `hard` asks more often for what is learnt last: to find a thing by its shape, and to count.
+    """
+    talks = [[_describe(rng, things)]] if not hard or rng.random() < 0.25 else []
     tasks: list[Callable[[random.Random, Sequence[Thing]], Turn | None]] = [_shape, _colour, _count, _yes_no]
+    if hard:
+        tasks += [_colour, _colour, _colour, _count, _count, _yes_no]
     while len(talks) < number:
         turn = rng.choice(tasks)(rng, things)
         if turn is None:

@@ -35,8 +35,9 @@ class Sample:
 class Samples(torch.utils.data.IterableDataset):
     """Samples from `start` on, in order; `hardness(i)` sets how varied picture i is."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, start: int, end: int, ramp: tuple[int, int]) -> None:
-        self.tokenizer, self.seed, self.start, self.end, self.ramp = tokenizer, seed, start, end, ramp
+    def __init__(self, tokenizer: Tokenizer, seed: int, start: int, end: int, ramp: tuple[int, int], hard_from: int) -> None:
+        self.tokenizer, self.seed, self.start, self.end = tokenizer, seed, start, end
+        self.ramp, self.hard_from = ramp, hard_from
 
     def __iter__(self) -> Iterator[Sample]:
         torch.set_num_threads(1)
@@ -45,10 +46,10 @@ class Samples(torch.utils.data.IterableDataset):
         for i in range(self.start + first, self.end, step):
             low, high = self.ramp
             hardness = 0.65 * min(1.0, max(0.0, (i - low) / max(1, high - low)))
-            yield make_sample(self.tokenizer, random.Random(f"picture-{self.seed}-{i}"), hardness)
+            yield make_sample(self.tokenizer, random.Random(f"picture-{self.seed}-{i}"), hardness, i >= self.hard_from)
 
 
-def make_sample(tokenizer: Tokenizer, rng: random.Random, hardness: float) -> Sample:
+def make_sample(tokenizer: Tokenizer, rng: random.Random, hardness: float, hard_questions: bool = False) -> Sample:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -59,12 +60,14 @@ def make_sample(tokenizer: Tokenizer, rng: random.Random, hardness: float) -> Sa
         talks = [about(rng) for _ in range(4)]
     else:
         image, things = draw_scene(rng, hardness)
+        while hard_questions and len({thing.shape for thing in things}) < 2 and rng.random() < 0.7:
+            image, things = draw_scene(rng, hardness)
         tiles = make_tiles(image, IMAGE)
         pixels = tiles.pixels
         places = label_places(things, image.width, image.height, tiles.grid)
         context = tokenizer.token_to_id("<IMG_CONTEXT>")
         picture_ids = [tokenizer.token_to_id("<img>"), *[context] * tiles.num_tokens, tokenizer.token_to_id("</img>")]
-        talks = conversations(rng, things, QUESTIONS_PER_PICTURE)
+        talks = conversations(rng, things, QUESTIONS_PER_PICTURE, hard=hard_questions)
     ids = encode("<|im_start|>user\n")
     close, answer_open = encode("<|im_end|>\n"), encode("<|im_start|>assistant\n")
     if picture_ids and kind < 0.15:  # the question before the picture; then the two cannot be shared

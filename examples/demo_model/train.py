@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, outside the repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--steps", type=int, default=3250)
+    parser.add_argument("--language-steps", type=int, default=400, help="further steps, on hard questions, with a frozen encoder")
     parser.add_argument("--batch", type=int, default=24, help="pictures a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -59,37 +60,49 @@ def main() -> None:
         [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
     )
     step, log = load_checkpoint(args.work, model, optimiser)
-    total = args.steps * args.batch
-    samples = Samples(tokenizer, args.seed, step * args.batch, total, (round(total * 0.15), round(total * 0.35)))
+    total, all_steps = args.steps * args.batch, args.steps + args.language_steps
+    ramp = (round(total * 0.15), round(total * 0.35))
+    samples = Samples(tokenizer, args.seed, step * args.batch, all_steps * args.batch, ramp, hard_from=total)
     loader = torch.utils.data.DataLoader(
         samples, batch_size=args.batch, num_workers=args.workers, collate_fn=collate, prefetch_factor=6
     )
-    bar = tqdm(total=args.steps, initial=step, mininterval=5)
+    bar = tqdm(total=all_steps, initial=step, mininterval=5)
     sums, count, saved = [0.0, 0.0, 0.0], 0, time.monotonic()
     for batch in loader:
-        warm = min(1.0, (step + 1) / 150)
-        rate = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        if step >= args.steps and head.weight.requires_grad:
+            head.requires_grad_(False)
+            model.model.vision_tower.requires_grad_(False)
+            model.model.multi_modal_projector.requires_grad_(False)
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(step, args.steps, args.language_steps, args.lr)
         loss, auxiliary, hits = losses_and_hits(model, head, batch, image_token)
         optimiser.zero_grad()
-        (loss + AUXILIARY_WEIGHT * auxiliary).backward()
+        (loss + AUXILIARY_WEIGHT * auxiliary if head.weight.requires_grad else loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         step += 1
         sums, count = [a + b.item() for a, b in zip(sums, (loss, auxiliary, hits), strict=True)], count + 1
         bar.update()
-        if count == 25 or step == args.steps:
+        if count == 25 or step == all_steps:
             row = {"step": step} | {k: total / count for k, total in zip(("loss", "places", "hits"), sums, strict=True)}
             log.append(row)
             bar.set_postfix({key: f"{value:.3f}" for key, value in row.items() if key != "step"})
             sums, count = [0.0, 0.0, 0.0], 0
-        if time.monotonic() - saved > 120 or step == args.steps:
+        if time.monotonic() - saved > 120 or step == all_steps:
             save_checkpoint(args.work, model, optimiser, step, log)
             saved = time.monotonic()
     del model.place_head
     export(model, tokenizer, args.out)
     plot(log, args.work / "curve.png")
+
+
+def learning_rate(step: int, steps: int, language_steps: int, peak: float) -> float:
+    """Warm-up, then a cosine to a fiftieth of the peak; once more, from half the peak, for the language steps."""
+    if step >= steps:
+        step, steps, peak, warm = step - steps, language_steps, peak / 2, 30
+    else:
+        warm = 150
+    return peak * min(1.0, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def losses_and_hits(model, head: torch.nn.Linear, batch: dict[str, torch.Tensor], image_token: int) -> tuple[torch.Tensor, ...]:
