@@ -9,7 +9,6 @@ PICTURE = Path(__file__).parent / "pictures" / "shapes.png"
 with VLPipeline() as pipe:
     for question in (
         "How many shapes are there?",
-        "What colour is the star?",
         "Is there a blue square?",
         "Describe the picture.",
     ):

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, outside the repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--steps", type=int, default=3250)
-    parser.add_argument("--language-steps", type=int, default=400, help="further steps, on hard questions, with a frozen encoder")
+    parser.add_argument("--language-steps", type=int, default=330, help="further steps, on hard questions, with a frozen encoder")
     parser.add_argument("--batch", type=int, default=24, help="pictures a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
