@@ -45,6 +45,12 @@ def test_the_engine_never_imports_the_front() -> None:
         assert not ours(path) & set(FRONT), path
 
 
+def test_the_front_takes_only_the_messages_from_the_engine() -> None:
+    for path in [*(ROOT / "vlserve/server").glob("*.py"), *(ROOT / f"vlserve/{name}.py" for name in FRONT[1:])]:
+        engine = {name for name in imports(path) if name.startswith("vlserve.engine.")}
+        assert all(name.startswith("vlserve.engine.messages") for name in engine), path
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())

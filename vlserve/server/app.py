@@ -98,10 +98,7 @@ def router(pipeline: VLPipeline, *, model_name: str | None = None) -> APIRouter:
             )
         sampling = asked.sampling(defaults)
         turns = read_messages(asked.messages, local=False)
-        if asked.stream_options is not None and asked.stream_options.include_usage is not None and asked.stream:
-            include_usage = asked.stream_options.include_usage
-        else:
-            include_usage = False
+        include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         id = protocol.new_id()
         if pipeline.client.ready is None or pipeline.client.error is not None:
             raise EngineError(_why_not_ready(pipeline))

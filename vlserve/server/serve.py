@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 
 from vlserve.config import ServerConfig
-from vlserve.errors import ConfigError, VLServeError
+from vlserve.errors import VLServeError
 from vlserve.pipeline import VLPipeline
 from vlserve.server.app import create_app
 
@@ -70,7 +70,7 @@ class _Server(uvicorn.Server):
         """Say when the model is ready; a failure is said by `_on_failure`."""
         try:
             ready = self._pipeline.client.wait_ready()
-        except (VLServeError, ConfigError):
+        except VLServeError:
             return
         tokens = ready.num_blocks * ready.block_size
         print(
