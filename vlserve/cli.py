@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import types
@@ -18,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import vlserve
 from vlserve.config import EngineConfig, SamplingParams, ServerConfig
 from vlserve.errors import VLServeError
+from vlserve.server.admission import KEYS_VARIABLE, read_keys
 
 SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 Config = type[EngineConfig] | type[ServerConfig] | type[SamplingParams]
@@ -75,7 +77,7 @@ def _add_flags(
     group = parser.add_argument_group(f"{title} options")
     hints = get_type_hints(config)
     for field in fields(config):
-        if field.name in leave_out or (only and field.name not in only):
+        if field.name in leave_out or (only and field.name not in only) or not field.metadata.get("flag", True):
             continue
         kind, several = _flag_type(hints[field.name])
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"] + _default_text(field)
@@ -110,7 +112,8 @@ def _given(options: argparse.Namespace, config: Config) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    config = ServerConfig(**_given(options, ServerConfig))
+    keys = read_keys(options.api_key_file, os.environ.get(KEYS_VARIABLE))
+    config = ServerConfig(**_given(options, ServerConfig), api_keys=keys)
     from vlserve.pipeline import VLPipeline
 
     pipeline = VLPipeline(wait=False, **_given(options, EngineConfig))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import hashlib
 import itertools
 import logging
 import os
@@ -90,17 +91,29 @@ class EngineClient:
         """A step has been running for longer than it may."""
         return bool(self._streams) and time.monotonic() - self._last_sign > self.config.step_timeout_s
 
-    async def generate(self, prompt: Prompt, sampling: SamplingParams, max_tokens: int) -> AsyncIterator[TokenEvent]:
-        """Events of one request; the last one has a finish_reason. Leaving early aborts it."""
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, max_tokens: int, timeout_s: float | None = None
+    ) -> AsyncIterator[TokenEvent]:
+        """Events of one request; the last one has a finish_reason. Leaving early aborts it, and so does `timeout_s`."""
         stream = Stream(loop=asyncio.get_running_loop(), queue=asyncio.Queue())
         id = next(self._ids)
         images = [
             ImageRef(
-                start=span.start, num_tokens=span.tiles.num_tokens, digest=span.tiles.digest, num_tiles=len(span.tiles.pixels)
+                start=span.start,
+                num_tokens=span.tiles.num_tokens,
+                digest=_salted(span.tiles.digest, prompt.cache_salt),
+                num_tiles=len(span.tiles.pixels),
             )
             for span in prompt.spans
         ]
-        request = Add(id=id, token_ids=prompt.token_ids, images=images, sampling=sampling, max_tokens=max_tokens)
+        request = Add(
+            id=id,
+            token_ids=prompt.token_ids,
+            images=images,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            cache_salt=prompt.cache_salt,
+        )
         frames: list[Any] = [self._encoder.encode(request), *(span.tiles.pixels.numpy() for span in prompt.spans)]
         with self._lock:
             self._check_alive()
@@ -109,6 +122,8 @@ class EngineClient:
             self._streams[id] = stream
             self._outbox.send_multipart(frames)
         del frames  # the tiles are the rank's now
+        late = TokenEvent(id=id, token_id=None, finish_reason="error", error=f"no answer within {timeout_s} s", is_overdue=True)
+        timer = stream.loop.call_later(timeout_s, stream.queue.put_nowait, late) if timeout_s is not None else None
         try:
             while True:
                 event = await stream.queue.get()
@@ -116,6 +131,8 @@ class EngineClient:
                 if event.finish_reason is not None:
                     return
         finally:
+            if timer is not None:
+                timer.cancel()
             with self._lock:
                 if self._streams.pop(id, None) is not None and not self._closing.is_set():
                     self._outbox.send(self._encoder.encode(Abort(ids=[id])))
@@ -269,6 +286,11 @@ class EngineClient:
 def _put_all(news: list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]) -> None:
     for queue, event in news:
         queue.put_nowait(event)
+
+
+def _salted(digest: bytes, salt: str) -> bytes:
+    """A picture's name in the caches, different for every salt."""
+    return hashlib.blake2b(digest + salt.encode(), digest_size=len(digest)).digest() if salt else digest
 
 
 def _describe_exit(code: int) -> str:

@@ -72,13 +72,47 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(8000, "port to listen on")
     served_model_name: str | None = _option(None, "the model's id in the API; default: MODEL as typed")
+    api_key_file: str | None = _option(None, "file with one API key a line; the variable VLSERVE_API_KEYS has them with commas")
+    api_keys: tuple[str, ...] = _option((), "accepted keys; on every route but /health and /live", flag=False)
+    max_queue: int = _option(512, "answers that may wait beside the max_num_seqs that run; more requests get status 429")
+    request_timeout_s: float | None = _option(None, "seconds that one request may take; default: no limit")
+    drain_seconds: float = _option(30.0, "on SIGTERM, seconds for open requests to end; a second signal ends at once")
+    max_body_mib: int = _option(64, "size of one request's body, pictures included, in MiB")
+    cors_origins: tuple[str, ...] = _option(
+        (), "web origins that may call from a browser, e.g. https://app.example; default: none"
+    )
+    ssl_certfile: str | None = _option(None, "certificate chain (PEM), for HTTPS")
+    ssl_keyfile: str | None = _option(None, "private key (PEM) of ssl_certfile")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port!r}; expected 0 to 65535")
+        if self.max_queue < 0:
+            raise ConfigError(f"max_queue is {self.max_queue!r}; expected 0 or more")
+        if self.max_body_mib < 1:
+            raise ConfigError(f"max_body_mib is {self.max_body_mib!r}; expected 1 or more")
+        if self.request_timeout_s is not None and not (self.request_timeout_s > 0 and math.isfinite(self.request_timeout_s)):
+            raise ConfigError(f"request_timeout_s is {self.request_timeout_s!r}; expected a number above 0")
+        if not (self.drain_seconds >= 0 and math.isfinite(self.drain_seconds)):
+            raise ConfigError(f"drain_seconds is {self.drain_seconds!r}; expected 0 or more")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile belong together; give both or none")
+        for key in self.api_keys:
+            if not key.isascii() or not key.isprintable() or " " in key or len(key) < 8:
+                raise ConfigError("an API key must have 8 or more printable ASCII characters and no space")
 
 
 MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    json: str | dict[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +136,7 @@ class SamplingParams:
     logprobs: int | None = _option(None, "log-probabilities of this many likeliest tokens at each step")
     skip_special_tokens: bool = _option(True, "leave special tokens out of the text")
     include_stop_str_in_output: bool = _option(False, "keep the stop text at the answer's end")
+    structured: StructuredOutput | None = field(default=None, metadata={"help": "what form the answer must have"})
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

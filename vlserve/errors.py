@@ -28,3 +28,11 @@ class RequestError(VLServeError):
 
 class EngineError(VLServeError):
     """The engine is not there: still loading, failed, or shutting down."""
+
+
+class DeadlineError(EngineError):
+    """A request's time was up before its answer was whole."""
+
+
+class OverloadedError(EngineError):
+    """Too many requests are open; try again later."""

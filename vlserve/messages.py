@@ -5,13 +5,16 @@ Pictures are named here, not loaded. Raises RequestError with the field's place,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlserve.errors import RequestError
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FIELDS = {"assistant": ("tool_calls", "reasoning_content", "reasoning"), "tool": ("tool_call_id", "name")}
+REASONING = ("reasoning_content", "reasoning")  # the field's two spellings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +29,12 @@ class ImagePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
+    """One message; `fields` are further keys for the chat template, e.g. tool_calls."""
+
     role: str
     parts: Sequence[str | ImagePart]
     is_string: bool
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_conversation(prompt: Any) -> bool:
@@ -70,15 +76,57 @@ def _read_message(message: Any, param: str, local: bool) -> Turn:
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{param}.role is {role!r}; expected one of {', '.join(ROLES)}", param=f"{param}.role")
-    _refuse_others(message, ("role", "content"), param)
+    fields = _read_fields(message, role, param)
+    _refuse_others(message, ("role", "content", *FIELDS.get(role, ())), param)
     content = message.get("content")
     role = "system" if role == "developer" else role
+    if content is None and "tool_calls" in fields:
+        content = ""
     if isinstance(content, str):
-        return Turn(role=role, parts=[_read_text(content, f"{param}.content")], is_string=True)
+        return Turn(role=role, parts=[_read_text(content, f"{param}.content")], is_string=True, fields=fields)
     if not isinstance(content, Sequence) or not content:
         raise RequestError(f"{param}.content must be a text or a list of parts", param=f"{param}.content")
     parts = [_read_part(part, f"{param}.content[{i}]", local) for i, part in enumerate(content)]
-    return Turn(role=role, parts=parts, is_string=False)
+    if role == "tool" and all(isinstance(part, str) for part in parts):  # templates expect one text here
+        return Turn(role=role, parts=["".join(map(str, parts))], is_string=True, fields=fields)
+    return Turn(role=role, parts=parts, is_string=False, fields=fields)
+
+
+def _read_fields(message: Mapping[str, Any], role: str, param: str) -> dict[str, Any]:
+    """What a message has beside its content, for the chat template."""
+    fields: dict[str, Any] = {}
+    if role == "tool":
+        for name in FIELDS[role]:
+            if message.get(name) is not None:
+                fields[name] = _read_text(message[name], f"{param}.{name}")
+    if role == "assistant":
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise RequestError(f"{param}.tool_calls must be a list", param=f"{param}.tool_calls")
+        if calls:
+            fields["tool_calls"] = [_read_call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
+        reasoning = next((message[name] for name in REASONING if message.get(name)), None)
+        if reasoning is not None:
+            fields["reasoning_content"] = _read_text(reasoning, f"{param}.reasoning_content")
+    return fields
+
+
+def _read_call(call: Any, param: str) -> dict[str, Any]:
+    """One function call of an earlier answer; templates want its arguments as an object, the API has them as text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or call.get("type", "function") != "function":
+        raise RequestError(f'{param} must be {{"type": "function", "function": {{"name", "arguments"}}}}', param=param)
+    _refuse_others(call, ("id", "type", "function", "index"), param)
+    _refuse_others(function, ("name", "arguments"), f"{param}.function")
+    name = _read_text(function.get("name"), f"{param}.function.name")
+    try:
+        arguments = json.loads(_read_text(function.get("arguments") or "{}", f"{param}.function.arguments"))
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"{param}.function.arguments must be a JSON object as text", param=f"{param}.function.arguments")
+    fields = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return fields | ({"id": _read_text(call["id"], f"{param}.id")} if call.get("id") is not None else {})
 
 
 def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:

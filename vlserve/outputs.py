@@ -29,7 +29,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """The next piece of an answer; the last one has a `finish_reason`, and then `usage` and `timing` too."""
+    """The next piece of an answer; `usage` is so far. The last one has a `finish_reason`, and then `timing` too."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -25,11 +25,11 @@ from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
 from vlserve.config import SamplingParams, engine_config
 from vlserve.engine.messages import Stage, TokenEvent, TokenLogprob
-from vlserve.errors import EngineError, RequestError
+from vlserve.errors import DeadlineError, EngineError, RequestError
 from vlserve.media import MAX_IMAGES, decode_image, fetch
 from vlserve.messages import ImagePart, Turn, is_batch, read_prompt
 from vlserve.outputs import Completion, Delta, Timing, Usage
-from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, Text
+from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
 
 T = TypeVar("T")
 MAX_TOKEN_CHARACTERS = 128  # no vocabulary of the field has longer tokens
@@ -132,40 +132,39 @@ class VLPipeline:
         async for delta in self.answer(await self.prepare(read_prompt(prompt)), params):
             yield delta
 
-    async def prepare(self, turns: Sequence[Turn]) -> Prompt:
+    async def prepare(self, turns: Sequence[Turn], options: PromptOptions | None = None) -> Prompt:
         """Load and cut the pictures, apply the chat template; off the event loop. Raises RequestError."""
         if self.client.error is not None:
             raise EngineError(str(self.client.error))
         images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
         if len(images) > MAX_IMAGES:
             raise RequestError(f"{len(images)} pictures in one request; the limit is {MAX_IMAGES}", param="messages")
-        num_characters = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
-        most = MAX_TOKEN_CHARACTERS * self.client.ready.max_model_len if self.client.ready else num_characters
-        if num_characters > most:  # encoding it first could take a minute
-            raise RequestError(
-                f"the text has {num_characters} characters, more than {most // MAX_TOKEN_CHARACTERS} tokens can hold",
-                param="messages",
-                code="context_length_exceeded",
-            )
+        self._check_length(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str)), "messages")
         loop = asyncio.get_running_loop()
         fetched = await asyncio.gather(*(_fetch(image) for image in images))
-        return await loop.run_in_executor(self._workers, self._build, turns, fetched)
+        return await loop.run_in_executor(self._workers, self._build, turns, fetched, options or PromptOptions())
 
-    async def answer(self, prompt: Prompt, sampling: SamplingParams) -> AsyncIterator[Delta]:
-        """Run a prepared prompt; the last delta has finish_reason, usage and timing.
+    async def prepare_text(self, text: str, *, beginning: bool = True) -> Prompt:
+        """A raw prompt, without the chat template; special tokens in it are ordinary text."""
+        self._check_length(len(text), "prompt")
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._builder.encode_plain, text, beginning)
 
-        Raises RequestError when the lengths do not fit, EngineError when the engine fails.
+    async def answer(self, prompt: Prompt, sampling: SamplingParams, *, timeout_s: float | None = None) -> AsyncIterator[Delta]:
+        """Run a prepared prompt; the last delta has finish_reason and timing.
+
+        Raises RequestError when the lengths do not fit, DeadlineError after `timeout_s`, EngineError when the engine fails.
         """
         max_tokens = self.check(prompt, sampling)
         begun, first = time.monotonic(), None
         text = AnswerText(self._builder.tokenizer, sampling)
         num_tokens = 0
-        events = self.client.generate(prompt, sampling, max_tokens)
+        events = self.client.generate(prompt, sampling, max_tokens, timeout_s)
         try:
             async for event in events:
                 first = first or time.monotonic()
                 if event.finish_reason == "error":
-                    raise EngineError(event.error or "the engine failed")
+                    kind = DeadlineError if event.is_overdue else EngineError
+                    raise kind(event.error or "the engine failed")
                 num_tokens += event.token_id is not None
                 ended_by_token = event.finish_reason == "stop"
                 piece = text.add(event.token_id) if event.token_id is not None and not ended_by_token else ""
@@ -177,13 +176,14 @@ class VLPipeline:
                     token_ids=() if event.token_id is None else (event.token_id,),
                     finish_reason=reason,
                     logprobs=None if event.logprob is None else (event.logprob,),
+                    usage=_usage(prompt, num_tokens, event),
                 )
                 if reason is None:
                     yield delta
                     continue
                 now = time.monotonic()
                 timing = Timing(queue_s=event.queue_s, encode_s=event.encode_s, ttft_s=first - begun, total_s=now - begun)
-                yield replace(delta, usage=_usage(prompt, num_tokens, event), timing=timing)
+                yield replace(delta, timing=timing)
                 return
         finally:
             await events.aclose()  # type: ignore[attr-defined]
@@ -216,6 +216,15 @@ class VLPipeline:
             raise RequestError(f"the prompt has a token outside the model's vocabulary of {ready.vocab_size}", param="messages")
         return sampling.max_tokens or room
 
+    def _check_length(self, num_characters: int, param: str) -> None:
+        most = MAX_TOKEN_CHARACTERS * self.client.ready.max_model_len if self.client.ready else num_characters
+        if num_characters > most:  # encoding it first could take a minute
+            raise RequestError(
+                f"the text has {num_characters} characters, more than {most // MAX_TOKEN_CHARACTERS} tokens can hold",
+                param=param,
+                code="context_length_exceeded",
+            )
+
     def close(self) -> None:
         """End the engine and its process. Open requests raise EngineError."""
         self.client.close()
@@ -235,7 +244,7 @@ class VLPipeline:
     def tokenizer(self) -> Any:
         return self._builder.tokenizer
 
-    def _build(self, turns: Sequence[Turn], sources: Sequence[Any]) -> Prompt:
+    def _build(self, turns: Sequence[Turn], sources: Sequence[Any], options: PromptOptions) -> Prompt:
         """In a worker thread: decode and cut the pictures, then build the prompt."""
         from vlserve.vision.preprocess import make_tiles  # imports torch, which the front does while the rank loads
 
@@ -248,8 +257,8 @@ class VLPipeline:
             config = self.checkpoint.image_config
             return Picture(make_tiles(image, replace(config, dynamic=False) if given.low else config))
 
-        messages = [Message(turn.role, [part(p) for p in turn.parts], turn.is_string) for turn in turns]
-        return self._builder.build(messages)
+        messages = [Message(turn.role, [part(p) for p in turn.parts], turn.is_string, turn.fields) for turn in turns]
+        return self._builder.build(messages, options)
 
     async def _generate_all(self, prompts: Sequence[Any], sampling: SamplingParams, show: bool) -> list[Completion]:
         from tqdm import tqdm

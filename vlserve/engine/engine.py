@@ -60,6 +60,7 @@ class Engine:
                 images=images,
                 sampling=request.sampling,
                 max_tokens=request.max_tokens,
+                cache_salt=request.cache_salt.encode(),
             )
         )
 

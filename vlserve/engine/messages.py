@@ -29,6 +29,7 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     images: list[ImageRef]
     sampling: SamplingParams
     max_tokens: int
+    cache_salt: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -77,6 +78,7 @@ class TokenEvent(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
     error: str | None = None
+    is_overdue: bool = False  # the error is that the request's time was up
     cached_tokens: int = 0
     queue_s: float = 0.0
     encode_s: float = 0.0

@@ -36,6 +36,7 @@ class Sequence:
     images: list[ImageSpan]
     sampling: SamplingParams
     max_tokens: int
+    cache_salt: bytes = b""  # blocks are shared only within one salt
     num_prompt_tokens: int = 0
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when first scheduled
@@ -63,6 +64,6 @@ class Sequence:
                 for image in self.images
                 if image.overlaps(start, stop)
             ]
-            previous = self.digests[-1] if self.digests else b""
+            previous = self.digests[-1] if self.digests else self.cache_salt
             self.digests.append(block_digest(previous, self.token_ids[start:stop], extra))
         return self.digests[:number]

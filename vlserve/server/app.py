@@ -1,42 +1,74 @@
-"""The routes. `router(pipeline)` plugs into any FastAPI app and carries error shapes and disconnects itself.
+"""The routes. `router(pipeline)` plugs into any FastAPI app and is complete by itself: error shapes, keys,
+admission, request ids and disconnects come with it.
 
-No request logic lives here: reading is protocol's, answering the pipeline's.
+No request logic lives here: reading is protocol's and its neighbours', answering the pipeline's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import vlserve
-from vlserve.config import SamplingParams
-from vlserve.errors import EngineError, RequestError
+from vlserve.config import SamplingParams, ServerConfig
+from vlserve.errors import DeadlineError, EngineError, OverloadedError, RequestError
 from vlserve.messages import read_messages
 from vlserve.outputs import Delta
-from vlserve.pipeline import VLPipeline, collect
+from vlserve.pipeline import VLPipeline
 from vlserve.prompt import Prompt
-from vlserve.server import protocol
+from vlserve.server import openapi, protocol
+from vlserve.server.admission import Admission, Keys
+from vlserve.server.chat import ChatAnswer, ChatRequest
+from vlserve.server.completions import CompletionAnswer, CompletionRequest
+from vlserve.server.responses import ResponsesAnswer, ResponsesRequest
+from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error; the server's log says more"
-MAX_BODY_BYTES = 64 * 2**20
+OPEN_ROUTES = ("health", "live")  # names of the routes that ask for no key
+BODY_SECONDS = 300
 T = TypeVar("T")
 
 
-def create_app(pipeline: VLPipeline, *, model_name: str | None = None) -> FastAPI:
+class Answer(Protocol):
+    """What turns the engine's deltas into one API's objects."""
+
+    ends_with_done: bool
+
+    def opening(self) -> Iterator[dict[str, Any]]: ...
+    def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]: ...
+    def closing(self) -> Iterator[dict[str, Any]]: ...
+    def failure(self, message: str, code: str) -> dict[str, Any]: ...
+    def event(self, body: dict[str, Any]) -> bytes: ...
+    def whole(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request comes to: prompts being prepared, the parameters each is answered with, the answer's form."""
+
+    preparing: Sequence[Coroutine[Any, Any, Prompt]]
+    params: Sequence[SamplingParams]
+    make: Callable[[Sequence[Prompt]], Answer]
+
+
+def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> FastAPI:
     """The whole server as an app; the pipeline is closed when the app shuts down."""
+    config = config or ServerConfig()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,7 +76,12 @@ def create_app(pipeline: VLPipeline, *, model_name: str | None = None) -> FastAP
         await asyncio.to_thread(pipeline.close)
 
     app = FastAPI(title="vlserve", version=vlserve.__version__, lifespan=lifespan, openapi_url=None)
-    app.include_router(router(pipeline, model_name=model_name))
+    routes = router(pipeline, config)
+    app.state.admission = routes.admission  # type: ignore[attr-defined]
+    routes.add_api_route("/openapi.json", lambda: openapi.document(routes), include_in_schema=False)
+    app.include_router(routes)
+    if config.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"])
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -56,24 +93,46 @@ def create_app(pipeline: VLPipeline, *, model_name: str | None = None) -> FastAP
     return app
 
 
-def router(pipeline: VLPipeline, *, model_name: str | None = None) -> APIRouter:
-    """OpenAI's chat completions, the model list, and health, for `app.include_router`.
+def router(pipeline: VLPipeline, config: ServerConfig | None = None) -> APIRouter:
+    """OpenAI's API for one model, for `app.include_router(vlserve.router(pipeline), prefix=...)`.
 
-    Args:
-        model_name: the id in the API; default: the pipeline's model as it was given.
+    Of `config`, the fields that concern requests count: keys, queue, timeout, body size, the model's id.
     """
-    name = model_name or pipeline.config.model
-    routes = APIRouter(route_class=_Route)
-    defaults = protocol.sampling_defaults(pipeline.checkpoint.generation)
-    created = int(time.time())
+    config = config or ServerConfig()
+    api = _Api(pipeline, config)
+    routes = APIRouter(route_class=_route_class(Keys(config.api_keys)))
+    routes.admission = api.admission  # type: ignore[attr-defined]
+    for path, answer in (("/live", api.live), ("/health", api.health), ("/version", api.version), ("/v1/models", api.models)):
+        routes.add_api_route(path, answer, methods=["GET"], **openapi.read_route(path))
+    routes.add_api_route("/v1/models/{model:path}", api.model, methods=["GET"], **openapi.read_route("/v1/models/{model}"))
+    for path, handle, kind in (
+        ("/v1/chat/completions", api.chat, ChatRequest),
+        ("/v1/completions", api.completions, CompletionRequest),
+        ("/v1/responses", api.responses, ResponsesRequest),
+        ("/tokenize", api.tokenize, TokenizeRequest),
+        ("/detokenize", api.detokenize, DetokenizeRequest),
+    ):
+        routes.add_api_route(path, handle, methods=["POST"], **openapi.body_route(path, kind))
+    return routes
 
-    @routes.get("/live")
-    async def live() -> dict[str, str]:
+
+class _Api:
+    """The routes' functions."""
+
+    def __init__(self, pipeline: VLPipeline, config: ServerConfig) -> None:
+        self.pipeline, self.config = pipeline, config
+        self.name = config.served_model_name or pipeline.config.model
+        self.admission = Admission(pipeline.config.max_num_seqs + config.max_queue)
+        self._defaults = protocol.sampling_defaults(pipeline.checkpoint.generation)
+        self._created = protocol.now()
+
+    async def live(self) -> dict[str, str]:
+        """Whether the server's process lives."""
         return {"status": "ok"}
 
-    @routes.get("/health")
-    async def health() -> Response:
-        client = pipeline.client
+    async def health(self) -> Response:
+        """Whether requests are answered: 200, or 503 with the reason."""
+        client = self.pipeline.client
         if client.error is not None:
             return JSONResponse({"status": "failed", "message": str(client.error)}, 503)
         if client.ready is None:
@@ -81,86 +140,222 @@ def router(pipeline: VLPipeline, *, model_name: str | None = None) -> APIRouter:
             return JSONResponse({"status": "loading", "stage": stage.name, "done": stage.done, "total": stage.total}, 503)
         if client.is_overdue:
             return JSONResponse({"status": "overdue", "message": "the running step takes longer than it may"}, 503)
+        if self.admission.is_draining:
+            return JSONResponse({"status": "draining", "message": "the server is shutting down"}, 503)
         return JSONResponse({"status": "ok"})
 
-    @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        ready = pipeline.client.ready
-        model = {"id": name, "object": "model", "created": created, "owned_by": "vlserve"}
-        return {"object": "list", "data": [model | {"max_model_len": ready.max_model_len if ready else None}]}
+    async def version(self) -> dict[str, str]:
+        return {"version": vlserve.__version__}
 
-    @routes.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        asked = protocol.read_chat_request(await _read_body(request))
-        if asked.model not in (None, name):
-            raise RequestError(
-                f"the model {asked.model!r} is not served here; {name!r} is", param="model", code="model_not_found"
-            )
-        sampling = asked.sampling(defaults)
-        turns = read_messages(asked.messages, local=False)
-        include_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        id = protocol.new_id()
-        if pipeline.client.ready is None or pipeline.client.error is not None:
-            raise EngineError(_why_not_ready(pipeline))
-        if asked.stream:
-            prompt = await pipeline.prepare(turns)
-            pipeline.check(prompt, sampling)  # before the 200 is sent
-            events = _stream(pipeline, prompt, sampling, id, name, include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._model()]}
 
-        async def answer() -> list[Delta]:
-            return [delta async for delta in pipeline.answer(await pipeline.prepare(turns), sampling)]
+    async def model(self, model: str) -> dict[str, Any]:
+        self._check_model(model)
+        return self._model()
 
-        done = collect(await _unless_disconnected(request, answer()))
-        message = {"role": "assistant", "content": done.text, "refusal": None}
-        logprobs = protocol.logprobs_dict(done.logprobs, pipeline.tokenizer)
-        return JSONResponse(protocol.completion(id, name, message, done.finish_reason, logprobs, done.usage))
+    async def chat(self, request: Request) -> Response:
+        """A chat completion, whole or as server-sent events."""
 
-    return routes
+        def plan(asked: ChatRequest) -> Plan:
+            params, turns = asked.params(self._defaults), read_messages(asked.messages, local=False)
+            prompt = self.pipeline.prepare(turns, asked.prompt_options())
+            return Plan([prompt], params, lambda prompts: ChatAnswer(asked, prompts[0], self.pipeline.tokenizer, self.name))
+
+        return await self._answer(request, ChatRequest, "messages", plan)
+
+    async def completions(self, request: Request) -> Response:
+        """Raw prompts continued, whole or as server-sent events."""
+
+        def plan(asked: CompletionRequest) -> Plan:
+            params = asked.params(self._defaults)
+            prompts = [self._raw_prompt(prompt, asked.cache_salt or "") for prompt in asked.prompts]
+            return Plan(prompts, params, lambda prompts: CompletionAnswer(asked, prompts, self.pipeline.tokenizer, self.name))
+
+        return await self._answer(request, CompletionRequest, "prompt", plan)
+
+    async def responses(self, request: Request) -> Response:
+        """A response, whole or as server-sent events; nothing is stored."""
+
+        def plan(asked: ResponsesRequest) -> Plan:
+            chat = asked.to_chat()
+            params, turns = chat.params(self._defaults), read_messages(chat.messages, local=False)
+            prompt = self.pipeline.prepare(turns, chat.prompt_options())
+            calls, tokenizer = chat.calls, self.pipeline.tokenizer
+            return Plan([prompt], params, lambda prompts: ResponsesAnswer(asked, calls, prompts[0], tokenizer, self.name))
+
+        return await self._answer(request, ResponsesRequest, "input", plan)
+
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        """The tokens of a text or a conversation."""
+        with self.admission.enter(1):
+            asked = await self._read(request, TokenizeRequest)
+            asked.check()
+            if asked.prompt is not None:
+                prompt = await self.pipeline.prepare_text(asked.prompt, beginning=asked.add_special_tokens is not False)
+            else:
+                prompt = await self.pipeline.prepare(read_messages(asked.messages, local=False), asked.prompt_options())
+        ids, decode = prompt.token_ids, self.pipeline.tokenizer.decode
+        texts = [decode([id], skip_special_tokens=False) for id in ids] if asked.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self._max_model_len(), "tokens": ids, "token_strs": texts}
+
+    async def detokenize(self, request: Request) -> dict[str, Any]:
+        """The text of tokens."""
+        with self.admission.enter(1):
+            asked = await self._read(request, DetokenizeRequest, "tokens")
+            ready = self.pipeline.client.ready
+            asked.check(ready.vocab_size if ready else self.pipeline.tokenizer.num_tokens)
+            text = await asyncio.to_thread(self.pipeline.tokenizer.decode, asked.tokens, skip_special_tokens=False)
+        return {"prompt": text}
+
+    async def _read(self, request: Request, kind: type[protocol.B], *required: str) -> protocol.B:
+        try:
+            body = await asyncio.wait_for(self._read_body(request), BODY_SECONDS)
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+            raise RequestError(f"the request's body did not arrive within {BODY_SECONDS} s") from None
+        asked = protocol.read_body(body, kind, required=required)
+        if asked.model is not None:
+            self._check_model(asked.model)
+        return asked
+
+    async def _read_body(self, request: Request) -> bytes:
+        body, most = bytearray(), self.config.max_body_mib * 2**20
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise RequestError(f"the request's body has more than {most} bytes", code="body_too_large")
+        return bytes(body)
+
+    async def _answer(
+        self, request: Request, kind: type[protocol.A], required: str, plan: Callable[[protocol.A], Plan]
+    ) -> Response:
+        """Read the request, prepare its prompts, and answer each with every one of its parameters."""
+        begun = asyncio.get_running_loop().time()
+        with ExitStack() as stack:
+            stack.enter_context(self.admission.enter(1))  # before the body is read, so that bodies are bounded too
+            asked = await self._read(request, kind, required)
+            try:
+                planned = plan(asked)
+                for coroutine in planned.preparing:
+                    stack.callback(coroutine.close)
+                self._check_ready()
+                stack.enter_context(self.admission.enter(len(planned.preparing) * len(planned.params) - 1))
+                prompts = await _unless_disconnected(request, self._prepare(planned))
+            except RequestError as error:
+                raise asked.renamed(error) from None
+            answer = planned.make(prompts)
+            limit = self.config.request_timeout_s
+            left = None if limit is None else max(0.001, limit - (asyncio.get_running_loop().time() - begun))
+            pairs = [(prompt, sampling) for prompt in prompts for sampling in planned.params]
+            deltas = _merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
+            if asked.stream:
+                events = _events(answer, deltas, stack.pop_all())  # the room is given back when the stream ends
+                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+            async def collect() -> dict[str, Any]:
+                async for index, delta in deltas:
+                    for _ in answer.add(index, delta):
+                        pass
+                return answer.whole()
+
+            return JSONResponse(await _unless_disconnected(request, collect()))
+
+    async def _prepare(self, plan: Plan) -> list[Prompt]:
+        prompts = list(await asyncio.gather(*plan.preparing))
+        for prompt in prompts:
+            self.pipeline.check(prompt, plan.params[0])  # before a 200 is sent
+        return prompts
+
+    async def _raw_prompt(self, prompt: str | list[int], salt: str) -> Prompt:
+        if isinstance(prompt, str):
+            ids = (await self.pipeline.prepare_text(prompt)).token_ids
+        else:
+            ids = prompt
+            if self.pipeline.checkpoint.image_token_id in ids or min(ids) < 0:
+                raise RequestError("prompt has a token id that is a picture's place, or below 0", param="prompt")
+        return Prompt(ids, [], salt)
+
+    def _model(self) -> dict[str, Any]:
+        body = {"id": self.name, "object": "model", "created": self._created, "owned_by": "vlserve"}
+        return body | {"max_model_len": self._max_model_len()}
+
+    def _max_model_len(self) -> int | None:
+        ready = self.pipeline.client.ready
+        return ready.max_model_len if ready else None
+
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
+            message = f"the model {name[:200]!r} is not served here; {self.name!r} is"
+            raise RequestError(message, param="model", code="model_not_found")
+
+    def _check_ready(self) -> None:
+        client = self.pipeline.client
+        if client.error is not None:
+            raise EngineError(str(client.error))
+        if client.ready is None:
+            raise EngineError(f"the model is still loading (stage: {client.stage.name})")
 
 
-async def _stream(
-    pipeline: VLPipeline, prompt: Prompt, sampling: SamplingParams, id: str, name: str, include_usage: bool
-) -> AsyncIterator[bytes]:
-    """Server-sent events: the role, the pieces, the reason, usage when asked for, [DONE]; an error event on failure."""
-    yield _event(protocol.chunk(id, name, {"role": "assistant", "content": ""}))
-    usage = None
+async def _events(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]], held: ExitStack) -> AsyncIterator[bytes]:
+    """Server-sent events of one answer, an error event on failure; `held` is closed at the end, however it ends."""
+    with held:
+        try:
+            for body in answer.opening():
+                yield answer.event(body)
+            async for index, delta in deltas:
+                for body in answer.add(index, delta):
+                    yield answer.event(body)
+            for body in answer.closing():
+                yield answer.event(body)
+        except EngineError as error:
+            yield answer.event(answer.failure(str(error), _code(error)))
+            return
+        except Exception:
+            log.exception("a stream failed")
+            yield answer.event(answer.failure(INTERNAL_ERROR, "internal_error"))
+            return
+        finally:
+            await deltas.aclose()  # type: ignore[attr-defined]
+        if answer.ends_with_done:
+            yield protocol.DONE
+
+
+async def _merge(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+    """Deltas of several answers as they come, with the answer's number; the first failure ends all."""
+    if len(streams) == 1:
+        try:
+            async for delta in streams[0]:
+                yield 0, delta
+        finally:
+            await streams[0].aclose()  # type: ignore[attr-defined]
+        return
+    queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncIterator[Delta]) -> None:
+        try:
+            async for delta in stream:
+                queue.put_nowait((index, delta))
+            queue.put_nowait((index, None))
+        except Exception as error:  # noqa: BLE001  (handed on)
+            queue.put_nowait((index, error))
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    tasks = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
     try:
-        async for delta in pipeline.answer(prompt, sampling):
-            usage = delta.usage
-            logprobs = protocol.logprobs_dict(delta.logprobs, pipeline.tokenizer)
-            if delta.text or logprobs:
-                yield _event(protocol.chunk(id, name, {"content": delta.text}, logprobs=logprobs))
-            if delta.finish_reason is not None:
-                yield _event(protocol.chunk(id, name, {}, delta.finish_reason))
-    except EngineError as error:
-        yield _event(protocol.error_dict(str(error), kind="server_error", code="engine_error"))
-        return
-    except Exception:
-        log.exception("a stream failed")
-        yield _event(protocol.error_dict(INTERNAL_ERROR, kind="server_error"))
-        return
-    if include_usage and usage is not None:
-        yield _event(protocol.usage_chunk(id, name, usage))
-    yield b"data: [DONE]\n\n"
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _why_not_ready(pipeline: VLPipeline) -> str:
-    client = pipeline.client
-    return str(client.error) if client.error is not None else f"the model is still loading (stage: {client.stage.name})"
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"the request's body has more than {MAX_BODY_BYTES} bytes", code="body_too_large")
-    return bytes(body)
+        num_open = len(tasks)
+        while num_open:
+            index, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -181,32 +376,64 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -
         task.cancel()
 
 
-class _Route(APIRoute):
-    """Turns our errors into OpenAI's error objects, wherever the router is included."""
+def _route_class(keys: Keys) -> type[APIRoute]:
+    """A route that asks for a key, numbers its requests, and turns our errors into OpenAI's error objects."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+            is_open = self.name in OPEN_ROUTES  # the route itself, however the request's path is spelt
 
-        async def handler(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestError as error:
-                status = {"model_not_found": 404, "body_too_large": 413}.get(error.code, 400)
-                body = protocol.error_dict(str(error), kind="invalid_request_error", param=error.param, code=error.code)
-                return JSONResponse(body, status)
-            except EngineError as error:
-                body = protocol.error_dict(str(error), kind="server_error", code="engine_error")
-                return JSONResponse(body, 503, {"Retry-After": "5"})
-            except (HTTPException, RequestValidationError):  # the including app's own
-                raise
-            except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it
-            except asyncio.CancelledError:
-                if asyncio.current_task() is not None and await request.is_disconnected():
-                    return Response(status_code=499)
-                raise
-            except Exception:
-                log.exception("%s %s failed", request.method, request.url.path)
-                return JSONResponse(protocol.error_dict(INTERNAL_ERROR, kind="server_error"), 500)
+            async def handler(request: Request) -> Response:
+                id = _request_id(request)
+                if is_open or keys.allow(request.headers.get("authorization")):
+                    response = await _guarded(handle, request)
+                else:
+                    message = "a valid API key is needed: Authorization: Bearer KEY"
+                    body = protocol.error_dict(message, kind="authentication_error", code="invalid_api_key")
+                    response = JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+                response.headers["X-Request-Id"] = id
+                return response
 
-        return handler
+            return handler
+
+    return Route
+
+
+async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], request: Request) -> Response:
+    """The response, or our errors as OpenAI's error objects."""
+    try:
+        return await handle(request)
+    except RequestError as error:
+        status = {"model_not_found": 404, "body_too_large": 413}.get(error.code, 400)
+        body = protocol.error_dict(str(error), kind="invalid_request_error", param=error.param, code=error.code)
+        return JSONResponse(body, status)
+    except OverloadedError as error:
+        body = protocol.error_dict(str(error), kind="rate_limit_error", code="overloaded")
+        return JSONResponse(body, 429, {"Retry-After": "1"})
+    except DeadlineError as error:
+        return JSONResponse(protocol.error_dict(str(error), kind="server_error", code="deadline_exceeded"), 504)
+    except EngineError as error:
+        body = protocol.error_dict(str(error), kind="server_error", code="engine_error")
+        return JSONResponse(body, 503, {"Retry-After": "5"})
+    except (HTTPException, RequestValidationError):  # the including app's own
+        raise
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody reads it
+    except asyncio.CancelledError:
+        if asyncio.current_task() is not None and await request.is_disconnected():
+            return Response(status_code=499)
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.url.path)
+        return JSONResponse(protocol.error_dict(INTERNAL_ERROR, kind="server_error"), 500)
+
+
+def _code(error: EngineError) -> str:
+    return "deadline_exceeded" if isinstance(error, DeadlineError) else "engine_error"
+
+
+def _request_id(request: Request) -> str:
+    """The client's own X-Request-Id where it is one, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""The shapes of the HTTP API: what a request may say, and what is answered.
+"""What all routes share: reading a body strictly, the sampling fields, usage, log-probabilities, errors.
 
 A field that would change the answer and is not supported is refused by name; one that cannot change it
 is accepted. Nothing is accepted and then ignored.
@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,38 +21,62 @@ from vlserve.errors import RequestError
 from vlserve.outputs import Usage
 from vlserve.tokenizer import Tokenizer
 
+MAX_CHOICES = 16  # of one request
 # without any influence on the answer
 HARMLESS = frozenset(
-    ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+    (
+        *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("prompt_cache_options", "prediction", "request_id", "priority"),
+    )
 )
-# neutral values of fields that are not supported otherwise: clients send them unasked
+# values that ask for nothing, of fields that are not supported otherwise: clients send them unasked
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "echo": (False,),
+    "verbosity": ("medium",),
+    "use_beam_search": (False,),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "include": ([],),
+    "spaces_between_special_tokens": (True,),
 }
-
-
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """null means not given; numbers are not read out of texts."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # random padding that OpenAI adds; none is added here
 
 
-class ChatRequest(BaseModel):
-    """POST /v1/chat/completions: OpenAI's names, and vLLM's for what OpenAI lacks. null means not given."""
+class Body(Strict):
+    """A request's body; unknown fields were looked at before, by `read_body`."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-    messages: list[Any]
-    model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    model_config = ConfigDict(extra="ignore", strict=True)
+    model: str | None = Field(None, description="the id that /v1/models lists; may be left out")
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """The error with this request's names for the fields."""
+        return error
+
+
+class AnswerBody(Body):
+    """A request for answers."""
+
+    stream: bool | None = Field(None, description="server-sent events instead of one object")
+
+
+class SamplingBody(AnswerBody):
+    """How answers are drawn: OpenAI's names, and vLLM's for what OpenAI lacks."""
+
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -65,32 +89,43 @@ class ChatRequest(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
+    max_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None)
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    stream: bool | None = None
+    n: int | None = Field(None, description=f"answers to give, 1 to {MAX_CHOICES}")
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(None, description="caches are shared only with requests of the same salt")
+    return_token_ids: bool | None = Field(None, description="also give prompt_token_ids and each choice's token_ids")
 
-    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Raises RequestError naming the field. `defaults` are the checkpoint's."""
-        if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            raise RequestError(f"top_logprobs is {self.top_logprobs}; expected 0 to {MAX_LOGPROBS}", param="top_logprobs")
-        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
-            raise RequestError(
-                f"max_completion_tokens is {self.max_completion_tokens}; expected 1 or more", param="max_completion_tokens"
-            )
-        given = {name: getattr(self, name) for name in SamplingParams.__dataclass_fields__ if name in type(self).model_fields}
-        given["max_tokens"] = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        given["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
-        given["logit_bias"] = _read_bias(self.logit_bias)
-        return SamplingParams(**{**defaults, **{key: value for key, value in given.items() if value is not None}})
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    def options(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
+
+    def sampling(self, defaults: Mapping[str, Any], **own: Any) -> list[SamplingParams]:
+        """Parameters of each choice; raises RequestError naming the field. `defaults` are the checkpoint's."""
+        if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
+            raise RequestError(f"n is {self.n}; expected 1 to {MAX_CHOICES}", param="n")
+        if self.cache_salt is not None and not 0 < len(self.cache_salt) <= 256:
+            raise RequestError("cache_salt must have 1 to 256 characters", param="cache_salt")
+        fields = {name: getattr(self, name) for name in SamplingParams.__dataclass_fields__ if name in type(self).model_fields}
+        fields |= {"logit_bias": _read_bias(self.logit_bias)} | own
+        params = SamplingParams(**{**defaults, **{key: value for key, value in fields.items() if value is not None}})
+        if self.num_choices == 1:
+            return [params]
+        given = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+        seeds = [None if params.seed is None else params.seed + i for i in range(self.num_choices)]
+        return [SamplingParams(**given | {"seed": seed}) for seed in seeds]
 
 
-def read_chat_request(body: bytes) -> ChatRequest:
+B = TypeVar("B", bound=Body)
+A = TypeVar("A", bound=AnswerBody)
+
+
+def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     """Parse a request's body; raises RequestError naming the field."""
     try:
         values = json.loads(body)
@@ -100,20 +135,30 @@ def read_chat_request(body: bytes) -> ChatRequest:
         raise RequestError("the request's body is not valid JSON in UTF-8") from None
     if not isinstance(values, dict):
         raise RequestError("the request's body must be a JSON object")
-    if "messages" not in values or values["messages"] is None:
-        raise RequestError("messages is missing", param="messages")
+    for name in required:
+        if values.get(name) is None:
+            raise RequestError(f"{name} is missing", param=name)
     values = {key: value for key, value in values.items() if value is not None and key not in HARMLESS}
-    for key in sorted(set(values) - set(ChatRequest.model_fields)):
+    for key in sorted(set(values) - set(kind.model_fields)):
         if values.pop(key) not in NEUTRAL.get(key, ()):
             what = "only supported as " + json.dumps(NEUTRAL[key][0]) if key in NEUTRAL else "not a field that is supported"
-            raise RequestError(f"{key} is {what}", param=key, code="unsupported_parameter")
+            raise RequestError(f"{_shown(key)} is {what}", param=_shown(key), code="unsupported_parameter")
     try:
-        return ChatRequest.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = [p for p in first["loc"] if p not in ("str", "list[str]")]  # arms of a union, not fields
-        param = ".".join(map(str, place)) or "body"
-        raise RequestError(f"{param}: {first['msg']}", param=param) from None
+        place = _place(first["loc"])
+        raise RequestError(f"{place}: {first['msg']}", param=place) from None
+
+
+def _shown(key: str) -> str:
+    return key if len(key) <= 64 else key[:64] + "..."
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """stop.0 and the like; a union's arms (`list[str]`, `ToolChoice`) are no fields."""
+    fields = [p for p in location if isinstance(p, int) or (p.islower() and "[" not in p and p not in ("str", "bool", "int"))]
+    return ".".join(map(str, fields)) or "body"
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,30 +169,27 @@ def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     return {key: generation.get(key) or value for key, value in wanted.items()}
 
 
-def new_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def completion(id: str, model: str, message: Mapping[str, Any], reason: str, logprobs: Any, usage: Usage) -> dict[str, Any]:
-    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
-    return _envelope(id, "chat.completion", model) | {"choices": [choice], "usage": usage_dict(usage)}
+def envelope(id: str, kind: str, model: str, created: int) -> dict[str, Any]:
+    return {"id": id, "object": kind, "created": created, "model": model}
 
 
-def chunk(id: str, model: str, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-    choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-    return _envelope(id, "chat.completion.chunk", model) | {"choices": [choice]}
+def now() -> int:
+    return int(time.time())
 
 
-def usage_chunk(id: str, model: str, usage: Usage) -> dict[str, Any]:
-    return _envelope(id, "chat.completion.chunk", model) | {"choices": [], "usage": usage_dict(usage)}
-
-
-def usage_dict(usage: Usage) -> dict[str, Any]:
+def usage_dict(usages: Sequence[Usage]) -> dict[str, Any]:
+    """Of all choices together: the prompt counts once."""
+    first = usages[0]
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "image_tokens": usage.image_tokens},
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": first.prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens, "image_tokens": first.image_tokens},
     }
 
 
@@ -155,22 +197,46 @@ def logprobs_dict(entries: Sequence[TokenLogprob] | None, tokenizer: Tokenizer) 
     """OpenAI's form of log-probabilities, None when none were asked for."""
     if entries is None:
         return None
-
-    def one(id: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([id], skip_special_tokens=False)
-        # JSON has no -Infinity; OpenAI uses -9999 for what cannot be
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
-    content = [one(e.token_id, e.logprob) | {"top_logprobs": [one(*top) for top in e.top]} for e in entries]
+    content = [
+        token_logprob(e.token_id, e.logprob, tokenizer) | {"top_logprobs": [token_logprob(*top, tokenizer) for top in e.top]}
+        for e in entries
+    ]
     return {"content": content, "refusal": None}
+
+
+def token_logprob(id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    text = tokenizer.decode([id], skip_special_tokens=False)
+    # JSON has no -Infinity; OpenAI uses -9999 for what cannot be
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+
+def check_top_logprobs(number: int | None, name: str = "top_logprobs") -> None:
+    if number is not None and not 0 <= number <= MAX_LOGPROBS:
+        raise RequestError(f"{name} is {number}; expected 0 to {MAX_LOGPROBS}", param=name)
 
 
 def error_dict(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _envelope(id: str, kind: str, model: str) -> dict[str, Any]:
-    return {"id": id, "object": kind, "created": int(time.time()), "model": model}
+def event(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Chunks:
+    """How the two completion APIs stream: events without names, errors as objects of their own, [DONE]."""
+
+    ends_with_done = True
+
+    def event(self, body: dict[str, Any]) -> bytes:
+        return event(body)
+
+    def failure(self, message: str, code: str) -> dict[str, Any]:
+        return error_dict(message, kind="server_error", code=code)
+
+
+DONE = b"data: [DONE]\n\n"
 
 
 def _read_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:

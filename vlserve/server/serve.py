@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -13,6 +16,7 @@ import uvicorn
 from vlserve.config import ServerConfig
 from vlserve.errors import VLServeError
 from vlserve.pipeline import VLPipeline
+from vlserve.server.admission import KEYS_VARIABLE, Admission
 from vlserve.server.app import create_app
 
 LAST_WORDS_S = 3  # for open connections to be told, once the engine is gone
@@ -30,10 +34,20 @@ def serve(pipeline: VLPipeline, config: ServerConfig) -> int:
 
 class _Server(uvicorn.Server):
     def __init__(self, pipeline: VLPipeline, config: ServerConfig) -> None:
-        app = create_app(pipeline, model_name=config.served_model_name)
+        app = create_app(pipeline, config)
         super().__init__(
-            uvicorn.Config(app, host=config.host, port=config.port, timeout_graceful_shutdown=LAST_WORDS_S, log_level="warning")
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                timeout_graceful_shutdown=LAST_WORDS_S,
+                log_level="warning",
+                server_header=False,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
+            )
         )
+        self._admission: Admission = app.state.admission
         self.failure: VLServeError | None = None
         self._pipeline, self._server_config = pipeline, config
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -47,18 +61,38 @@ class _Server(uvicorn.Server):
             self.servers[0].sockets[0].getsockname() if self.servers else (self._server_config.host, self._server_config.port)
         )
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        print(f"vlserve: listening on http://{host}:{address[1]}", file=sys.stderr, flush=True)
+        scheme = "https" if self._server_config.ssl_certfile else "http"
+        print(f"vlserve: listening on {scheme}://{host}:{address[1]}", file=sys.stderr, flush=True)
+        if not self._server_config.api_keys and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+            print(
+                "vlserve: warning: anyone who reaches this address can use the server: no API key is set "
+                f"(--api-key-file or {KEYS_VARIABLE})",
+                file=sys.stderr,
+                flush=True,
+            )
         self._pipeline.client.on_failure = self._on_failure
         threading.Thread(target=self._announce, name="vlserve-announce", daemon=True).start()
         if self._pipeline.client.error is not None:  # it failed before we listened to it
             self._on_failure(self._pipeline.client.error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: open requests get an error event now, then the usual shutdown."""
-        if self._loop is not None and not self.should_exit:
+        """SIGTERM lets open requests end first, for `drain_seconds`; Ctrl-C, or a second signal, ends at once."""
+        if self._loop is None or self.should_exit:
+            super().handle_exit(sig, frame)
+            return
+        wait = self._server_config.drain_seconds if sig == signal.SIGTERM and not self._admission.is_draining else 0.0
+        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._end(sig, wait)))
+
+    async def _end(self, sig: int, wait: float) -> None:
+        """Take no new requests; after `wait` seconds open ones get an error event; then the usual shutdown."""
+        self._admission.is_draining = True
+        deadline = time.monotonic() + wait
+        while self._admission.num_open and time.monotonic() < deadline and not self.should_exit:
+            await asyncio.sleep(0.05)
+        if not self.should_exit:
             self._pipeline.client.on_failure = lambda error: None
-            self._loop.call_soon_threadsafe(self._pipeline.client.fail_all, "the server is shutting down")
-        super().handle_exit(sig, frame)
+            self._pipeline.client.fail_all("the server is shutting down")
+            super().handle_exit(sig, None)
 
     def _on_failure(self, error: VLServeError) -> None:
         if self.failure is None:

@@ -1,0 +1,305 @@
+"""POST /v1/chat/completions: the request's fields, and answers as OpenAI writes them, whole or in chunks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vlserve.config import SamplingParams, StructuredOutput
+from vlserve.engine.messages import TokenLogprob
+from vlserve.errors import RequestError
+from vlserve.outputs import Delta, Usage
+from vlserve.prompt import Prompt, PromptOptions
+from vlserve.server import protocol
+from vlserve.server.protocol import Chunks, SamplingBody, Strict
+from vlserve.server.reply import CALL, END_CALL, THINK, Piece, ReplyParser
+from vlserve.tokenizer import Tokenizer
+
+MAX_TOOLS = 128
+
+
+class Function(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="arguments follow the schema; with tool_choice auto too")
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredBody(Strict):
+    """vLLM's structured_outputs: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
+
+
+def read_structured(body: StructuredBody | None) -> StructuredOutput | None:
+    """Raises RequestError when not exactly one of the fields is given."""
+    if body is None:
+        return None
+    given = body.model_dump(exclude_none=True, by_alias=True)
+    return StructuredOutput(**given | ({"choice": tuple(given["choice"])} if "choice" in given else {}))
+
+
+class PictureOptions(Strict):
+    """vLLM's mm_processor_kwargs."""
+
+    max_dynamic_patch: int | None = Field(None, ge=1, description="tiles a picture at most; the server's own bound stays")
+
+
+class ChatRequest(SamplingBody):
+    messages: list[Any] = Field(description="OpenAI's messages: role and content, a text or a list of text and image_url parts")
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredBody | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    mm_processor_kwargs: PictureOptions | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether function calls are looked for."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
+        """Each choice's parameters; raises RequestError naming the field."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        protocol.check_top_logprobs(self.top_logprobs)
+        most = self.max_completion_tokens
+        if most is not None and most < 1:
+            raise RequestError(f"max_completion_tokens is {most}; expected 1 or more", param="max_completion_tokens")
+        return self.sampling(
+            defaults,
+            max_tokens=self.max_tokens if most is None else most,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            structured=self._structured(),
+        )
+
+    def prompt_options(self) -> PromptOptions:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+            )
+        variables = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            variables["reasoning_effort"] = self.reasoning_effort
+        return PromptOptions(
+            tools=[tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools or ()]
+            if self.calls
+            else (),
+            variables=variables,
+            continue_final=bool(self.continue_final_message),
+            add_generation_prompt=self.add_generation_prompt is not False,
+            cache_salt=self.cache_salt or "",
+        )
+
+    def _structured(self) -> StructuredOutput | None:
+        """What binds the answer's form; two of them at once are refused."""
+        wanted: dict[str, StructuredOutput] = {}
+        form = self.response_format
+        if form is not None and form.type == "json_object":
+            wanted["response_format"] = StructuredOutput(json_object=True)
+        if form is not None and form.type == "json_schema":
+            if form.json_schema is None:
+                raise RequestError("response_format.json_schema is missing", param="response_format.json_schema")
+            wanted["response_format"] = StructuredOutput(json=form.json_schema.schema_)
+        own = read_structured(self.structured_outputs)
+        if own is not None:
+            wanted["structured_outputs"] = own
+        tools = self._tool_form()
+        if tools is not None:
+            wanted["tool_choice"] = tools
+        if len(wanted) > 1:
+            raise RequestError(f"{' and '.join(wanted)} exclude each other", param=list(wanted)[-1])
+        return next(iter(wanted.values()), None)
+
+    def _tool_form(self) -> StructuredOutput | None:
+        """The form that calls must have: for a call that must come, and for functions that are strict."""
+        choice, tools = self.tool_choice, self.tools or []
+        if not tools:
+            if choice not in (None, "none", "auto"):
+                raise RequestError("tool_choice needs tools", param="tool_choice")
+            return None
+        if len(tools) > MAX_TOOLS:
+            raise RequestError(f"tools has {len(tools)} functions; the limit is {MAX_TOOLS}", param="tools")
+        if isinstance(choice, NamedTool):
+            tools = [tool for tool in tools if tool.function.name == choice.function.name]
+            if not tools:
+                raise RequestError(f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice")
+        must = choice == "required" or isinstance(choice, NamedTool)
+        if choice == "none" or not (must or any(tool.function.strict for tool in tools)):
+            return None
+        anything = {"type": "object"}
+        tags = [
+            {
+                "type": "tag",
+                "begin": f'{CALL}\n{{"name": {json.dumps(tool.function.name)}, "arguments": ',
+                "content": {"type": "json_schema", "json_schema": schema},
+                "end": f"}}\n{END_CALL}",
+            }
+            for tool in tools
+            for schema in ((tool.function.parameters if must or tool.function.strict else None) or anything,)
+        ]
+        one = isinstance(choice, NamedTool) or self.parallel_tool_calls is False
+        form = {
+            "type": "triggered_tags",
+            "triggers": [CALL],
+            "tags": tags,
+            "at_least_one": must,
+            "stop_after_first": one,
+        }
+        return StructuredOutput(structural_tag={"type": "structural_tag", "format": form})
+
+
+def is_thinking(prompt: Prompt, tokenizer: Tokenizer) -> bool:
+    """Whether the prompt ends inside an opened <think>, as some chat templates leave it."""
+    return tokenizer.decode(prompt.token_ids[-8:], skip_special_tokens=False).rstrip("\n").endswith(THINK)
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer as it grows."""
+
+    parser: ReplyParser
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    usage: Usage | None = None
+    finish_reason: str | None = None
+
+    def take(self, piece: Piece) -> dict[str, Any]:
+        """Book a piece, and give it as a chunk's delta."""
+        if piece.kind == "reasoning":
+            self.reasoning += piece.text
+            return {"reasoning_content": piece.text}
+        if piece.kind == "content":
+            self.content += piece.text
+            return {"content": piece.text}
+        if piece.name is not None:
+            function = {"name": piece.name, "arguments": piece.text}
+            self.calls.append({"id": protocol.new_id("call"), "type": "function", "function": dict(function)})
+            return {"tool_calls": [{"index": piece.call} | self.calls[-1] | {"function": function}]}
+        self.calls[piece.call]["function"]["arguments"] += piece.text
+        return {"tool_calls": [{"index": piece.call, "function": {"arguments": piece.text}}]}
+
+
+class ChatAnswer(Chunks):
+    """All choices of one request, from the engine's deltas to OpenAI's objects."""
+
+    def __init__(self, asked: ChatRequest, prompt: Prompt, tokenizer: Tokenizer, model: str) -> None:
+        self._asked, self._prompt, self._tokenizer, self._model = asked, prompt, tokenizer, model
+        self._id, self._created = protocol.new_id("chatcmpl"), protocol.now()
+        thinking = is_thinking(prompt, tokenizer)
+        self._choices = [Choice(ReplyParser(calls=asked.calls, thinking=thinking)) for _ in range(asked.num_choices)]
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, once every choice has its finish_reason."""
+        usage = protocol.usage_dict([c.usage for c in self._choices if c.usage is not None])
+        body = protocol.envelope(self._id, "chat.completion", self._model, self._created)
+        body |= {"choices": [self._choice(i) for i in range(len(self._choices))], "usage": usage}
+        return body | ({"prompt_token_ids": self._prompt.token_ids} if self._asked.return_token_ids else {})
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """The first chunk of each choice."""
+        for index in range(len(self._choices)):
+            chunk = self._chunk(index, {"role": "assistant", "content": ""})
+            yield chunk | ({"prompt_token_ids": self._prompt.token_ids} if self._asked.return_token_ids and not index else {})
+
+    def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The chunks that an engine's delta gives, none when its text is not certain yet."""
+        choice = self._choices[index]
+        choice.usage = delta.usage
+        choice.token_ids += delta.token_ids
+        choice.logprobs += delta.logprobs or ()
+        pieces = choice.parser.add(delta.text)
+        if delta.finish_reason is not None:
+            pieces += choice.parser.finish()
+        if self._asked.include_reasoning is False:
+            pieces = [piece for piece in pieces if piece.kind != "reasoning"]
+        if self._asked.parallel_tool_calls is False:
+            pieces = [piece for piece in pieces if piece.call == 0]
+        logprobs = protocol.logprobs_dict(delta.logprobs, self._tokenizer)
+        extra: dict[str, Any] = {"token_ids": list(delta.token_ids)} if self._asked.return_token_ids else {}
+        bodies = [choice.take(piece) for piece in pieces]
+        if not bodies and (logprobs or extra):
+            bodies = [{"content": ""}]
+        for body in bodies:
+            yield self._chunk(index, body, logprobs=logprobs, **extra)
+            logprobs, extra = None, {key: [] for key in extra}
+        if delta.finish_reason is not None:
+            called = bool(choice.calls) and delta.finish_reason == "stop"
+            choice.finish_reason = "tool_calls" if called else delta.finish_reason
+            yield self._chunk(index, {}, choice.finish_reason)
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        """The usage chunk, when it was asked for."""
+        if self._asked.options().include_usage:
+            body = protocol.envelope(self._id, "chat.completion.chunk", self._model, self._created)
+            yield body | {"choices": [], "usage": protocol.usage_dict([c.usage for c in self._choices if c.usage is not None])}
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        choice = self._choices[index]
+        message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        if choice.calls:
+            message |= {"tool_calls": choice.calls, "content": choice.content or None}
+        logprobs = protocol.logprobs_dict(choice.logprobs, self._tokenizer) if self._asked.logprobs else None
+        body = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        return body | ({"token_ids": choice.token_ids} if self._asked.return_token_ids else {})
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None, **extra: Any
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason, **extra}
+        body = protocol.envelope(self._id, "chat.completion.chunk", self._model, self._created) | {"choices": [choice]}
+        usage = self._choices[index].usage
+        options = self._asked.options()
+        if options.include_usage or options.continuous_usage_stats:
+            running = options.continuous_usage_stats and usage is not None
+            body["usage"] = protocol.usage_dict([usage]) if running and usage is not None else None
+        return body

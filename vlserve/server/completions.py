@@ -1,0 +1,136 @@
+"""POST /v1/completions: raw prompts without the chat template. Special tokens in a text prompt are ordinary text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import Field
+
+from vlserve.config import SamplingParams, StructuredOutput
+from vlserve.engine.messages import TokenLogprob
+from vlserve.errors import RequestError
+from vlserve.outputs import Delta, Usage
+from vlserve.prompt import Prompt
+from vlserve.server import protocol
+from vlserve.server.chat import StructuredBody, read_structured
+from vlserve.server.protocol import MAX_CHOICES, Chunks, SamplingBody
+from vlserve.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+class CompletionRequest(SamplingBody):
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="a text, token ids, or a list of either")
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    structured_outputs: StructuredBody | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or prompt and isinstance(prompt[0], int) else list(prompt)
+
+    def params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
+        """Parameters of each choice of a prompt; raises RequestError naming the field."""
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise RequestError(f"best_of is {self.best_of}; only the value of n is supported", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo together with logprobs is not supported", param="echo", code="unsupported_parameter")
+        protocol.check_top_logprobs(self.logprobs, "logprobs")
+        if not self.prompts or not all(self.prompts):
+            raise RequestError("prompt is empty", param="prompt")
+        if len(self.prompts) * self.num_choices > MAX_CHOICES:
+            raise RequestError(f"prompt and n ask for more than {MAX_CHOICES} answers", param="prompt")
+        structured: StructuredOutput | None = read_structured(self.structured_outputs)
+        return self.sampling({"max_tokens": DEFAULT_MAX_TOKENS, **defaults}, logprobs=self.logprobs, structured=structured)
+
+
+@dataclass(slots=True)
+class _Choice:
+    prompt: Prompt
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    usage: Usage | None = None
+    finish_reason: str | None = None
+
+
+class CompletionAnswer(Chunks):
+    """All choices of all prompts of one request; choice i belongs to prompt i // n."""
+
+    def __init__(self, asked: CompletionRequest, prompts: Sequence[Prompt], tokenizer: Tokenizer, model: str) -> None:
+        self._asked, self._tokenizer, self._model = asked, tokenizer, model
+        self._id, self._created = protocol.new_id("cmpl"), protocol.now()
+        self._choices = [_Choice(prompt) for prompt in prompts for _ in range(asked.num_choices)]
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            self._body(i, c.text, c.logprobs, c.finish_reason, 0)
+            | ({"token_ids": c.token_ids, "prompt_token_ids": c.prompt.token_ids} if self._asked.return_token_ids else {})
+            for i, c in enumerate(self._choices)
+        ]
+        return self._envelope() | {"choices": choices, "usage": self._usage()}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for index, choice in enumerate(self._choices):
+            if self._asked.echo:
+                choice.text = self._tokenizer.decode(choice.prompt.token_ids)
+                yield self._chunk(index, choice.text, (), 0)
+
+    def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        choice = self._choices[index]
+        offset = len(choice.text)
+        choice.usage, choice.finish_reason = delta.usage, delta.finish_reason
+        choice.text += delta.text
+        choice.token_ids += delta.token_ids
+        choice.logprobs += delta.logprobs or ()
+        if delta.text or delta.logprobs or delta.finish_reason or self._asked.return_token_ids:
+            chunk = self._chunk(index, delta.text, delta.logprobs or (), offset)
+            if self._asked.return_token_ids:
+                chunk["choices"][0]["token_ids"] = list(delta.token_ids)
+            yield chunk
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        if self._asked.options().include_usage:
+            yield self._envelope() | {"choices": [], "usage": self._usage()}
+
+    def _chunk(self, index: int, text: str, logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+        choice = self._choices[index]
+        body = self._envelope() | {"choices": [self._body(index, text, logprobs, choice.finish_reason, offset)]}
+        options = self._asked.options()
+        if options.include_usage or options.continuous_usage_stats:
+            running = choice.usage if options.continuous_usage_stats else None
+            body["usage"] = protocol.usage_dict([running]) if running is not None else None
+        return body
+
+    def _body(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None, offset: int) -> dict[str, Any]:
+        shown = self._logprobs(logprobs, offset) if self._asked.logprobs is not None else None
+        return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
+
+    def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+        """The older form, in parallel lists."""
+        shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for entry in entries:
+            own = protocol.token_logprob(entry.token_id, entry.logprob, self._tokenizer)
+            tops = [protocol.token_logprob(*top, self._tokenizer) for top in entry.top]
+            shown["tokens"].append(own["token"])
+            shown["token_logprobs"].append(own["logprob"])
+            shown["top_logprobs"].append({top["token"]: top["logprob"] for top in tops})
+            shown["text_offset"].append(offset)
+            offset += len(own["token"])
+        return shown
+
+    def _usage(self) -> dict[str, Any]:
+        number = self._asked.num_choices
+        groups = [self._choices[i : i + number] for i in range(0, len(self._choices), number)]
+        each = [protocol.usage_dict([c.usage for c in group if c.usage is not None]) for group in groups]
+        details = [usage.pop("prompt_tokens_details") for usage in each]
+        whole = {key: sum(usage[key] for usage in each) for key in each[0]}
+        return whole | {"prompt_tokens_details": {key: sum(d[key] for d in details) for key in details[0]}}
+
+    def _envelope(self) -> dict[str, Any]:
+        return protocol.envelope(self._id, "text_completion", self._model, self._created)

@@ -1,0 +1,115 @@
+"""What the served OpenAPI document says of each route: the body's schema, the answers, the errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+import vlserve
+
+Schema = dict[str, Any]
+REFERENCE = "#/components/schemas/{model}"
+TEXT: Schema = {"type": "string"}
+INTEGER: Schema = {"type": "integer"}
+
+
+def _object(**properties: Schema) -> Schema:
+    """All properties given are required; an answer may have more."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+ERROR = _object(error=_object(message=TEXT, type=TEXT, param=_or_null(TEXT), code=_or_null(TEXT)))
+STATUS = _object(status=TEXT)
+MODEL = _object(id=TEXT, object={"const": "model"}, created=INTEGER, owned_by=TEXT, max_model_len=_or_null(INTEGER))
+USAGE = _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER, prompt_tokens_details={"type": "object"})
+MESSAGE = _object(role={"const": "assistant"}, content=_or_null(TEXT))
+ANSWERS: dict[str, Schema] = {
+    "/live": STATUS,
+    "/health": STATUS,
+    "/version": _object(version=TEXT),
+    "/v1/models": _object(object={"const": "list"}, data=_list(MODEL)),
+    "/v1/models/{model}": MODEL,
+    "/v1/chat/completions": _object(
+        id=TEXT,
+        object={"const": "chat.completion"},
+        created=INTEGER,
+        model=TEXT,
+        choices=_list(_object(index=INTEGER, message=MESSAGE, finish_reason=TEXT)),
+        usage=USAGE,
+    ),
+    "/v1/completions": _object(
+        id=TEXT,
+        object={"const": "text_completion"},
+        created=INTEGER,
+        model=TEXT,
+        choices=_list(_object(index=INTEGER, text=TEXT, finish_reason=TEXT)),
+        usage=USAGE,
+    ),
+    "/v1/responses": _object(id=TEXT, object={"const": "response"}, status=TEXT, model=TEXT, output=_list({"type": "object"})),
+    "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER)),
+    "/detokenize": _object(prompt=TEXT),
+}
+STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+OPEN = ("/live", "/health")
+ERRORS = {
+    400: "the request is wrong; the error names the field",
+    401: "an API key is needed",
+    404: "another model's name",
+    413: "the body is too large",
+    429: "too many requests are open; try again after Retry-After seconds",
+    500: "an error of the server",
+    503: "loading, shutting down, or failed; try again after Retry-After seconds",
+    504: "the request's time was up",
+}
+
+
+def read_route(path: str) -> dict[str, Any]:
+    """Keywords of `add_api_route` for a GET route."""
+    status = (503,) if path == "/health" else () if path in OPEN else (401, 404) if "{" in path else (401,)
+    return {"responses": _responses(path, status), "response_model": None}
+
+
+def body_route(path: str, body: type[BaseModel]) -> dict[str, Any]:
+    """Keywords of `add_api_route` for a POST route."""
+    content = {"application/json": {"schema": {"$ref": REFERENCE.format(model=body.__name__)}}}
+    extra = {"requestBody": {"required": True, "content": content}, "x-body": body}
+    return {"responses": _responses(path, tuple(ERRORS)), "response_model": None, "openapi_extra": extra}
+
+
+def document(routes: APIRouter) -> dict[str, Any]:
+    """The OpenAPI document of these routes."""
+    made = get_openapi(title="vlserve", version=vlserve.__version__, routes=routes.routes)
+    schemas = made.setdefault("components", {}).setdefault("schemas", {})
+    for path in made["paths"].values():
+        for operation in path.values():
+            body = operation.pop("x-body", None)
+            operation.get("responses", {}).pop("422", None)  # FastAPI's own, never sent
+            if body is not None:
+                schema = body.model_json_schema(ref_template=REFERENCE)
+                schemas.update(schema.pop("$defs", {}))
+                schemas[body.__name__] = schema
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    return made
+
+
+def _responses(path: str, errors: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
+    content: dict[str, Any] = {"application/json": {"schema": ANSWERS[path]}}
+    if path in STREAMS:
+        content["text/event-stream"] = {"schema": TEXT}
+    wrong = STATUS if path == "/health" else ERROR
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "the answer", "content": content}}
+    for status in errors:
+        found[status] = {"description": ERRORS[status], "content": {"application/json": {"schema": wrong}}}
+    return found
