@@ -32,7 +32,12 @@ class CompletionRequest(SamplingBody):
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one by one."""
         prompt: Any = self.prompt
-        return [prompt] if isinstance(prompt, str) or prompt and isinstance(prompt[0], int) else list(prompt)
+        return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+
+    def renamed(self, error: RequestError) -> RequestError:
+        if error.param != "messages":
+            return error
+        return RequestError(str(error), param="prompt", code=error.code)
 
     def params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
         """Parameters of each choice of a prompt; raises RequestError naming the field."""
@@ -65,7 +70,11 @@ class CompletionAnswer(Chunks):
     def __init__(self, asked: CompletionRequest, prompts: Sequence[Prompt], tokenizer: Tokenizer, model: str) -> None:
         self._asked, self._tokenizer, self._model = asked, tokenizer, model
         self._id, self._created = protocol.new_id("cmpl"), protocol.now()
-        self._choices = [_Choice(prompt) for prompt in prompts for _ in range(asked.num_choices)]
+        self._choices = [
+            _Choice(prompt, tokenizer.decode(prompt.token_ids) if asked.echo else "")
+            for prompt in prompts
+            for _ in range(asked.num_choices)
+        ]
 
     def whole(self) -> dict[str, Any]:
         choices = [
@@ -78,7 +87,6 @@ class CompletionAnswer(Chunks):
     def opening(self) -> Iterator[dict[str, Any]]:
         for index, choice in enumerate(self._choices):
             if self._asked.echo:
-                choice.text = self._tokenizer.decode(choice.prompt.token_ids)
                 yield self._chunk(index, choice.text, (), 0)
 
     def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
