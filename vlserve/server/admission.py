@@ -52,17 +52,11 @@ class Admission:
         self.num_open = 0
         self.is_draining = False
 
-    def check(self) -> None:
-        """Before a body is read: refuse at once when there is no room."""
-        if self.is_draining:
-            raise EngineError("the server is shutting down")
-        if self.num_open >= self.limit:
-            raise OverloadedError(f"{self.num_open} answers are open, and no more may wait; try again later")
-
     @contextmanager
     def enter(self, number: int) -> Iterator[None]:
-        """Hold room for `number` answers."""
-        self.check()
+        """Hold room for `number` answers; raises when there is none, or when the server is about to end."""
+        if self.is_draining:
+            raise EngineError("the server is shutting down")
         if self.num_open + number > self.limit:
             raise OverloadedError(f"{self.num_open} answers are open; there is no room for {number} more, try again later")
         self.num_open += number

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 import vlserve
 from vlserve.config import SamplingParams, ServerConfig
@@ -41,6 +42,13 @@ log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error; the server's log says more"
 OPEN_ROUTES = ("health", "live")  # names of the routes that ask for no key
 BODY_SECONDS = 300
+BODIES: dict[str, Any] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 T = TypeVar("T")
 
 
@@ -78,7 +86,7 @@ def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> Fast
     app = FastAPI(title="vlserve", version=vlserve.__version__, lifespan=lifespan, openapi_url=None)
     routes = router(pipeline, config)
     app.state.admission = routes.admission  # type: ignore[attr-defined]
-    routes.add_api_route("/openapi.json", lambda: openapi.document(routes), include_in_schema=False)
+    routes.add_api_route("/openapi.json", lambda: openapi.document(routes, tuple(BODIES.values())), include_in_schema=False)
     app.include_router(routes)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"])
@@ -105,13 +113,8 @@ def router(pipeline: VLPipeline, config: ServerConfig | None = None) -> APIRoute
     for path, answer in (("/live", api.live), ("/health", api.health), ("/version", api.version), ("/v1/models", api.models)):
         routes.add_api_route(path, answer, methods=["GET"], **openapi.read_route(path))
     routes.add_api_route("/v1/models/{model:path}", api.model, methods=["GET"], **openapi.read_route("/v1/models/{model}"))
-    for path, handle, kind in (
-        ("/v1/chat/completions", api.chat, ChatRequest),
-        ("/v1/completions", api.completions, CompletionRequest),
-        ("/v1/responses", api.responses, ResponsesRequest),
-        ("/tokenize", api.tokenize, TokenizeRequest),
-        ("/detokenize", api.detokenize, DetokenizeRequest),
-    ):
+    handlers = (api.chat, api.completions, api.responses, api.tokenize, api.detokenize)
+    for (path, kind), handle in zip(BODIES.items(), handlers, strict=True):
         routes.add_api_route(path, handle, methods=["POST"], **openapi.body_route(path, kind))
     return routes
 
@@ -249,8 +252,7 @@ class _Api:
             pairs = [(prompt, sampling) for prompt in prompts for sampling in planned.params]
             deltas = _merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
             if asked.stream:
-                events = _events(answer, deltas, stack.pop_all())  # the room is given back when the stream ends
-                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+                return _EventResponse(_events(answer, deltas), stack.pop_all())
 
             async def collect() -> dict[str, Any]:
                 async for index, delta in deltas:
@@ -296,28 +298,39 @@ class _Api:
             raise EngineError(f"the model is still loading (stage: {client.stage.name})")
 
 
-async def _events(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]], held: ExitStack) -> AsyncIterator[bytes]:
-    """Server-sent events of one answer, an error event on failure; `held` is closed at the end, however it ends."""
-    with held:
-        try:
-            for body in answer.opening():
+class _EventResponse(StreamingResponse):
+    """Server-sent events; `held` is closed at the end, however it ends."""
+
+    def __init__(self, events: AsyncIterator[bytes], held: ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _events(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[bytes]:
+    """The events of one answer, an error event on failure."""
+    try:
+        for body in answer.opening():
+            yield answer.event(body)
+        async for index, delta in deltas:
+            for body in answer.add(index, delta):
                 yield answer.event(body)
-            async for index, delta in deltas:
-                for body in answer.add(index, delta):
-                    yield answer.event(body)
-            for body in answer.closing():
-                yield answer.event(body)
-        except EngineError as error:
-            yield answer.event(answer.failure(str(error), _code(error)))
-            return
-        except Exception:
-            log.exception("a stream failed")
-            yield answer.event(answer.failure(INTERNAL_ERROR, "internal_error"))
-            return
-        finally:
-            await deltas.aclose()  # type: ignore[attr-defined]
-        if answer.ends_with_done:
-            yield protocol.DONE
+        for body in answer.closing():
+            yield answer.event(body)
+    except EngineError as error:
+        yield answer.event(answer.failure(str(error), _code(error)))
+        return
+    except Exception:
+        log.exception("a stream failed")
+        yield answer.event(answer.failure(INTERNAL_ERROR, "internal_error"))
+        return
+    finally:
+        await deltas.aclose()  # type: ignore[attr-defined]
+    if answer.ends_with_done:
+        yield protocol.DONE
 
 
 async def _merge(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:

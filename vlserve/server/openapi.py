@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -83,22 +84,21 @@ def read_route(path: str) -> dict[str, Any]:
 def body_route(path: str, body: type[BaseModel]) -> dict[str, Any]:
     """Keywords of `add_api_route` for a POST route."""
     content = {"application/json": {"schema": {"$ref": REFERENCE.format(model=body.__name__)}}}
-    extra = {"requestBody": {"required": True, "content": content}, "x-body": body}
+    extra = {"requestBody": {"required": True, "content": content}}
     return {"responses": _responses(path, tuple(ERRORS)), "response_model": None, "openapi_extra": extra}
 
 
-def document(routes: APIRouter) -> dict[str, Any]:
-    """The OpenAPI document of these routes."""
+def document(routes: APIRouter, bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """The OpenAPI document of these routes, whose POST routes take `bodies`."""
     made = get_openapi(title="vlserve", version=vlserve.__version__, routes=routes.routes)
     schemas = made.setdefault("components", {}).setdefault("schemas", {})
     for path in made["paths"].values():
         for operation in path.values():
-            body = operation.pop("x-body", None)
             operation.get("responses", {}).pop("422", None)  # FastAPI's own, never sent
-            if body is not None:
-                schema = body.model_json_schema(ref_template=REFERENCE)
-                schemas.update(schema.pop("$defs", {}))
-                schemas[body.__name__] = schema
+    for body in bodies:
+        schema = body.model_json_schema(ref_template=REFERENCE)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[body.__name__] = schema
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     return made
