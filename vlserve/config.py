@@ -15,6 +15,7 @@ from vlserve.errors import ConfigError, RequestError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
 
 T = TypeVar("T")
 
@@ -72,10 +73,15 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(8000, "port to listen on")
     served_model_name: str | None = _option(None, "the model's id in the API; default: MODEL as typed")
+    log_format: str = _option("text", "lines for people, or one JSON document a line", choices=LOG_FORMATS)
+    log_level: str = _option("info", "what is logged; info has a line for each request", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port!r}; expected 0 to 65535")
+        for name, allowed in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
 
 
 MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1

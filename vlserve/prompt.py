@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlserve.checkpoint import Checkpoint
 from vlserve.errors import ModelError, RequestError
+from vlserve.observer import Preparation
 from vlserve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Span:
 class Prompt:
     token_ids: list[int]
     spans: list[Span]
+    preparation: Preparation = field(default_factory=Preparation)
 
     @property
     def num_image_tokens(self) -> int:

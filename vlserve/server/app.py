@@ -28,6 +28,7 @@ from vlserve.outputs import Delta
 from vlserve.pipeline import VLPipeline, collect
 from vlserve.prompt import Prompt
 from vlserve.server import protocol
+from vlserve.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error; the server's log says more"
@@ -63,7 +64,9 @@ def router(pipeline: VLPipeline, *, model_name: str | None = None) -> APIRouter:
         model_name: the id in the API; default: the pipeline's model as it was given.
     """
     name = model_name or pipeline.config.model
-    routes = APIRouter(route_class=_Route)
+    metrics = Metrics(pipeline, name)
+    routes = APIRouter(route_class=metrics.watched(_Route))
+    routes.get("/metrics")(metrics.expose)
     defaults = protocol.sampling_defaults(pipeline.checkpoint.generation)
     created = int(time.time())
 

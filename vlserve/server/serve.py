@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-import sys
 import threading
 from types import FrameType
 
@@ -14,12 +14,15 @@ from vlserve.config import ServerConfig
 from vlserve.errors import VLServeError
 from vlserve.pipeline import VLPipeline
 from vlserve.server.app import create_app
+from vlserve.server.logs import configure_logging
 
+log = logging.getLogger(__name__)
 LAST_WORDS_S = 3  # for open connections to be told, once the engine is gone
 
 
 def serve(pipeline: VLPipeline, config: ServerConfig) -> int:
     """Serve until the end; returns the exit status: 0 after a signal, 1 when the engine failed."""
+    configure_logging(config)
     server = _Server(pipeline, config)
     try:
         server.run()
@@ -32,7 +35,15 @@ class _Server(uvicorn.Server):
     def __init__(self, pipeline: VLPipeline, config: ServerConfig) -> None:
         app = create_app(pipeline, model_name=config.served_model_name)
         super().__init__(
-            uvicorn.Config(app, host=config.host, port=config.port, timeout_graceful_shutdown=LAST_WORDS_S, log_level="warning")
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                timeout_graceful_shutdown=LAST_WORDS_S,
+                log_config=None,  # as configured above
+                access_log=False,  # the routes write their own
+                log_level="warning",
+            )
         )
         self.failure: VLServeError | None = None
         self._pipeline, self._server_config = pipeline, config
@@ -47,7 +58,7 @@ class _Server(uvicorn.Server):
             self.servers[0].sockets[0].getsockname() if self.servers else (self._server_config.host, self._server_config.port)
         )
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        print(f"vlserve: listening on http://{host}:{address[1]}", file=sys.stderr, flush=True)
+        log.info("listening on http://%s:%d", host, address[1])
         self._pipeline.client.on_failure = self._on_failure
         threading.Thread(target=self._announce, name="vlserve-announce", daemon=True).start()
         if self._pipeline.client.error is not None:  # it failed before we listened to it
@@ -63,7 +74,7 @@ class _Server(uvicorn.Server):
     def _on_failure(self, error: VLServeError) -> None:
         if self.failure is None:
             self.failure = error
-            print(f"vlserve: error: {error}", file=sys.stderr, flush=True)
+            log.error("%s", error)
             self.should_exit = True
 
     def _announce(self) -> None:
@@ -73,9 +84,7 @@ class _Server(uvicorn.Server):
         except VLServeError:
             return
         tokens = ready.num_blocks * ready.block_size
-        print(
-            f"vlserve: {self._pipeline.config.model} is ready ({ready.device}, {ready.dtype}, context {ready.max_model_len}, "
-            f"KV cache for {tokens} tokens)",
-            file=sys.stderr,
-            flush=True,
+        log.info(
+            "%s is ready (%s, %s, context %d, KV cache for %d tokens)",
+            *(self._pipeline.config.model, ready.device, ready.dtype, ready.max_model_len, tokens),
         )
