@@ -15,11 +15,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.routing import APIRoute
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -39,6 +38,7 @@ log = logging.getLogger(__name__)
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 1000)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
 IMAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 QUIET = ("/health", "/live", "/metrics")  # asked every few seconds by machines: only --log-level debug shows them
 
 
@@ -125,10 +125,13 @@ class Metrics:
         if timing.encode_s > 0:
             self._encode.observe(timing.encode_s)
 
-    def expose(self, request: Request) -> Response:
-        """GET /metrics, in the format that the asker prefers. Not async: reading the GPUs may take a while."""
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self.registry), headers={"Content-Type": media_type})
+    def expose(self) -> Response:
+        """GET /metrics, always as plain text. Not async: reading the GPUs may take a while.
+
+        The OpenMetrics form that Prometheus would rather have is no choice: where the asker wants underscores,
+        prometheus-client writes them for the colons of the samples' names too.
+        """
+        return Response(generate_latest(self.registry), headers={"Content-Type": TEXT_FORMAT})
 
     def watched(self, route_class: type[APIRoute]) -> type[APIRoute]:
         """A route class that does as the given one, counts its answers, writes access lines and sends x-request-id."""
