@@ -16,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,8 @@ def served(model: str) -> Iterator[tuple[str, float]]:
                 base = match[1]
             if "is ready" in line:
                 break
+        # a pipe that nobody empties would fill up with the access lines and stop the server
+        threading.Thread(target=process.stderr.read, daemon=True).start()
         yield base, time.perf_counter() - begun
     finally:
         process.terminate()

@@ -19,6 +19,7 @@ from PIL import Image
 import vlserve
 from tests.vision.test_preprocess import encoded, noise
 from vlserve import Completion, ConfigError, EngineError, ModelError, RequestError, SamplingParams, VLPipeline
+from vlserve.config import ServerConfig
 
 PICTURE = Image.fromarray(noise(60, 30))
 OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 0.05}
@@ -253,7 +254,7 @@ def test_the_router_leaves_the_including_apps_errors_alone(pipe: VLPipeline) -> 
 
     app = FastAPI()
     app.include_router(vlserve.router(pipe), dependencies=[Depends(locked)])
-    app.include_router(vlserve.router(pipe, model_name="open"), prefix="/open")
+    app.include_router(vlserve.router(pipe, ServerConfig(served_model_name="open")), prefix="/open")
     with TestClient(app) as client:
         assert client.get("/v1/models").status_code == 401
         body = {"model": "open", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}

@@ -30,7 +30,7 @@ import zmq
 
 from vlserve import errors
 from vlserve.config import EngineConfig, SamplingParams
-from vlserve.engine.messages import Abort, Add, Failed, FromRank, ImageRef, Ready, Shutdown, Stage, Step, TokenEvent
+from vlserve.engine.messages import Abort, Add, Failed, FromRank, ImageRef, Ready, Shutdown, Stage, Stats, Step, TokenEvent
 from vlserve.errors import EngineError, VLServeError
 from vlserve.rank import RankArguments
 
@@ -57,6 +57,7 @@ class EngineClient:
         self.stage = Stage(name="starting")
         self.ready: Ready | None = None
         self.error: VLServeError | None = None
+        self.stats: Stats | None = None  # the latest
         self.on_failure: Callable[[VLServeError], None] = lambda error: None
         self._ids = itertools.count()
         self._streams: dict[int, Stream] = {}
@@ -221,6 +222,7 @@ class EngineClient:
     def _handle(self, message: FromRank) -> None:
         self._last_sign = time.monotonic()
         if isinstance(message, Step):
+            self.stats = message.stats
             self._dispatch(message.events)
         elif isinstance(message, Stage):
             self.stage = message

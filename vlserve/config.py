@@ -15,6 +15,7 @@ from vlserve.errors import ConfigError, RequestError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
 
 T = TypeVar("T")
 
@@ -83,6 +84,8 @@ class ServerConfig:
     )
     ssl_certfile: str | None = _option(None, "certificate chain (PEM), for HTTPS")
     ssl_keyfile: str | None = _option(None, "private key (PEM) of ssl_certfile")
+    log_format: str = _option("text", "lines for people, or one JSON document a line", choices=LOG_FORMATS)
+    log_level: str = _option("info", "what is logged; info has a line for each request", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -100,6 +103,9 @@ class ServerConfig:
         for key in self.api_keys:
             if not key.isascii() or not key.isprintable() or " " in key or len(key) < 8:
                 raise ConfigError("an API key must have 8 or more printable ASCII characters and no space")
+        for name, allowed in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
 
 
 MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1

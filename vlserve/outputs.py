@@ -19,8 +19,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds: waiting for the engine, encoding the pictures, until the first token, in all."""
+    """Seconds: preparing pictures and prompt, waiting for the engine, encoding the pictures; from the start of the
+    preparation to the first token, and to the last."""
 
+    prepare_s: float
     queue_s: float
     encode_s: float
     ttft_s: float

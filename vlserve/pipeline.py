@@ -24,11 +24,12 @@ from vlserve.answer import AnswerText
 from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
 from vlserve.config import SamplingParams, engine_config
-from vlserve.engine.messages import Stage, TokenEvent, TokenLogprob
+from vlserve.engine.messages import Stage, TokenLogprob
 from vlserve.errors import DeadlineError, EngineError, RequestError
 from vlserve.media import MAX_IMAGES, decode_image, fetch
 from vlserve.messages import ImagePart, Turn, is_batch, read_prompt
-from vlserve.outputs import Completion, Delta, Timing, Usage
+from vlserve.observer import AnswerClock, Observer, PreparationClock
+from vlserve.outputs import Completion, Delta
 from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class VLPipeline:
         self.config = engine_config({"model": model, **options})
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         self.client = EngineClient(self.config)
+        self.observers: list[Observer] = []
         try:
             weakref.finalize(self, self.client.close)  # a pipeline that is dropped ends its process
             self._builder = PromptBuilder(self.checkpoint)
@@ -140,9 +142,22 @@ class VLPipeline:
         if len(images) > MAX_IMAGES:
             raise RequestError(f"{len(images)} pictures in one request; the limit is {MAX_IMAGES}", param="messages")
         self._check_length(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str)), "messages")
+        clock = PreparationClock()
+
+        async def load(image: ImagePart) -> Any:
+            begun = time.monotonic()
+            source = await _fetch(image)
+            if source is not image.source:
+                clock.fetch_s.append(time.monotonic() - begun)
+            return source
+
         loop = asyncio.get_running_loop()
-        fetched = await asyncio.gather(*(_fetch(image) for image in images))
-        return await loop.run_in_executor(self._workers, self._build, turns, fetched, options or PromptOptions())
+        fetched = await asyncio.gather(*(load(image) for image in images))
+        prompt = await loop.run_in_executor(self._workers, self._build, turns, fetched, options or PromptOptions(), clock)
+        prompt = replace(prompt, preparation=clock.read())
+        for observer in self.observers:
+            observer.prepared(prompt.preparation)
+        return prompt
 
     async def prepare_text(self, text: str, *, beginning: bool = True) -> Prompt:
         """A raw prompt, without the chat template; special tokens in it are ordinary text."""
@@ -155,17 +170,15 @@ class VLPipeline:
         Raises RequestError when the lengths do not fit, DeadlineError after `timeout_s`, EngineError when the engine fails.
         """
         max_tokens = self.check(prompt, sampling)
-        begun, first = time.monotonic(), None
+        clock = AnswerClock(prompt, self.observers)
         text = AnswerText(self._builder.tokenizer, sampling)
-        num_tokens = 0
         events = self.client.generate(prompt, sampling, max_tokens, timeout_s)
         try:
             async for event in events:
-                first = first or time.monotonic()
+                clock.saw(event)
                 if event.finish_reason == "error":
                     kind = DeadlineError if event.is_overdue else EngineError
                     raise kind(event.error or "the engine failed")
-                num_tokens += event.token_id is not None
                 ended_by_token = event.finish_reason == "stop"
                 piece = text.add(event.token_id) if event.token_id is not None and not ended_by_token else ""
                 if event.finish_reason is not None and not text.stopped:
@@ -176,16 +189,20 @@ class VLPipeline:
                     token_ids=() if event.token_id is None else (event.token_id,),
                     finish_reason=reason,
                     logprobs=None if event.logprob is None else (event.logprob,),
-                    usage=_usage(prompt, num_tokens, event),
+                    usage=clock.usage(),
                 )
                 if reason is None:
                     yield delta
                     continue
-                now = time.monotonic()
-                timing = Timing(queue_s=event.queue_s, encode_s=event.encode_s, ttft_s=first - begun, total_s=now - begun)
+                timing = clock.timing(event)
+                clock.end(reason, timing)
                 yield replace(delta, timing=timing)
                 return
+        except EngineError:
+            clock.end("error")
+            raise
         finally:
+            clock.end("abort")  # unless it ended already: the caller left
             await events.aclose()  # type: ignore[attr-defined]
 
     def check(self, prompt: Prompt, sampling: SamplingParams) -> int:
@@ -244,7 +261,7 @@ class VLPipeline:
     def tokenizer(self) -> Any:
         return self._builder.tokenizer
 
-    def _build(self, turns: Sequence[Turn], sources: Sequence[Any], options: PromptOptions) -> Prompt:
+    def _build(self, turns: Sequence[Turn], sources: Sequence[Any], options: PromptOptions, clock: PreparationClock) -> Prompt:
         """In a worker thread: decode and cut the pictures, then build the prompt."""
         from vlserve.vision.preprocess import make_tiles  # imports torch, which the front does while the rank loads
 
@@ -253,9 +270,11 @@ class VLPipeline:
         def part(given: str | ImagePart) -> Text | Picture:
             if isinstance(given, str):
                 return Text(given)
-            image = decode_image(next(remaining), param=given.param, local=given.local)
+            with clock.measure(clock.decode_s):
+                image = decode_image(next(remaining), param=given.param, local=given.local)
             config = self.checkpoint.image_config
-            return Picture(make_tiles(image, replace(config, dynamic=False) if given.low else config))
+            with clock.measure(clock.tiling_s):
+                return Picture(make_tiles(image, replace(config, dynamic=False) if given.low else config))
 
         messages = [Message(turn.role, [part(p) for p in turn.parts], turn.is_string, turn.fields) for turn in turns]
         return self._builder.build(messages, options)
@@ -328,15 +347,6 @@ def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sampli
         names = ", ".join(SamplingParams.__dataclass_fields__)
         raise RequestError(f"unknown sampling parameter {unknown[0]!r}; parameters: {names}", param=unknown[0])
     return SamplingParams(**fields)
-
-
-def _usage(prompt: Prompt, num_tokens: int, event: TokenEvent) -> Usage:
-    return Usage(
-        prompt_tokens=len(prompt.token_ids),
-        completion_tokens=num_tokens,
-        image_tokens=prompt.num_image_tokens,
-        cached_tokens=event.cached_tokens,
-    )
 
 
 async def _end_loop() -> None:

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlserve.checkpoint import Checkpoint
 from vlserve.errors import ModelError, RequestError
+from vlserve.observer import Preparation
 from vlserve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Prompt:
     token_ids: list[int]
     spans: list[Span]
     cache_salt: str = ""
+    preparation: Preparation = field(default_factory=Preparation)
 
     @property
     def num_image_tokens(self) -> int:

@@ -80,6 +80,7 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], send: _Send) -> No
         torch.set_num_threads(config.threads)
     engine = Engine(config, lambda name, done, total: send(Stage(name=name, done=done, total=total)))
     runner = engine.runner
+    send(Step(events=[], stats=engine.stats()))  # before Ready: whoever sees it ready has figures
     send(
         Ready(
             max_model_len=runner.max_model_len,
@@ -107,7 +108,7 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], send: _Send) -> No
             elif isinstance(message, Add):
                 engine.add(message, [pixels(f, i.num_tiles) for f, i in zip(frames[1:], message.images, strict=True)])
         ended += engine.step()
-        send(Step(events=ended))
+        send(Step(events=ended, stats=engine.stats()))
 
 
 def _receive(socket: zmq.Socket[bytes], *, wait: bool) -> list[list[zmq.Frame]]:

@@ -60,7 +60,7 @@ class RunningServer:
     @property
     def base(self) -> str:
         if not self._base:
-            self._base = self.wait_for(r"listening on (http://\S+)")[1]
+            self._base = self.wait_for(r'listening on (http://[^\s"]+)')[1]
         return self._base
 
     def wait_ready(self) -> None:

@@ -46,10 +46,6 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
-def private_folders() -> set[str]:
-    return {p.path for p in os.scandir("/tmp") if p.name.startswith("vlserve-")}
-
-
 @pytest.fixture
 def slow(checkpoint: Callable[..., Path]) -> tuple[str, ...]:
     """A server whose steps are slow enough to be caught in the middle of one answer."""
@@ -57,9 +53,11 @@ def slow(checkpoint: Callable[..., Path]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_signal_ends_everything_and_tells_the_client(slow: tuple[str, ...], number: int, status: int) -> None:
-    before = private_folders()
-    with running(*slow) as server:
+def test_a_signal_ends_everything_and_tells_the_client(
+    slow: tuple[str, ...], number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with running(*slow, "--drain-seconds", "0") as server:
         server.wait_ready()
         ranks = server.ranks()
         assert len(ranks) == 1
@@ -73,7 +71,7 @@ def test_a_signal_ends_everything_and_tells_the_client(slow: tuple[str, ...], nu
     for line in told:
         finished = line == "data: [DONE]"
         assert finished or json.loads(line.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
-    assert private_folders() <= before
+    assert not list(tmp_path.iterdir()), "the private folder is gone"
 
 
 def test_killing_the_rank_tells_the_client_and_ends_the_server_with_an_error(slow: tuple[str, ...]) -> None:

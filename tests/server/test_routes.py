@@ -232,5 +232,5 @@ def test_request_ids_go_in_and_out(server: RunningServer) -> None:
     assert httpx2.get(server.base + "/v1/models", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     for wrong in ("a b", "x" * 200, "é".encode()):
         answer = httpx2.get(server.base + "/v1/models", headers={"X-Request-Id": wrong})  # type: ignore[dict-item]
-        assert len(answer.headers["x-request-id"]) == 32
-    assert len(httpx2.post(server.base + "/v1/chat/completions", content=b"{").headers["x-request-id"]) == 32
+        assert answer.headers["x-request-id"].startswith("req-")
+    assert httpx2.post(server.base + "/v1/chat/completions", content=b"{").headers["x-request-id"].startswith("req-")

@@ -9,7 +9,7 @@ import torch
 
 from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.config import EngineConfig
-from vlserve.engine.messages import Add, TokenEvent
+from vlserve.engine.messages import Add, Stats, TokenEvent
 from vlserve.engine.runner import Progress, Runner, load_model, resolve_max_model_len
 from vlserve.engine.scheduler import Scheduler
 from vlserve.engine.sequence import ImageSpan, Sequence
@@ -78,6 +78,23 @@ class Engine:
             log.exception("a step of %d requests failed", len(chunks))
             return self._ended(self.scheduler.fail(chunks, f"the engine could not compute this step: {type(error).__name__}"))
         return self._ended(self.scheduler.commit(chunks, sampled))
+
+    def stats(self) -> Stats:
+        """A few additions; cheap enough for every step."""
+        scheduler, pool, runner = self.scheduler, self.scheduler.pool, self.runner
+        return Stats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_used_blocks=pool.num_blocks - pool.num_free,
+            num_blocks=pool.num_blocks,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            image_queries=runner.image_queries,
+            image_hits=runner.image_hits,
+            num_preemptions=scheduler.num_preemptions,
+            encode_s=runner.encode_s,
+            device_bytes=[runner.device_bytes()],
+        )
 
     def _ended(self, events: list[TokenEvent]) -> list[TokenEvent]:
         self.runner.sampler.forget([event.id for event in events if event.finish_reason])

@@ -84,10 +84,27 @@ class TokenEvent(msgspec.Struct, frozen=True):
     encode_s: float = 0.0
 
 
+class Stats(msgspec.Struct, frozen=True):
+    """The engine's gauges now, and its counters since it started."""
+
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int  # owned by requests; what is only kept as a cached prefix counts as free
+    num_blocks: int
+    prefix_queries: int  # prompt tokens of admitted requests
+    prefix_hits: int  # of these, found in the prefix cache
+    image_queries: int  # pictures whose features a request needed
+    image_hits: int  # of these, found in the feature cache
+    num_preemptions: int
+    encode_s: float  # seconds that the vision encoder ran
+    device_bytes: list[dict[str, int]]  # of each rank, by kind
+
+
 class Step(msgspec.Struct, frozen=True, tag=True):
     """Sent after every step, also without events: it is the engine's sign of life."""
 
     events: list[TokenEvent]
+    stats: Stats
 
 
 ToRank = Add | Abort | Shutdown

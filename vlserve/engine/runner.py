@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import torch
@@ -46,6 +46,12 @@ class Runner:
         )
         self.features = FeatureCache(int(config.vision_cache_gib * GIB), in_use)
         self.sampler = Sampler(checkpoint.end_token_ids)
+        self.image_queries = self.image_hits = 0  # pictures
+        self.encode_s = 0.0
+        self._fixed_bytes = {
+            "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+            "kv_cache": self.num_blocks * block_bytes(model.decoder.config, self.block_size, self.dtype),
+        }
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
@@ -70,8 +76,18 @@ class Runner:
         self.model.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         self.model.decoder.logits(self.model.decoder.embed(torch.zeros(1, dtype=torch.int64, device=self.device)))
 
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes by kind; on CUDA they add up to what torch has allocated. On the CPU pages that were never used count too."""
+        known = self._fixed_bytes | {"vision_cache": self.features.num_bytes}
+        if self.device.type != "cuda":
+            return known
+        # the nested form is what memory_allocated() reads too, without sorting a hundred entries at every step
+        allocated = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["current"]
+        return known | {"other": allocated - sum(known.values())}
+
     def _encode_missing(self, pieces: tuple[ImagePiece, ...], chunks: list[Chunk]) -> None:
         missing = {p.image.digest: p.image for p in pieces if self.features.get(p.image.digest) is None}
+        self._count_images(chunks, missing.keys())
         if not missing:
             return
         start = time.monotonic()
@@ -80,10 +96,25 @@ class Runner:
         encoded = self.model.encode(torch.cat([image.pixels for image in images])).split(counts)
         for image, features in zip(images, encoded, strict=True):
             self.features.put(image.digest, features.flatten(0, 1).clone())
+        if self.device.type == "cuda":  # its kernels run behind: without this only their launch is timed
+            torch.cuda.synchronize(self.device)
         elapsed = time.monotonic() - start
+        self.encode_s += elapsed
         for chunk in chunks:
             if any(image.digest in missing for image in chunk.sequence.images):
                 chunk.sequence.encode_s += elapsed
+
+    def _count_images(self, chunks: list[Chunk], missing: Set[bytes]) -> None:
+        """A picture of a request counts once, where its first token that is not in the prefix cache is computed."""
+        begun = [
+            image.digest
+            for chunk in chunks
+            for image in chunk.sequence.images
+            if chunk.start <= max(image.start, chunk.sequence.num_cached_tokens) < min(chunk.stop, image.stop)
+        ]
+        found = len(begun) - len(missing & set(begun))
+        self.image_hits += found
+        self.image_queries += found + len(missing)
 
     def _fill_in(self, x: torch.Tensor, batch: Batch) -> None:
         for piece in batch.pieces:

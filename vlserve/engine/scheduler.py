@@ -53,6 +53,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
+        self.prefix_queries = self.prefix_hits = 0  # tokens
 
     @property
     def has_work(self) -> bool:
@@ -149,6 +150,8 @@ class Scheduler:
         if sequence.started is None:
             sequence.started = time.monotonic()
             sequence.num_cached_tokens = start
+            self.prefix_queries += len(sequence.token_ids)
+            self.prefix_hits += start
         return Chunk(sequence=sequence, start=start, stop=stop)
 
     def _preempt(self, sequence: Sequence) -> None:

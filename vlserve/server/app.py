@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from vlserve.server import openapi, protocol
 from vlserve.server.admission import Admission, Keys
 from vlserve.server.chat import ChatAnswer, ChatRequest
 from vlserve.server.completions import CompletionAnswer, CompletionRequest
+from vlserve.server.metrics import Metrics
 from vlserve.server.responses import ResponsesAnswer, ResponsesRequest
 from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -108,8 +107,10 @@ def router(pipeline: VLPipeline, config: ServerConfig | None = None) -> APIRoute
     """
     config = config or ServerConfig()
     api = _Api(pipeline, config)
-    routes = APIRouter(route_class=_route_class(Keys(config.api_keys)))
+    metrics = Metrics(pipeline, api.name)
+    routes = APIRouter(route_class=metrics.watched(_route_class(Keys(config.api_keys))))
     routes.admission = api.admission  # type: ignore[attr-defined]
+    routes.add_api_route("/metrics", metrics.expose, methods=["GET"], **openapi.read_route("/metrics"))
     for path, answer in (("/live", api.live), ("/health", api.health), ("/version", api.version), ("/v1/models", api.models)):
         routes.add_api_route(path, answer, methods=["GET"], **openapi.read_route(path))
     routes.add_api_route("/v1/models/{model:path}", api.model, methods=["GET"], **openapi.read_route("/v1/models/{model}"))
@@ -390,7 +391,7 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -
 
 
 def _route_class(keys: Keys) -> type[APIRoute]:
-    """A route that asks for a key, numbers its requests, and turns our errors into OpenAI's error objects."""
+    """A route that asks for a key, and turns our errors into OpenAI's error objects."""
 
     class Route(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -398,15 +399,11 @@ def _route_class(keys: Keys) -> type[APIRoute]:
             is_open = self.name in OPEN_ROUTES  # the route itself, however the request's path is spelt
 
             async def handler(request: Request) -> Response:
-                id = _request_id(request)
                 if is_open or keys.allow(request.headers.get("authorization")):
-                    response = await _guarded(handle, request)
-                else:
-                    message = "a valid API key is needed: Authorization: Bearer KEY"
-                    body = protocol.error_dict(message, kind="authentication_error", code="invalid_api_key")
-                    response = JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
-                response.headers["X-Request-Id"] = id
-                return response
+                    return await _guarded(handle, request)
+                message = "a valid API key is needed: Authorization: Bearer KEY"
+                body = protocol.error_dict(message, kind="authentication_error", code="invalid_api_key")
+                return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
 
             return handler
 
@@ -438,15 +435,9 @@ async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], r
             return Response(status_code=499)
         raise
     except Exception:
-        log.exception("%s %s failed", request.method, request.url.path)
+        log.exception("%s %s failed", request.method, getattr(request.scope.get("route"), "path", "?"))  # not the client's text
         return JSONResponse(protocol.error_dict(INTERNAL_ERROR, kind="server_error"), 500)
 
 
 def _code(error: EngineError) -> str:
     return "deadline_exceeded" if isinstance(error, DeadlineError) else "engine_error"
-
-
-def _request_id(request: Request) -> str:
-    """The client's own X-Request-Id where it is one, else a new one."""
-    given = request.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex

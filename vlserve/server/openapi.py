@@ -105,7 +105,7 @@ def document(routes: APIRouter, bodies: Sequence[type[BaseModel]]) -> dict[str, 
 
 
 def _responses(path: str, errors: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
-    content: dict[str, Any] = {"application/json": {"schema": ANSWERS[path]}}
+    content: dict[str, Any] = {"application/json": {"schema": ANSWERS[path]}} if path in ANSWERS else {"text/plain": {}}
     if path in STREAMS:
         content["text/event-stream"] = {"schema": TEXT}
     wrong = STATUS if path == "/health" else ERROR

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import signal
 import socket
-import sys
 import threading
 import time
 from types import FrameType
@@ -18,12 +18,15 @@ from vlserve.errors import VLServeError
 from vlserve.pipeline import VLPipeline
 from vlserve.server.admission import KEYS_VARIABLE, Admission
 from vlserve.server.app import create_app
+from vlserve.server.logs import configure_logging
 
+log = logging.getLogger(__name__)
 LAST_WORDS_S = 3  # for open connections to be told, once the engine is gone
 
 
 def serve(pipeline: VLPipeline, config: ServerConfig) -> int:
     """Serve until the end; returns the exit status: 0 after a signal, 1 when the engine failed."""
+    configure_logging(config)
     server = _Server(pipeline, config)
     try:
         server.run()
@@ -41,6 +44,8 @@ class _Server(uvicorn.Server):
                 host=config.host,
                 port=config.port,
                 timeout_graceful_shutdown=LAST_WORDS_S,
+                log_config=None,  # as configured above
+                access_log=False,  # the routes write their own
                 log_level="warning",
                 server_header=False,
                 ssl_certfile=config.ssl_certfile,
@@ -62,13 +67,10 @@ class _Server(uvicorn.Server):
         )
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         scheme = "https" if self._server_config.ssl_certfile else "http"
-        print(f"vlserve: listening on {scheme}://{host}:{address[1]}", file=sys.stderr, flush=True)
+        log.info("listening on %s://%s:%d", scheme, host, address[1])
         if not self._server_config.api_keys and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
-            print(
-                "vlserve: warning: anyone who reaches this address can use the server: no API key is set "
-                f"(--api-key-file or {KEYS_VARIABLE})",
-                file=sys.stderr,
-                flush=True,
+            log.warning(
+                "anyone who reaches this address can use the server: no API key is set (--api-key-file or %s)", KEYS_VARIABLE
             )
         self._pipeline.client.on_failure = self._on_failure
         threading.Thread(target=self._announce, name="vlserve-announce", daemon=True).start()
@@ -97,7 +99,7 @@ class _Server(uvicorn.Server):
     def _on_failure(self, error: VLServeError) -> None:
         if self.failure is None:
             self.failure = error
-            print(f"vlserve: error: {error}", file=sys.stderr, flush=True)
+            log.error("%s", error)
             self.should_exit = True
 
     def _announce(self) -> None:
@@ -107,9 +109,7 @@ class _Server(uvicorn.Server):
         except VLServeError:
             return
         tokens = ready.num_blocks * ready.block_size
-        print(
-            f"vlserve: {self._pipeline.config.model} is ready ({ready.device}, {ready.dtype}, context {ready.max_model_len}, "
-            f"KV cache for {tokens} tokens)",
-            file=sys.stderr,
-            flush=True,
+        log.info(
+            "%s is ready (%s, %s, context %d, KV cache for %d tokens)",
+            *(self._pipeline.config.model, ready.device, ready.dtype, ready.max_model_len, tokens),
         )
