@@ -211,11 +211,11 @@ def test_closing_while_a_request_is_prepared_ends_the_request(
     pipe = VLPipeline(str(checkpoint("qwen2")), **OPTIONS)
     begun = threading.Event()
 
-    async def never(image: Any) -> Any:
+    async def never(*_: Any, **__: Any) -> Any:
         begun.set()
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr("vlserve.pipeline._fetch", never)
+    monkeypatch.setattr("vlserve.loader.PictureLoader.load", never)
     for ask in (lambda: pipe(("x", PICTURE)), lambda: list(pipe.stream(("x", PICTURE)))):
         begun.clear()
         failures: list[BaseException] = []

@@ -16,20 +16,23 @@ import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlserve.answer import AnswerText
 from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
-from vlserve.config import SamplingParams, engine_config
+from vlserve.config import SamplingParams, read_options
 from vlserve.engine.messages import Stage, TokenEvent, TokenLogprob
 from vlserve.errors import EngineError, RequestError
-from vlserve.media import MAX_IMAGES, decode_image, fetch
+from vlserve.loader import PictureLoader
 from vlserve.messages import ImagePart, Turn, is_batch, read_prompt
 from vlserve.outputs import Completion, Delta, Timing, Usage
 from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, Text
+
+if TYPE_CHECKING:
+    from vlserve.vision.config import ImageConfig
+    from vlserve.vision.preprocess import ImageTiles
 
 T = TypeVar("T")
 MAX_TOKEN_CHARACTERS = 128  # no vocabulary of the field has longer tokens
@@ -42,7 +45,8 @@ class VLPipeline:
         pipe(("What shape is it?", "picture.png"), max_tokens=16).text
 
     Args:
-        model: demo, a folder, or a Hugging Face name. Other keywords are the fields of `EngineConfig`.
+        model: demo, a folder, or a Hugging Face name. Other keywords are the fields of `EngineConfig` and
+            `MediaConfig`.
         wait: False returns before the engine is ready; asking before then raises EngineError.
 
     A prompt is a text, (text, picture), (text, [pictures]), OpenAI-style messages, or a list of these.
@@ -52,17 +56,16 @@ class VLPipeline:
     """
 
     def __init__(self, model: str = "demo", *, wait: bool = True, **options: Any) -> None:
-        self.config = engine_config({"model": model, **options})
+        self.config, self.media = read_options({"model": model, **options})
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         self.client = EngineClient(self.config)
         try:
             weakref.finalize(self, self.client.close)  # a pipeline that is dropped ends its process
             self._builder = PromptBuilder(self.checkpoint)
+            self._pictures = PictureLoader(self.media)
             self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="vlserve-prepare")
             self._loop: asyncio.AbstractEventLoop | None = None
             self._loop_lock = threading.Lock()
-            # tiling needs torch; importing it overlaps with the engine's start
-            self._workers.submit(import_module, "vlserve.vision.preprocess")
             if wait:
                 self.wait_ready()
         except BaseException:
@@ -132,13 +135,14 @@ class VLPipeline:
         async for delta in self.answer(await self.prepare(read_prompt(prompt)), params):
             yield delta
 
-    async def prepare(self, turns: Sequence[Turn]) -> Prompt:
-        """Load and cut the pictures, apply the chat template; off the event loop. Raises RequestError."""
+    async def prepare(self, turns: Sequence[Turn], *, max_tiles: int | None = None) -> Prompt:
+        """Load and cut the pictures, apply the chat template; off the event loop. Raises RequestError.
+
+        Args:
+            max_tiles: tiles of one picture at most, the thumbnail not counted; the checkpoint's own limit is never exceeded.
+        """
         if self.client.error is not None:
             raise EngineError(str(self.client.error))
-        images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
-        if len(images) > MAX_IMAGES:
-            raise RequestError(f"{len(images)} pictures in one request; the limit is {MAX_IMAGES}", param="messages")
         num_characters = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
         most = MAX_TOKEN_CHARACTERS * self.client.ready.max_model_len if self.client.ready else num_characters
         if num_characters > most:  # encoding it first could take a minute
@@ -147,9 +151,10 @@ class VLPipeline:
                 param="messages",
                 code="context_length_exceeded",
             )
-        loop = asyncio.get_running_loop()
-        fetched = await asyncio.gather(*(_fetch(image) for image in images))
-        return await loop.run_in_executor(self._workers, self._build, turns, fetched)
+        images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+        max_tokens = self.client.ready.max_model_len if self.client.ready else None
+        tiles = await self._pictures.load(images, self._image_config(max_tiles), max_tokens=max_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._build, turns, tiles)
 
     async def answer(self, prompt: Prompt, sampling: SamplingParams) -> AsyncIterator[Delta]:
         """Run a prepared prompt; the last delta has finish_reason, usage and timing.
@@ -220,6 +225,7 @@ class VLPipeline:
         """End the engine and its process. Open requests raise EngineError."""
         self.client.close()
         self._workers.shutdown(wait=False)
+        self._pictures.close()
         with self._loop_lock:
             loop, self._loop = self._loop, None
         if loop is not None:
@@ -235,21 +241,22 @@ class VLPipeline:
     def tokenizer(self) -> Any:
         return self._builder.tokenizer
 
-    def _build(self, turns: Sequence[Turn], sources: Sequence[Any]) -> Prompt:
-        """In a worker thread: decode and cut the pictures, then build the prompt."""
-        from vlserve.vision.preprocess import make_tiles  # imports torch, which the front does while the rank loads
+    def _image_config(self, max_tiles: int | None) -> ImageConfig:
+        config = self.checkpoint.image_config
+        if max_tiles is None:
+            return config
+        if not isinstance(max_tiles, int) or isinstance(max_tiles, bool) or max_tiles < 1:
+            raise RequestError(f"max_tiles is {max_tiles!r}; expected a whole number of 1 or more", param="max_tiles")
+        return replace(config, max_patches=min(max_tiles, config.max_patches), min_patches=min(max_tiles, config.min_patches))
 
-        remaining = iter(sources)
+    def _build(self, turns: Sequence[Turn], tiles: Sequence[ImageTiles]) -> Prompt:
+        """In a worker thread, since a long text takes its time."""
+        remaining = iter(tiles)
 
         def part(given: str | ImagePart) -> Text | Picture:
-            if isinstance(given, str):
-                return Text(given)
-            image = decode_image(next(remaining), param=given.param, local=given.local)
-            config = self.checkpoint.image_config
-            return Picture(make_tiles(image, replace(config, dynamic=False) if given.low else config))
+            return Text(given) if isinstance(given, str) else Picture(next(remaining))
 
-        messages = [Message(turn.role, [part(p) for p in turn.parts], turn.is_string) for turn in turns]
-        return self._builder.build(messages)
+        return self._builder.build([Message(turn.role, [part(p) for p in turn.parts], turn.is_string) for turn in turns])
 
     async def _generate_all(self, prompts: Sequence[Any], sampling: SamplingParams, show: bool) -> list[Completion]:
         from tqdm import tqdm
@@ -301,12 +308,6 @@ def collect(deltas: Sequence[Delta]) -> Completion:
         timing=last.timing,
         logprobs=tuple(logprobs) if logprobs else None,
     )
-
-
-async def _fetch(image: ImagePart) -> Any:
-    if isinstance(image.source, str) and image.source.startswith(("http://", "https://")):
-        return await fetch(image.source, param=image.param)
-    return image.source
 
 
 def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
