@@ -49,9 +49,11 @@ def test_images_arrays_and_bytes_give_the_same_pixels() -> None:
 def test_transparency_becomes_white() -> None:
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     for kind in ("PNG", "WEBP", "TIFF"):
-        assert decode_image(encoded(clear, kind, **{"lossless": True} if kind == "WEBP" else {}), param="i").getpixel(
-            (0, 0)
-        ) == (255, 255, 255)
+        assert decode_image(encoded(clear, kind, **{"lossless": True} if kind == "WEBP" else {}), param="i").getpixel((0, 0)) == (
+            255,
+            255,
+            255,
+        )
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([0, 0, 0, 255, 0, 0])
     assert decode_image(encoded(palette, "PNG", transparency=0), param="i").getpixel((0, 0)) == (255, 255, 255)
@@ -62,11 +64,9 @@ def test_transparency_becomes_white() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_every_turn_of_exif_is_undone(kind: str, turn: int) -> None:
     seen = Image.fromarray(np.kron(np.array([[0, 80, 160], [255, 40, 120]], dtype=np.uint8), np.ones((16, 16), dtype=np.uint8)))
-    methods = {
-        **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
-        **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE},
-        8: Image.Transpose.ROTATE_270,
-    }
+    turns = Image.Transpose
+    methods = {2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE}
+    methods |= {6: turns.ROTATE_90, 7: turns.TRANSVERSE, 8: turns.ROTATE_270}
     stored = seen.transpose(methods[turn]) if turn in methods else seen
     exif = Image.Exif()
     exif[0x0112] = turn
@@ -242,6 +242,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a gif with a large frame": lambda: b"GIF89a" + struct.pack("<HH", 1, 1) + b"\0\0\0" + GIF_FRAME,
     "a tiff of 60,000": lambda: tiled_tiff(60000, 64),
     "a small tiff with a large tile": lambda: tiled_tiff(16, 20480),
+    "a small tiff whose tile has less than a picture's limit": lambda: tiled_tiff(16, 7680),
     "a tiff with overlapping tags": lambda: overlapping_tags(500, 2**20),
     "a bmp of 30,000": lambda: b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0),
     "a jpeg of 65,000": lambda: jpeg_with_size(65000, 65000),

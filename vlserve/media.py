@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from vlserve.config import MediaConfig
 from vlserve.errors import RequestError
@@ -84,10 +85,10 @@ def _open(data: bytes, param: str, config: MediaConfig) -> Image.Image:
         raise _too_many_pixels(param, config) from None
     except Exception:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
         raise _damaged(param) from None
-    # libtiff decodes whole tiles, however small the picture is
-    tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
-    if tags is not None and tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0) > config.max_image_pixels:
-        raise _too_many_pixels(param, config)
+    if isinstance(image, TiffImageFile):  # libtiff decodes whole tiles, however small the picture is
+        tile = image.tag_v2.get(TILE_WIDTH, 0) * image.tag_v2.get(TILE_LENGTH, 0)
+        if tile > 4 * image.width * image.height + 2**20:
+            raise image_error(param, "the picture's tiles are far larger than the picture; save it again", "image_too_large")
     return image
 
 
