@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import errno
 import os
 import stat
 import threading
@@ -240,7 +241,7 @@ def _read_file_url(url: str, part: ImagePart, config: MediaConfig) -> bytes:
         message = "expected a data: or http(s): URL; this server gives no files"
         raise image_error(part.param, message, "invalid_image_url")
     try:
-        return _read_open_file(_open_below(Path(config.allowed_local_media_path), Path(path)), part.param, config)
+        return _read_open_file(_open_below(config.allowed_local_media_path, path), part.param, config)
     except (OSError, ValueError):
         message = "no such picture in the folder that this server gives files from"
         raise image_error(part.param, message, "image_file_not_found") from None
@@ -256,14 +257,14 @@ def _read_path(path: Path, param: str, config: MediaConfig) -> bytes:
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a pipe must not wait for its other end
 
 
-def _open_below(root: Path, path: Path) -> int:
+def _open_below(root: str, path: str) -> int:
     """Opens the file that a path really is, if that is below the root; raises OSError or ValueError.
 
     The path is resolved first and then opened part by part without following links, so that one that is
     swapped in between leads nowhere.
     """
-    root = root.resolve(strict=True)
-    parts = path.resolve(strict=True).relative_to(root).parts
+    root = os.path.realpath(root, strict=True)
+    parts = Path(os.path.realpath(path, strict=True)).relative_to(root).parts
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in parts[:-1]:
@@ -277,15 +278,18 @@ def _open_below(root: Path, path: Path) -> int:
 
 def _read_open_file(descriptor: int, param: str, config: MediaConfig) -> bytes:
     """All of a regular file. What has no size, such as the files of /proc, counts as empty."""
-    with open(descriptor, "rb", closefd=True) as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "not a regular file")
+            raise OSError(errno.EINVAL, "not a regular file")
         limit = config.max_image_mib * 2**20
         if status.st_size > limit:
             message = f"the picture has {status.st_size} bytes, the limit is {limit}"
             raise image_error(param, message, "image_file_too_large")
-        return file.read(status.st_size)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def _scheme(source: Any) -> str:
