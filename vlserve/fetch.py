@@ -167,7 +167,7 @@ def check_url(url: str, config: MediaConfig) -> httpx2.URL:
             host = host[:-1]
             parts = parts.copy_with(host=host)
     except Exception:  # noqa: BLE001  (idna has errors of its own)
-        raise _Refused("the URL is damaged") from None
+        raise _Refused("the picture could not be fetched: its URL is damaged") from None
     authority = re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]
     if parts.scheme not in ("http", "https") or not host:
         raise _Refused("expected a data: or http(s): URL")
