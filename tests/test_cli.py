@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.vision.test_preprocess import encoded, noise
-from vlserve import EngineConfig, __version__
+from vlserve import EngineConfig, MediaConfig, __version__
 from vlserve.config import ServerConfig
 
 
@@ -25,9 +25,9 @@ def vlserve(*arguments: str, input: str | None = None) -> subprocess.CompletedPr
 def test_version_and_help() -> None:
     assert vlserve("--version").stdout == f"vlserve {__version__}\n"
     text = vlserve("serve", "--help").stdout
-    for config in (EngineConfig, ServerConfig):
+    for config in (EngineConfig, MediaConfig, ServerConfig):
         for field in fields(config):
-            if field.name != "model":
+            if field.name != "model" and field.metadata.get("flag", True):
                 assert "--" + field.name.replace("_", "-") in text
     assert "(default: 8000)" in text and "org/name" in text
 

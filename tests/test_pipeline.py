@@ -20,6 +20,8 @@ import vlserve
 from tests.vision.test_preprocess import encoded, noise
 from vlserve import Completion, ConfigError, EngineError, ModelError, RequestError, SamplingParams, VLPipeline
 from vlserve.config import ServerConfig
+from vlserve.messages import read_prompt
+from vlserve.prompt import PromptOptions
 
 PICTURE = Image.fromarray(noise(60, 30))
 OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 0.05}
@@ -212,11 +214,11 @@ def test_closing_while_a_request_is_prepared_ends_the_request(
     pipe = VLPipeline(str(checkpoint("qwen2")), **OPTIONS)
     begun = threading.Event()
 
-    async def never(image: Any) -> Any:
+    async def never(*_: Any, **__: Any) -> Any:
         begun.set()
         await asyncio.sleep(3600)
 
-    monkeypatch.setattr("vlserve.pipeline._fetch", never)
+    monkeypatch.setattr("vlserve.loader.PictureLoader.load", never)
     for ask in (lambda: pipe(("x", PICTURE)), lambda: list(pipe.stream(("x", PICTURE)))):
         begun.clear()
         failures: list[BaseException] = []
@@ -243,6 +245,33 @@ def test_one_lazy_picture_in_many_prompts(pipe: VLPipeline, tmp_path: Path) -> N
         with Image.open(path) as lazy:
             answers = pipe([("x", lazy) for _ in range(8)], max_tokens=2)
         assert len({a.token_ids for a in answers}) == 1
+
+
+def test_tiles_of_a_picture_can_be_fewer_and_never_more(pipe: VLPipeline) -> None:
+    turns = read_prompt(("What?", Image.fromarray(noise(600, 400))))
+    limit = pipe.checkpoint.image_config.max_patches
+
+    def tiles(max_tiles: int | None) -> int:
+        [span] = asyncio.run(pipe.prepare(turns, PromptOptions(max_tiles=max_tiles))).spans
+        return len(span.tiles.pixels)
+
+    assert tiles(None) == tiles(limit) == tiles(limit + 100) == 6 + 1
+    assert (tiles(1), tiles(2), tiles(3)) == (1, 3, 3)
+
+
+def test_pictures_that_cannot_fit_the_context_are_named(pipe: VLPipeline) -> None:
+    with pytest.raises(RequestError, match="take 560 tokens or more, and max_model_len is 512") as caught:
+        pipe(("x", [noise(600, 400)] * 20))
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_media_options_are_the_pipelines(checkpoint: Callable[..., Path]) -> None:
+    with VLPipeline(str(checkpoint("qwen2")), limit_images_per_prompt=1, max_image_pixels=1800, **OPTIONS) as pipe:
+        assert pipe(("x", PICTURE), max_tokens=1).token_ids
+        with pytest.raises(RequestError, match="the limit is 1"):
+            pipe(("x", [PICTURE, PICTURE]))
+        with pytest.raises(RequestError, match="61x30 pixels, the limit is 1800"):
+            pipe(("x", noise(61, 30)))
 
 
 def test_the_router_leaves_the_including_apps_errors_alone(pipe: VLPipeline) -> None:

@@ -13,7 +13,10 @@ import vlserve
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"kernels": {"kernels"}, "llm": {"llm", "kernels"}, "vision": {"vision", "kernels"}}
-FRONT = ("server", "client", "pipeline", "prompt", "tokenizer", "messages", "answer", "observer", "media", "outputs", "cli")
+FRONT = (
+    *("server", "client", "pipeline", "prompt", "tokenizer", "messages", "answer", "observer", "media", "loader", "fetch"),
+    *("outputs", "cli"),
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -42,7 +42,7 @@ def make_tiles(image: Image.Image, config: ImageConfig) -> ImageTiles:
     """
     array = np.array(image)  # [H, W, 3], a copy: torch wants writable memory
     digest = image_digest(array, config)
-    picture = torch.from_numpy(array).permute(2, 0, 1).contiguous()  # [3, H, W]
+    picture = torch.from_numpy(array).permute(2, 0, 1)  # [3, H, W], channels last in memory, as the resize likes it
     size = config.tile_size
     grid = Grid(1, 1)
     if config.dynamic:

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlserve.config import EngineConfig, SamplingParams
+    from vlserve.config import EngineConfig, MediaConfig, SamplingParams
     from vlserve.errors import ConfigError, EngineError, ModelError, RequestError, VLServeError
     from vlserve.outputs import Completion, Delta, Timing, Usage
     from vlserve.pipeline import VLPipeline
@@ -27,6 +27,7 @@ _HOMES = {
     "Delta": "outputs",
     "EngineConfig": "config",
     "EngineError": "errors",
+    "MediaConfig": "config",
     "ModelError": "errors",
     "RequestError": "errors",
     "SamplingParams": "config",
@@ -42,6 +43,7 @@ __all__ = [
     "Delta",
     "EngineConfig",
     "EngineError",
+    "MediaConfig",
     "ModelError",
     "RequestError",
     "SamplingParams",

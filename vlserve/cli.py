@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import vlserve
-from vlserve.config import EngineConfig, SamplingParams, ServerConfig
+from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig
 from vlserve.errors import VLServeError
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
 
 SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-Config = type[EngineConfig] | type[ServerConfig] | type[SamplingParams]
+Config = type[EngineConfig] | type[MediaConfig] | type[ServerConfig] | type[SamplingParams]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_flags(sub, "sampling", SamplingParams, only=SAMPLING_FLAGS)
     for sub in (serve, chat, run):
         _add_flags(sub, "engine", EngineConfig, leave_out=("model",))
+        _add_flags(sub, "media", MediaConfig)
     return parser
 
 
@@ -106,8 +107,8 @@ def _flag_type(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def _given(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    values = {field.name: getattr(options, field.name, None) for field in fields(config)}
+def _given(options: argparse.Namespace, *configs: Config) -> dict[str, Any]:
+    values = {field.name: getattr(options, field.name, None) for config in configs for field in fields(config)}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -116,7 +117,7 @@ def _serve(options: argparse.Namespace) -> int:
     config = ServerConfig(**_given(options, ServerConfig), api_keys=keys)
     from vlserve.pipeline import VLPipeline
 
-    pipeline = VLPipeline(wait=False, **_given(options, EngineConfig))
+    pipeline = VLPipeline(wait=False, **_given(options, EngineConfig, MediaConfig))
     from vlserve.server.serve import serve
 
     return serve(pipeline, config)
@@ -126,7 +127,7 @@ def _run(options: argparse.Namespace) -> int:
     sampling = SamplingParams(**_given(options, SamplingParams))
     from vlserve.pipeline import VLPipeline
 
-    with VLPipeline(**_given(options, EngineConfig)) as pipeline:
+    with VLPipeline(**_given(options, EngineConfig, MediaConfig)) as pipeline:
         prompt = (options.prompt, options.image) if options.image else options.prompt
         if options.json:
             print(json.dumps(asdict(pipeline(prompt, sampling=sampling)), ensure_ascii=False))
@@ -141,7 +142,7 @@ def _chat(options: argparse.Namespace) -> int:
     sampling = SamplingParams(**_given(options, SamplingParams))
     from vlserve.pipeline import VLPipeline
 
-    with VLPipeline(**_given(options, EngineConfig)) as pipeline:
+    with VLPipeline(**_given(options, EngineConfig, MediaConfig)) as pipeline:
         print(f"{pipeline.config.model}. /image PATH adds a picture to your next message, /clear starts over, /quit ends.")
         _talk(pipeline, sampling)
     return 0

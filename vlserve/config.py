@@ -7,8 +7,10 @@ exist once. This file imports neither torch nor a web framework.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vlserve.errors import ConfigError, RequestError
@@ -108,6 +110,70 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
 
 
+PILLOW_MAX_PIXELS = 178_956_970  # above it, Pillow itself refuses
+_HOST = re.compile(r"(\*\.)?[a-z0-9_:]([a-z0-9_.:-]*[a-z0-9_:])?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaConfig:
+    """What pictures may cost and where they may come from; `VLPipeline` and the command line take these fields too."""
+
+    limit_images_per_prompt: int = _option(64, "pictures in one request")
+    max_image_pixels: int = _option(64_000_000, "pixels of one picture, as its header says, before it is decoded")
+    max_image_mib: int = _option(32, "size of one encoded picture in MiB")
+    max_request_image_pixels: int = _option(256_000_000, "pixels of all pictures of one request together")
+    max_request_image_mib: int = _option(64, "size of all encoded pictures of one request together in MiB")
+    max_fetched_mib: int = _option(
+        1024, "pictures fetched for all requests together and not decoded yet, in MiB; a request beyond is told to come back"
+    )
+    media_timeout_s: float = _option(20.0, "seconds that fetching all pictures of one request may take together")
+    media_workers: int | None = _option(
+        None, "pictures decoded at once; default: one per core, 8 at most. One takes up to 0.5 GiB, large ones (one at a time) 2"
+    )
+    allowed_media_hosts: tuple[str, ...] = _option((), "fetch pictures from these hosts only: a name, or *.name for all below it")
+    denied_media_hosts: tuple[str, ...] = _option((), "never fetch pictures from these hosts; written as allowed_media_hosts")
+    allow_private_media: bool = _option(
+        False,
+        "also fetch pictures from private and loopback addresses. Whoever can ask the model then reaches what this machine "
+        "reaches: for closed networks only. Link-local and cloud metadata addresses stay refused",
+    )
+    allowed_local_media_path: str | None = _option(
+        None, "folder whose pictures HTTP requests may name by file:// URLs; default: none (paths from Python are always allowed)"
+    )
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("limit_images_per_prompt", "max_image_pixels", "max_image_mib", "max_request_image_pixels"),
+            *("max_request_image_mib", "max_fetched_mib", "media_workers"),
+        ):
+            value = getattr(self, name)
+            if not (value is None and name == "media_workers") and (not _is_integer(value) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of 1 or more")
+        if self.max_image_pixels > PILLOW_MAX_PIXELS:
+            raise ConfigError(f"max_image_pixels is {self.max_image_pixels}; the decoders go up to {PILLOW_MAX_PIXELS}")
+        if not _is_number(self.media_timeout_s) or self.media_timeout_s <= 0:
+            raise ConfigError(f"media_timeout_s is {self.media_timeout_s!r}; expected a number above 0")
+        if not isinstance(self.allow_private_media, bool):
+            raise ConfigError(f"allow_private_media is {self.allow_private_media!r}; expected true or false")
+        for name in ("allowed_media_hosts", "denied_media_hosts"):
+            hosts = getattr(self, name)
+            hosts = [hosts] if isinstance(hosts, str) else hosts
+            object.__setattr__(self, name, tuple(_read_host(host, name) for host in hosts))
+        path = self.allowed_local_media_path
+        if path is not None and not Path(path).is_dir():
+            raise ConfigError(f"allowed_local_media_path is {path!r}; expected an existing folder")
+
+
+def _read_host(host: Any, name: str) -> str:
+    plain = host.lower().rstrip(".") if isinstance(host, str) else ""
+    if not _HOST.fullmatch(plain):
+        raise ConfigError(
+            f"{name} has {host!r}; expected a host name, *.name or an address without brackets, scheme and port "
+            "(names with other letters in their xn-- form)"
+        )
+    return plain
+
+
 MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1
 
 
@@ -203,10 +269,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def engine_config(values: Mapping[str, Any]) -> EngineConfig:
-    """EngineConfig from keywords; raises ConfigError for one that does not exist."""
-    known = {f.name for f in fields(EngineConfig)}
-    unknown = sorted(set(values) - known)
+def read_options(values: Mapping[str, Any]) -> tuple[EngineConfig, MediaConfig]:
+    """The keywords of `VLPipeline`, each to the configuration that has it; raises ConfigError for one that none has."""
+    known = {f.name: config for config in (EngineConfig, MediaConfig) for f in fields(config)}
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r}; options: {', '.join(sorted(known))}")
-    return EngineConfig(**values)
+    engine, media = ({k: v for k, v in values.items() if known[k] is config} for config in (EngineConfig, MediaConfig))
+    return EngineConfig(**engine), MediaConfig(**media)

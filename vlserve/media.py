@@ -1,195 +1,135 @@
-"""From whatever names a picture to the RGB pixels that a person would see.
+"""From encoded pictures, PIL images and arrays to the RGB pixels that a person would see.
 
-Owns decoding, orientation, transparency and the bounds on all of them, and the fetching of URLs with
-its network rules. Every failure is a RequestError in our own words: a library's text may hold paths and
-addresses.
+Owns decoding, orientation, transparency and the bounds of one picture; knows nothing of where pictures come from.
+Every failure is a RequestError in our own words: a library's text may hold paths and addresses.
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import binascii
 import io
-import ipaddress
-import os
-import socket
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
+from PIL.TiffImagePlugin import TiffImageFile
 
+from vlserve.config import MediaConfig
 from vlserve.errors import RequestError
 
-MAX_BYTES = 32 * 2**20  # of one encoded picture
-MAX_PIXELS = 64_000_000  # of one picture
-MAX_IMAGES = 64  # in one request
-FETCH_SECONDS = 20.0
-MAX_REDIRECTS = 3
-_LOADING = threading.Lock()
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", *(name for name in ("WEBP", "AVIF") if features.check(name.lower())))
+MAX_JPEG_SCANS = 100  # progressive pictures have about ten; each one is a pass over all pixels
+TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
+
+Source = Image.Image | np.ndarray[Any, Any] | bytes
+# Pictures still in their files are read once, and prompts may share one. Images have no hash, so locks go by identity.
+_LOADING = tuple(threading.Lock() for _ in range(64))
+
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own bound on pixels is tighter
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damaged EXIF, which does not matter here
 
 
-def decode_image(source: Any, *, param: str, local: bool = False) -> Image.Image:
-    """An RGB picture from a PIL image, uint8 array, bytes, data URL, or (only if `local`) a path.
+def image_error(param: str, message: str, code: str = "invalid_image") -> RequestError:
+    """What is wrong with a picture. `code` is one of OpenAI's words for it."""
+    return RequestError(f"{param}: {message}", param=param, code=code)
 
-    Raises RequestError naming `param`.
-    """
-    if isinstance(source, Image.Image):
-        return _decode(source, param)
+
+def measure_image(source: Source, *, param: str, config: MediaConfig) -> tuple[int, int]:
+    """(width, height) from the header alone, before any turning. Raises RequestError, also when that is too large."""
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source, param), param)
-    if isinstance(source, str) and source.startswith("data:"):
-        source = _read_data_url(source, param)
-    elif isinstance(source, (str, os.PathLike)):
-        if not local:
-            raise _refusal(param, "expected a data: or http(s): URL")
-        source = _read_file(source, param)
-    if not isinstance(source, (bytes, bytearray, memoryview)):
-        raise _refusal(param, f"a {type(source).__name__} is no picture; give a PIL image, path, URL, data URL, bytes or array")
-    if len(source) > MAX_BYTES:
-        raise _refusal(param, f"the picture has {len(source)} bytes, the limit is {MAX_BYTES}")
-    return _decode(source, param)
+        size = _check_array(source, param)
+    elif isinstance(source, Image.Image):
+        size = source.size
+    else:
+        size = _open(source, param, config).size
+    return _check_size(size, param, config)
 
 
-def _decode(source: Image.Image | bytes | bytearray | memoryview, param: str) -> Image.Image:
+def decode_image(source: Source, *, param: str, config: MediaConfig | None = None) -> Image.Image:
+    """The picture in mode RGB: first frame, turned as its EXIF says, transparency on white, 8 bits.
+
+    Args:
+        source: an encoded picture, a PIL image, or an array of uint8 [H, W], [H, W, 3] or [H, W, 4].
+        param: the request's field, for errors. config: the bounds; default: MediaConfig's.
+
+    Raises RequestError.
+    """
+    config = config or MediaConfig()
+    measure_image(source, param=param, config=config)
+    if isinstance(source, np.ndarray):
+        return _to_rgb(Image.fromarray(source))
     try:
         if isinstance(source, Image.Image):
-            with _LOADING:  # a picture that is still in its file reads it once, and prompts may share the picture
-                source.load()
-            return _to_rgb(source, param)
-        return _to_rgb(Image.open(io.BytesIO(source), formats=FORMATS), param)
+            with _LOADING[id(source) // 16 % len(_LOADING)]:
+                return _to_rgb(_upright(source))
+        return _to_rgb(_upright(_open(source, param, config)))
     except RequestError:
         raise
-    except Image.DecompressionBombError:
-        raise _refusal(param, f"the picture has more than {MAX_PIXELS} pixels") from None
     except Exception:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
-        raise _refusal(param, f"the picture cannot be decoded; it is damaged or not one of {', '.join(FORMATS)}") from None
+        raise _damaged(param) from None
 
 
-async def fetch(url: str, *, param: str) -> bytes:
-    """The bytes behind an http(s) URL on the public internet, within the bounds of this file.
-
-    The name is resolved once and the connection goes to the very address that was checked, on every
-    redirect again; proxies from the environment are not used, since one would undo the check.
-    """
+def _open(data: bytes, param: str, config: MediaConfig) -> Image.Image:
+    """The picture with its header read, nothing decoded."""
+    if not data:
+        raise image_error(param, "the picture is empty (0 bytes)")
+    if len(data) > config.max_image_mib * 2**20:
+        limit = config.max_image_mib * 2**20
+        raise image_error(param, f"the picture has {len(data)} bytes, the limit is {limit}", "image_file_too_large")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise image_error(param, f"the picture has more than {MAX_JPEG_SCANS} scans; save it again", "image_too_large")
     try:
-        return await asyncio.wait_for(_fetch(url, param), FETCH_SECONDS)
-    except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-        raise _refusal(param, f"the picture did not arrive within {FETCH_SECONDS:g} s") from None
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise _too_many_pixels(param, config) from None
+    except Exception:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
+        raise _damaged(param) from None
+    if isinstance(image, TiffImageFile):  # libtiff decodes whole tiles, however small the picture is
+        tile = image.tag_v2.get(TILE_WIDTH, 0) * image.tag_v2.get(TILE_LENGTH, 0)
+        if tile > 4 * image.width * image.height + 2**20:
+            raise image_error(param, "the picture's tiles are far larger than the picture; save it again", "image_too_large")
+    return image
 
 
-async def _fetch(url: str, param: str) -> bytes:
-    import httpx2  # here: the front starts without it
-
-    try:
-        async with httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=FETCH_SECONDS) as client:
-            for _ in range(MAX_REDIRECTS + 1):
-                host, address = await _resolve(url, param)
-                parts = httpx2.URL(url)
-                pinned = parts.copy_with(host=address, username=None, password=None)
-                headers = {"Host": parts.netloc.decode("ascii").rpartition("@")[2], "User-Agent": "vlserve"}
-                async with client.stream("GET", pinned, headers=headers, extensions={"sni_hostname": host}) as response:
-                    if response.has_redirect_location:
-                        url = urljoin(url, response.headers["location"])
-                        continue
-                    if response.status_code != 200:
-                        raise _refusal(param, f"the picture's server answered {response.status_code}")
-                    data = bytearray()
-                    async for chunk in response.aiter_bytes():
-                        data += chunk
-                        if len(data) > MAX_BYTES:
-                            raise _refusal(param, f"the picture has more than {MAX_BYTES} bytes")
-                    return bytes(data)
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
-        raise _refusal(param, "the picture could not be fetched") from None
-    raise _refusal(param, f"the picture's URL leads on more than {MAX_REDIRECTS} times")
+def _check_size(size: tuple[int, int], param: str, config: MediaConfig) -> tuple[int, int]:
+    width, height = size
+    if width <= 0 or height <= 0:
+        raise image_error(param, f"the picture is empty ({width}x{height} pixels)")
+    if width * height > config.max_image_pixels:
+        message = f"the picture has {width}x{height} pixels, the limit is {config.max_image_pixels} in all"
+        raise image_error(param, message, "image_too_large")
+    return size
 
 
-async def _resolve(url: str, param: str) -> tuple[str, str]:
-    """(host name, public address); refuses everything else."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "\\" in url:
-        raise _refusal(param, "expected a data: or http(s): URL")
-    loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
-    except (OSError, ValueError, UnicodeError):
-        raise _refusal(param, "the picture's host is not known") from None
-    addresses = [str(entry[4][0]) for entry in found]
-    if not addresses or not all(is_public(address) for address in addresses):
-        raise _refusal(param, "the picture's host is not on the public internet")
-    return parts.hostname, addresses[0]
+def _check_array(array: np.ndarray[Any, Any], param: str) -> tuple[int, int]:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise image_error(
+            param, f"expected an array of uint8, [H, W], [H, W, 3] or [H, W, 4]; got {array.dtype} {list(array.shape)}"
+        )
+    return array.shape[1], array.shape[0]
 
 
-def is_public(address: str) -> bool:
-    """Whether an address is global, also after unwrapping the forms of IPv6 that carry an IPv4 address."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if any(v4 is not None and not v4.is_global for v4 in inner):
-            return False
-    return ip.is_global and not ip.is_multicast
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
-def _to_rgb(image: Image.Image, param: str) -> Image.Image:
-    """First frame, turned as its EXIF says, transparency on white, 8 bits."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _refusal(param, f"the picture has {width}x{height} pixels, the limit is {MAX_PIXELS}")
-    if width == 0 or height == 0:
-        raise _refusal(param, f"the picture is empty ({width}x{height} pixels)")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey; Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits, transparency on white; the picture itself if it is that already."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_array(array: np.ndarray[Any, Any], param: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise _refusal(
-            param, f"expected an array of uint8, [H, W], [H, W, 3] or [H, W, 4]; got {array.dtype} {list(array.shape)}"
-        )
-    if 0 in array.shape:
-        raise _refusal(param, f"the picture is empty ({list(array.shape)})")
-    return Image.fromarray(array)
+def _damaged(param: str) -> RequestError:
+    return image_error(param, f"the picture cannot be decoded; it is damaged or not one of {', '.join(FORMATS)}")
 
 
-def _read_data_url(url: str, param: str) -> bytes:
-    header, comma, body = url.partition(",")
-    if not comma:
-        raise _refusal(param, "the data: URL has no comma and so no data")
-    if len(body) > 2 * MAX_BYTES:
-        raise _refusal(param, f"the picture has more than {MAX_BYTES} bytes")
-    if not header.endswith(";base64"):
-        return unquote_to_bytes(body)
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
-        raise _refusal(param, "the data: URL's base64 is damaged") from None
-
-
-def _read_file(path: str | os.PathLike[str], param: str) -> bytes:
-    path = Path(path).expanduser()
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _refusal(param, f"{path} has {path.stat().st_size} bytes, the limit is {MAX_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise _refusal(param, f"cannot read {path}: {error.strerror}") from None
-
-
-def _refusal(param: str, message: str) -> RequestError:
-    return RequestError(f"{param}: {message}", param=param, code="invalid_image")
+def _too_many_pixels(param: str, config: MediaConfig) -> RequestError:
+    return image_error(param, f"the picture has more than {config.max_image_pixels} pixels", "image_too_large")

@@ -156,8 +156,6 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
         raise RequestError(f'{param} must be {{"url": "..."}}', param=param)
     if detail not in (None, "auto", "low", "high"):
         raise RequestError(f"{param}.detail is {detail!r}; expected auto, low or high", param=f"{param}.detail")
-    if not url.startswith(("data:", "http://", "https://")):
-        raise RequestError(f"{param}: expected a data: or http(s): URL", param=param, code="invalid_image")
     return ImagePart(source=url, param=param, local=False, low=detail == "low")
 
 

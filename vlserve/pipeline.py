@@ -11,26 +11,28 @@ import os
 import queue
 import sys
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlserve.answer import AnswerText
 from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
-from vlserve.config import SamplingParams, engine_config
+from vlserve.config import SamplingParams, read_options
 from vlserve.engine.messages import Stage, TokenLogprob
 from vlserve.errors import DeadlineError, EngineError, RequestError
-from vlserve.media import MAX_IMAGES, decode_image, fetch
+from vlserve.loader import PictureLoader
 from vlserve.messages import ImagePart, Turn, is_batch, read_prompt
 from vlserve.observer import AnswerClock, Observer, PreparationClock
 from vlserve.outputs import Completion, Delta
 from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
+
+if TYPE_CHECKING:
+    from vlserve.vision.config import ImageConfig
+    from vlserve.vision.preprocess import ImageTiles
 
 T = TypeVar("T")
 MAX_TOKEN_CHARACTERS = 128  # no vocabulary of the field has longer tokens
@@ -43,7 +45,8 @@ class VLPipeline:
         pipe(("What shape is it?", "picture.png"), max_tokens=16).text
 
     Args:
-        model: demo, a folder, or a Hugging Face name. Other keywords are the fields of `EngineConfig`.
+        model: demo, a folder, or a Hugging Face name. Other keywords are the fields of `EngineConfig` and
+            `MediaConfig`.
         wait: False returns before the engine is ready; asking before then raises EngineError.
 
     A prompt is a text, (text, picture), (text, [pictures]), OpenAI-style messages, or a list of these.
@@ -53,18 +56,17 @@ class VLPipeline:
     """
 
     def __init__(self, model: str = "demo", *, wait: bool = True, **options: Any) -> None:
-        self.config = engine_config({"model": model, **options})
+        self.config, self.media = read_options({"model": model, **options})
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         self.client = EngineClient(self.config)
         self.observers: list[Observer] = []
         try:
             weakref.finalize(self, self.client.close)  # a pipeline that is dropped ends its process
             self._builder = PromptBuilder(self.checkpoint)
+            self._pictures = PictureLoader(self.media)
             self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="vlserve-prepare")
             self._loop: asyncio.AbstractEventLoop | None = None
             self._loop_lock = threading.Lock()
-            # tiling needs torch; importing it overlaps with the engine's start
-            self._workers.submit(import_module, "vlserve.vision.preprocess")
             if wait:
                 self.wait_ready()
         except BaseException:
@@ -138,22 +140,14 @@ class VLPipeline:
         """Load and cut the pictures, apply the chat template; off the event loop. Raises RequestError."""
         if self.client.error is not None:
             raise EngineError(str(self.client.error))
-        images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
-        if len(images) > MAX_IMAGES:
-            raise RequestError(f"{len(images)} pictures in one request; the limit is {MAX_IMAGES}", param="messages")
+        options = options or PromptOptions()
         self._check_length(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str)), "messages")
         clock = PreparationClock()
-
-        async def load(image: ImagePart) -> Any:
-            begun = time.monotonic()
-            source = await _fetch(image)
-            if source is not image.source:
-                clock.fetch_s.append(time.monotonic() - begun)
-            return source
-
-        loop = asyncio.get_running_loop()
-        fetched = await asyncio.gather(*(load(image) for image in images))
-        prompt = await loop.run_in_executor(self._workers, self._build, turns, fetched, options or PromptOptions(), clock)
+        images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+        max_tokens = self.client.ready.max_model_len if self.client.ready else None
+        config = self._image_config(options.max_tiles)
+        tiles = await self._pictures.load(images, config, max_tokens=max_tokens, clock=clock)
+        prompt = await asyncio.get_running_loop().run_in_executor(self._workers, self._build, turns, tiles, options)
         prompt = replace(prompt, preparation=clock.read())
         for observer in self.observers:
             observer.prepared(prompt.preparation)
@@ -246,6 +240,7 @@ class VLPipeline:
         """End the engine and its process. Open requests raise EngineError."""
         self.client.close()
         self._workers.shutdown(wait=False)
+        self._pictures.close()
         with self._loop_lock:
             loop, self._loop = self._loop, None
         if loop is not None:
@@ -261,20 +256,18 @@ class VLPipeline:
     def tokenizer(self) -> Any:
         return self._builder.tokenizer
 
-    def _build(self, turns: Sequence[Turn], sources: Sequence[Any], options: PromptOptions, clock: PreparationClock) -> Prompt:
-        """In a worker thread: decode and cut the pictures, then build the prompt."""
-        from vlserve.vision.preprocess import make_tiles  # imports torch, which the front does while the rank loads
+    def _image_config(self, max_tiles: int | None) -> ImageConfig:
+        config = self.checkpoint.image_config
+        if max_tiles is None:
+            return config
+        return replace(config, max_patches=min(max_tiles, config.max_patches), min_patches=min(max_tiles, config.min_patches))
 
-        remaining = iter(sources)
+    def _build(self, turns: Sequence[Turn], tiles: Sequence[ImageTiles], options: PromptOptions) -> Prompt:
+        """In a worker thread, since a long text takes its time."""
+        remaining = iter(tiles)
 
         def part(given: str | ImagePart) -> Text | Picture:
-            if isinstance(given, str):
-                return Text(given)
-            with clock.measure(clock.decode_s):
-                image = decode_image(next(remaining), param=given.param, local=given.local)
-            config = self.checkpoint.image_config
-            with clock.measure(clock.tiling_s):
-                return Picture(make_tiles(image, replace(config, dynamic=False) if given.low else config))
+            return Text(given) if isinstance(given, str) else Picture(next(remaining))
 
         messages = [Message(turn.role, [part(p) for p in turn.parts], turn.is_string, turn.fields) for turn in turns]
         return self._builder.build(messages, options)
@@ -329,12 +322,6 @@ def collect(deltas: Sequence[Delta]) -> Completion:
         timing=last.timing,
         logprobs=tuple(logprobs) if logprobs else None,
     )
-
-
-async def _fetch(image: ImagePart) -> Any:
-    if isinstance(image.source, str) and image.source.startswith(("http://", "https://")):
-        return await fetch(image.source, param=image.param)
-    return image.source
 
 
 def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:

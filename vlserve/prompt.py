@@ -74,6 +74,7 @@ class PromptOptions:
         continue_final: the answer goes on where the last message ends.
         add_generation_prompt: open the assistant's turn.
         cache_salt: caches are shared only with prompts of the same salt.
+        max_tiles: tiles of one picture at most, the thumbnail not counted; the checkpoint's own limit stays.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -81,6 +82,7 @@ class PromptOptions:
     continue_final: bool = False
     add_generation_prompt: bool = True
     cache_salt: str = ""
+    max_tiles: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,10 +200,10 @@ def test_log_lines_are_json_and_hold_nothing_of_the_client(server: RunningServer
 def test_two_routers_count_apart_and_answer_while_loading_and_after_a_failure(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fetched(image: Any) -> bytes:
+    async def fetched(*arguments: Any) -> bytes:
         return encoded(Image.fromarray(noise(60, 30)), "PNG")
 
-    monkeypatch.setattr("vlserve.pipeline._fetch", fetched)
+    monkeypatch.setattr("vlserve.fetch.Fetcher._fetch", fetched)
     with VLPipeline(str(checkpoint("qwen2")), wait=False, **OPTIONS) as pipe:
         app = FastAPI()
         for name in ("a", "b"):

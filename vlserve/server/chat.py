@@ -133,6 +133,7 @@ class ChatRequest(SamplingBody):
             continue_final=bool(self.continue_final_message),
             add_generation_prompt=self.add_generation_prompt is not False,
             cache_salt=self.cache_salt or "",
+            max_tiles=self.mm_processor_kwargs.max_dynamic_patch if self.mm_processor_kwargs else None,
         )
 
     def _structured(self) -> StructuredOutput | None:
