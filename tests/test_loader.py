@@ -130,6 +130,7 @@ def test_low_detail_is_one_tile() -> None:
         ("data:image/png;base64", "invalid_image_url", "no comma"),
         ("data:image/png;base64,", "invalid_image", "is empty"),
         ("data:image/png;base64," + base64.b64encode(b"junk").decode(), "invalid_image", "cannot be decoded"),
+        ("data:image/png," + "%00" * 400_000, "image_file_too_large", "send the picture as base64"),
         ("/etc/passwd", "invalid_image_url", "data: or http"),
         ("picture.png", "invalid_image_url", "data: or http"),
         ("http", "invalid_image_url", "data: or http"),
@@ -142,7 +143,7 @@ def test_low_detail_is_one_tile() -> None:
         (7, "invalid_image", "a int is no picture"),
         (None, "invalid_image", "a NoneType is no picture"),
     ],
-    ids=ascii,
+    ids=lambda value: ascii(value)[:40],
 )
 def test_bad_sources_name_their_field(source: Any, code: str, message: str) -> None:
     error = refused(PNG, source)
@@ -308,12 +309,12 @@ def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatc
         nonlocal running, most
         if len(source) == len(SMALL):
             small_began.set()
-            return decode(self, source, param, config)
+            return decode(self, source, param, config, clock)
         with lock:
             running += 1
             most = max(most, running)
         assert small_began.wait(10), "small pictures pass while a large one is decoded"
-        tiles = decode(self, source, param, config)
+        tiles = decode(self, source, param, config, clock)
         with lock:
             running -= 1
         return tiles
@@ -426,6 +427,7 @@ def test_no_other_file_is_given(folders: tuple[Path, Path]) -> None:
         "file:picture.png",
         "file://picture.png",
         "file:",
+        "file://[/picture.png",
     ]
     for url in malformed:
         error = refused(url, allowed_local_media_path=str(given))
@@ -455,9 +457,11 @@ def test_a_folder_that_is_swapped_for_a_link_gives_nothing(folders: tuple[Path, 
 def test_python_may_name_any_path_and_hears_why_not(tmp_path: Path) -> None:
     error = refused(tmp_path / "nothing.png", local=True)
     assert error.param == "images[0]" and "cannot read" in str(error) and "nothing.png" in str(error)
+    for path in ("~no-such-user/x.png", "nul\0.png"):
+        assert "cannot read" in str(refused(path, local=True))
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        assert "not a regular file" in str(refused(path, local=True))
+    for folder in (tmp_path, tmp_path / "pipe"):
+        assert "not a regular file" in str(refused(folder, local=True))
 
 
 @pytest.mark.parametrize(

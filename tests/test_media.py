@@ -75,6 +75,15 @@ def test_every_turn_of_exif_is_undone(kind: str, turn: int) -> None:
     assert np.abs(np.asarray(image)[:, :, 0].astype(int) - np.asarray(seen).astype(int)).max() < 24
 
 
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0junk", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 20]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_exif_turns_nothing(exif: bytes) -> None:
+    for kind in ("JPEG", "WEBP", "PNG"):
+        assert decode_image(encoded(Image.fromarray(noise(90, 50)), kind, exif=exif), param="i").size == (90, 50)
+
+
 def test_a_picture_of_the_caller_is_not_changed() -> None:
     mine = Image.open(io.BytesIO(odd_pictures()["exif"]))
     size = mine.size
@@ -202,6 +211,14 @@ def tiled_tiff(size: int, tile: int) -> bytes:
     return tiff(tags | {324: (long, 1, -1), 325: (long, 1, len(packed))}, packed)
 
 
+def odd_tile(kind: int, count: int, value: int) -> bytes:
+    """A plain TIFF that says a tile's width in an odd way."""
+    long = 4
+    tags = {256: (long, 1, 4), 257: (long, 1, 4), 258: (3, 1, 8), 259: (3, 1, 8), 262: (3, 1, 1), 277: (3, 1, 1)}
+    tags |= {322: (kind, count, value), 323: (long, 1, 2**30), 324: (long, 1, -1), 325: (long, 1, 8)}
+    return tiff(tags, bytes(64))
+
+
 def overlapping_tags(number: int, size: int) -> bytes:
     """EXIF in which many tags claim the same bytes."""
     return tiff({1000 + i: (7, size, -1) for i in range(number)}, bytes(size))
@@ -243,6 +260,10 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a tiff of 60,000": lambda: tiled_tiff(60000, 64),
     "a small tiff with a large tile": lambda: tiled_tiff(16, 20480),
     "a small tiff whose tile has less than a picture's limit": lambda: tiled_tiff(16, 7680),
+    "a tile as wide as a text": lambda: odd_tile(2, 4, 0x41414141),
+    "a tile as wide as a fraction": lambda: odd_tile(5, 1, -1),
+    "a tile as wide as a float": lambda: odd_tile(11, 1, 0x7F800000),
+    "a tile of two widths": lambda: odd_tile(3, 2, 2**31 - 1),
     "a tiff with overlapping tags": lambda: overlapping_tags(500, 2**20),
     "a bmp of 30,000": lambda: b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0),
     "a jpeg of 65,000": lambda: jpeg_with_size(65000, 65000),

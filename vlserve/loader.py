@@ -1,35 +1,27 @@
 """Loads the pictures of a request: fetched together, measured before anything is decoded, then cut by worker threads.
 
-Owns the request's budgets, the workers, and files. Threads are enough: decoders, the resize and the digest release the
-interpreter's lock, and what remains under it is a few per cent of the work.
+Owns the request's budgets and the workers. Threads are enough: decoders, the resize and the digest release the
+interpreter's lock; what holds it is a few per cent of the work.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import errno
 import os
-import stat
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote_to_bytes, urlsplit
-
-import numpy as np
-from PIL import Image
 
 from vlserve.config import MediaConfig
 from vlserve.errors import EngineError, RequestError
 from vlserve.media import Source, decode_image, image_error, measure_image
 from vlserve.messages import ImagePart
 from vlserve.observer import PreparationClock
+from vlserve.sources import read_source, scheme_of
 from vlserve.vision.config import ImageConfig
 from vlserve.vision.tiling import choose_grid
 
@@ -107,7 +99,7 @@ class PictureLoader:
         self, parts: Sequence[ImagePart], budget: _Budget, reserved: _Reserved, clock: PreparationClock
     ) -> dict[int, bytes]:
         """By index, what had to be fetched."""
-        urls = {index: part for index, part in enumerate(parts) if _scheme(part.source) in ("http", "https")}
+        urls = {index: part for index, part in enumerate(parts) if scheme_of(part.source) in ("http", "https")}
         if not urls:
             return {}
 
@@ -127,7 +119,7 @@ class PictureLoader:
         num_pixels = 0
         for index, (part, config) in enumerate(zip(parts, configs, strict=True)):
             source = fetched.pop(index) if index in fetched else read_source(part, self.config)
-            if isinstance(source, bytes) and _scheme(part.source) not in ("http", "https"):
+            if isinstance(source, bytes) and scheme_of(part.source) not in ("http", "https"):
                 budget.take(len(source), part.param)
             width, height = measure_image(source, param=part.param, config=self.config)
             num_pixels += width * height
@@ -206,109 +198,6 @@ class _Reserved:
     def take(self, count: int) -> None:
         self._account.add(count)
         self.count += count
-
-
-def read_source(part: ImagePart, config: MediaConfig) -> Source:
-    """What needs no network: a data or file URL, a path where paths are allowed, bytes; PIL images and arrays as they are."""
-    source, param = part.source, part.param
-    scheme = _scheme(source)
-    if scheme == "data":
-        return _read_data_url(source, param, config)
-    if scheme == "file":
-        return _read_file_url(source, part, config)
-    if isinstance(source, (str, os.PathLike)):
-        if not part.local:
-            raise image_error(param, "expected a data: or http(s): URL", "invalid_image_url")
-        return _read_path(Path(source).expanduser(), param, config)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if isinstance(source, (Image.Image, np.ndarray)):
-        return source
-    raise image_error(param, f"a {type(source).__name__} is no picture; give a PIL image, path, URL, data URL, bytes or array")
-
-
-def _read_data_url(url: str, param: str, config: MediaConfig) -> bytes:
-    header, comma, body = url.partition(",")
-    if not comma:
-        raise image_error(param, "the data: URL has no comma and so no data", "invalid_image_url")
-    limit = config.max_image_mib * 2**20
-    if len(body) > 3 * limit + 4:  # %xx, the longest form
-        raise image_error(param, f"the picture has more than {limit} bytes", "image_file_too_large")
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(body)
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
-        raise image_error(param, "the data: URL's base64 is damaged", "invalid_base64_image") from None
-
-
-def _read_file_url(url: str, part: ImagePart, config: MediaConfig) -> bytes:
-    """A file: URL. From HTTP only below allowed_local_media_path, and one message for all that is not there."""
-    parts = urlsplit(url)
-    path = os.fsdecode(unquote_to_bytes(parts.path))
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or "\0" in path or not path.startswith("/"):
-        raise image_error(part.param, "expected a file URL such as file:///folder/picture.png", "invalid_image_url")
-    if part.local:
-        return _read_path(Path(path), part.param, config)
-    if config.allowed_local_media_path is None:
-        message = "expected a data: or http(s): URL; this server gives no files"
-        raise image_error(part.param, message, "invalid_image_url")
-    try:
-        return _read_open_file(_open_below(config.allowed_local_media_path, path), part.param, config)
-    except (OSError, ValueError):
-        message = "no such picture in the folder that this server gives files from"
-        raise image_error(part.param, message, "image_file_not_found") from None
-
-
-def _read_path(path: Path, param: str, config: MediaConfig) -> bytes:
-    try:
-        return _read_open_file(os.open(path, _OPEN), param, config)
-    except OSError as error:
-        raise image_error(param, f"cannot read {path}: {error.strerror}", "image_file_not_found") from None
-
-
-_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a pipe must not wait for its other end
-
-
-def _open_below(root: str, path: str) -> int:
-    """Opens the file that a path really is, if that is below the root; raises OSError or ValueError.
-
-    The path is resolved first and then opened part by part without following links, so that one that is
-    swapped in between leads nowhere.
-    """
-    root = os.path.realpath(root, strict=True)
-    parts = Path(os.path.realpath(path, strict=True)).relative_to(root).parts
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for name in parts[:-1]:
-            below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            os.close(folder)
-            folder = below
-        return os.open(parts[-1] if parts else ".", _OPEN | os.O_NOFOLLOW, dir_fd=folder)
-    finally:
-        os.close(folder)
-
-
-def _read_open_file(descriptor: int, param: str, config: MediaConfig) -> bytes:
-    """All of a regular file. What has no size, such as the files of /proc, counts as empty."""
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        limit = config.max_image_mib * 2**20
-        if status.st_size > limit:
-            message = f"the picture has {status.st_size} bytes, the limit is {limit}"
-            raise image_error(param, message, "image_file_too_large")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(status.st_size)
-    finally:
-        os.close(descriptor)
-
-
-def _scheme(source: Any) -> str:
-    """Of a URL that pictures may have, in lower case; empty for anything else."""
-    scheme, colon, _ = source[:6].lower().partition(":") if isinstance(source, str) else ("", "", "")
-    return scheme if colon and scheme in ("data", "file", "http", "https") else ""
 
 
 def _num_tokens(width: int, height: int, config: ImageConfig) -> int:

@@ -7,6 +7,7 @@ Every failure is a RequestError in our own words: a library's text may hold path
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from typing import Any
@@ -21,6 +22,7 @@ from vlserve.errors import RequestError
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", *(name for name in ("WEBP", "AVIF") if features.check(name.lower())))
 MAX_JPEG_SCANS = 100  # progressive pictures have about ten; each one is a pass over all pixels
 TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
+_SCAN = re.compile(rb"\xff\xda")  # within a scan, 0xff is followed by 0 or a restart's number
 
 Source = Image.Image | np.ndarray[Any, Any] | bytes
 # Pictures still in their files are read once, and prompts may share one. Images have no hash, so locks go by identity.
@@ -37,13 +39,7 @@ def image_error(param: str, message: str, code: str = "invalid_image") -> Reques
 
 def measure_image(source: Source, *, param: str, config: MediaConfig) -> tuple[int, int]:
     """(width, height) from the header alone, before any turning. Raises RequestError, also when that is too large."""
-    if isinstance(source, np.ndarray):
-        size = _check_array(source, param)
-    elif isinstance(source, Image.Image):
-        size = source.size
-    else:
-        size = _open(source, param, config).size
-    return _check_size(size, param, config)
+    return _open(source, param, config).size
 
 
 def decode_image(source: Source, *, param: str, config: MediaConfig | None = None) -> Image.Image:
@@ -55,29 +51,40 @@ def decode_image(source: Source, *, param: str, config: MediaConfig | None = Non
 
     Raises RequestError.
     """
-    config = config or MediaConfig()
-    measure_image(source, param=param, config=config)
-    if isinstance(source, np.ndarray):
-        return _to_rgb(Image.fromarray(source))
+    image = _open(source, param, config or MediaConfig())
     try:
-        if isinstance(source, Image.Image):
-            with _LOADING[id(source) // 16 % len(_LOADING)]:
-                return _to_rgb(_upright(source))
-        return _to_rgb(_upright(_open(source, param, config)))
-    except RequestError:
-        raise
+        with _LOADING[id(image) // 16 % len(_LOADING)]:
+            image.load()
+            image = _upright(image)
+        return _to_rgb(image)
     except Exception:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
         raise _damaged(param) from None
 
 
-def _open(data: bytes, param: str, config: MediaConfig) -> Image.Image:
-    """The picture with its header read, nothing decoded."""
+def _open(source: Source, param: str, config: MediaConfig) -> Image.Image:
+    """The picture with its header read and its size checked, nothing decoded."""
+    if isinstance(source, np.ndarray):
+        image = _from_array(source, param)
+    elif isinstance(source, Image.Image):
+        image = source
+    else:
+        image = _open_bytes(source, param, config)
+    width, height = image.size
+    if width <= 0 or height <= 0:
+        raise image_error(param, f"the picture is empty ({width}x{height} pixels)")
+    if width * height > config.max_image_pixels:
+        message = f"the picture has {width}x{height} pixels, the limit is {config.max_image_pixels} in all"
+        raise image_error(param, message, "image_too_large")
+    return image
+
+
+def _open_bytes(data: bytes, param: str, config: MediaConfig) -> Image.Image:
     if not data:
         raise image_error(param, "the picture is empty (0 bytes)")
     if len(data) > config.max_image_mib * 2**20:
         limit = config.max_image_mib * 2**20
         raise image_error(param, f"the picture has {len(data)} bytes, the limit is {limit}", "image_file_too_large")
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if data.startswith(b"\xff\xd8") and sum(1 for _ in _SCAN.finditer(data)) > MAX_JPEG_SCANS:
         raise image_error(param, f"the picture has more than {MAX_JPEG_SCANS} scans; save it again", "image_too_large")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -86,33 +93,31 @@ def _open(data: bytes, param: str, config: MediaConfig) -> Image.Image:
     except Exception:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
         raise _damaged(param) from None
     if isinstance(image, TiffImageFile):  # libtiff decodes whole tiles, however small the picture is
-        tile = image.tag_v2.get(TILE_WIDTH, 0) * image.tag_v2.get(TILE_LENGTH, 0)
-        if tile > 4 * image.width * image.height + 2**20:
+        width, length = image.tag_v2.get(TILE_WIDTH, 0), image.tag_v2.get(TILE_LENGTH, 0)
+        if not isinstance(width, int) or not isinstance(length, int):
+            raise _damaged(param)
+        if width * length > 2 * image.width * image.height + 2**20:
             raise image_error(param, "the picture's tiles are far larger than the picture; save it again", "image_too_large")
     return image
 
 
-def _check_size(size: tuple[int, int], param: str, config: MediaConfig) -> tuple[int, int]:
-    width, height = size
-    if width <= 0 or height <= 0:
-        raise image_error(param, f"the picture is empty ({width}x{height} pixels)")
-    if width * height > config.max_image_pixels:
-        message = f"the picture has {width}x{height} pixels, the limit is {config.max_image_pixels} in all"
-        raise image_error(param, message, "image_too_large")
-    return size
-
-
-def _check_array(array: np.ndarray[Any, Any], param: str) -> tuple[int, int]:
+def _from_array(array: np.ndarray[Any, Any], param: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise image_error(
             param, f"expected an array of uint8, [H, W], [H, W, 3] or [H, W, 4]; got {array.dtype} {list(array.shape)}"
         )
-    return array.shape[1], array.shape[0]
+    if 0 in array.shape:
+        raise image_error(param, f"the picture is empty ({list(array.shape)})")
+    return Image.fromarray(array)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()
-    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+    """Turned as EXIF says; the picture itself where there is nothing to turn, or EXIF is damaged."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  (people see the picture all the same)
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
