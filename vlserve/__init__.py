@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlserve.config import EngineConfig, SamplingParams
+    from vlserve.config import EngineConfig, SamplingParams, StructuredOutput
     from vlserve.errors import ConfigError, EngineError, ModelError, RequestError, VLServeError
     from vlserve.outputs import Completion, Delta, Timing, Usage
     from vlserve.pipeline import VLPipeline
@@ -30,6 +30,7 @@ _HOMES = {
     "ModelError": "errors",
     "RequestError": "errors",
     "SamplingParams": "config",
+    "StructuredOutput": "config",
     "Timing": "outputs",
     "Usage": "outputs",
     "VLPipeline": "pipeline",
@@ -45,6 +46,7 @@ __all__ = [
     "ModelError",
     "RequestError",
     "SamplingParams",
+    "StructuredOutput",
     "Timing",
     "Usage",
     "VLPipeline",
