@@ -7,6 +7,7 @@ repeats only; everything else is refused. `\\d`, `\\w` and `\\s` are ASCII, and 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def rewrite(pattern: str, *, in_json: bool = False) -> str:
         tree = parser.parse(pattern)
     except RecursionError:
         raise ValueError("its groups are nested too deeply") from None
-    except (ValueError, OverflowError) as error:
+    except (re.error, FutureWarning, ValueError, OverflowError) as error:
         raise ValueError(str(error)) from None
     if tree.state.flags & ~int(sre.SRE_FLAG_UNICODE):
         raise ValueError("flags such as (?i) are not supported")
@@ -122,11 +123,11 @@ class _Writer:
             return _character(kept[0][0])
         left_out = _complement(kept)
         if all(high < 0x80 or (low, high) == (0xD800, 0xDFFF) for low, high in left_out):
-            inside = "".join(_range(*r) for r in left_out if r[1] < 0x80)
-            return f"[^{inside}]" if inside else "[\\x00-\\u{10FFFF}]"
+            inside = _class([r for r in left_out if r[1] < 0x80])
+            return f"[^{inside}]" if inside else "[\\u0000-\\u{10ffff}]"
         # a class that begins with ^ would be read as a negated one, even where it is written as an escape
         begin = _character(kept[-1][1]) if kept[0][0] == ord("^") else ""
-        return "[" + begin + "".join(_range(*r) for r in kept) + "]"
+        return f"[{begin}{_class(kept)}]"
 
 
 def _is_group(items: Sequence[Any]) -> bool:
@@ -180,11 +181,17 @@ def _intersection(a: Ranges, b: Ranges) -> Ranges:
     return _complement(_complement(a) + _complement(b))
 
 
+def _class(ranges: Ranges) -> str:
+    """Control characters last: xgrammar writes them down as \\x1, which a hexadecimal digit must not follow."""
+    return "".join(_range(*r) for r in sorted(ranges, key=lambda r: (r[0] < 0x20, r)))
+
+
 def _range(low: int, high: int) -> str:
     return _character(low) if low == high else f"{_character(low)}-{_character(high)}"
 
 
 def _character(code: int) -> str:
-    if code < 0x80:
-        return chr(code) if chr(code).isalnum() else f"\\x{code:02x}"
+    """A letter or digit, or an escape of fixed length: xgrammar reads \\x2dcd as one character."""
+    if code < 0x80 and chr(code).isalnum():
+        return chr(code)
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\u{{{code:x}}}"

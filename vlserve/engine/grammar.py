@@ -86,7 +86,7 @@ class GrammarCompiler:
     """Made once; costs nothing until the first request that needs it."""
 
     def __init__(self, folder: Path, *, vocab_size: int, end_token_ids: frozenset[int], image_token_id: int) -> None:
-        self._folder, self._vocab_size = folder, vocab_size
+        self.folder, self._vocab_size = folder, vocab_size
         self._end_token_ids, self._image_token_id = end_token_ids, image_token_id
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="vlserve-grammar")
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class GrammarCompiler:
 
         with self._lock:
             if self._made is None:
-                tokens = read_vocabulary(self._folder, self._vocab_size, self._image_token_id)
+                tokens = read_vocabulary(self.folder, self._vocab_size, self._image_token_id)
                 info = xgrammar.TokenizerInfo(
                     tokens, xgrammar.VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=sorted(self._end_token_ids)
                 )
