@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlserve.config import EngineConfig, MediaConfig, SamplingParams
+    from vlserve.config import EngineConfig, MediaConfig, SamplingParams, StructuredOutput
     from vlserve.errors import ConfigError, EngineError, ModelError, RequestError, VLServeError
     from vlserve.outputs import Completion, Delta, Timing, Usage
     from vlserve.pipeline import VLPipeline
@@ -31,6 +31,7 @@ _HOMES = {
     "ModelError": "errors",
     "RequestError": "errors",
     "SamplingParams": "config",
+    "StructuredOutput": "config",
     "Timing": "outputs",
     "Usage": "outputs",
     "VLPipeline": "pipeline",
@@ -47,6 +48,7 @@ __all__ = [
     "ModelError",
     "RequestError",
     "SamplingParams",
+    "StructuredOutput",
     "Timing",
     "Usage",
     "VLPipeline",

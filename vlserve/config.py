@@ -6,6 +6,7 @@ exist once. This file imports neither torch nor a web framework.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -175,16 +176,64 @@ def _read_host(host: Any, name: str) -> str:
 
 
 MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1
+MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS, MAX_CHOICES = 65536, 4096, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutput:
-    json: str | dict[str, Any] | None = None
-    json_object: bool = False
-    regex: str | None = None
-    choice: tuple[str, ...] | None = None
-    grammar: str | None = None
-    structural_tag: str | dict[str, Any] | None = None
+    """What an answer must look like; exactly one field is given.
+
+    Raises RequestError for a field of the wrong kind or size. Whether a schema, regex or grammar can be used is
+    found out when it is: before the request reaches the engine.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = _option(None, "a JSON schema, as text or as a dictionary; kept as text")
+    json_object: bool = _option(False, "any JSON object")
+    regex: str | None = _option(None, "a regular expression for the whole answer")
+    choice: tuple[str, ...] = _option((), "one of these texts")
+    grammar: str | None = _option(None, "a grammar in GBNF, whose first rule is root")
+    structural_tag: str | Mapping[str, Any] | None = _option(None, "tags with content between free text, as xgrammar's format")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choice, str) or not isinstance(self.choice, (list, tuple)):
+            raise RequestError("structured.choice must be a list of texts", param="structured.choice")
+        object.__setattr__(self, "choice", tuple(self.choice))
+        for name in ("json", "structural_tag"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, _to_json(value, f"structured.{name}"))
+        if not isinstance(self.json_object, bool):
+            raise RequestError(
+                f"structured.json_object is {self.json_object!r}; expected true or false", param="structured.json_object"
+            )
+        given = [name for name in self.__dataclass_fields__ if getattr(self, name) not in (None, False, ())]
+        if len(given) != 1:
+            names = ", ".join(self.__dataclass_fields__)
+            raise RequestError(f"structured takes exactly one of {names}; got {', '.join(given) or 'none'}", param="structured")
+        for name, most in (
+            ("json", MAX_GRAMMAR_CHARACTERS),
+            ("regex", MAX_REGEX_CHARACTERS),
+            ("grammar", MAX_GRAMMAR_CHARACTERS),
+            ("structural_tag", MAX_GRAMMAR_CHARACTERS),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not _is_text(value) or len(value) > most):
+                raise RequestError(
+                    f"structured.{name} must be a text of 1 to {most} characters, without half characters",
+                    param=f"structured.{name}",
+                )
+        too_long = sum(map(len, self.choice)) > MAX_GRAMMAR_CHARACTERS if all(map(_is_text, self.choice)) else True
+        if too_long or len(self.choice) > MAX_CHOICES:
+            raise RequestError(
+                f"structured.choice must hold at most {MAX_CHOICES} texts, none of them empty, "
+                f"and {MAX_GRAMMAR_CHARACTERS} characters in all",
+                param="structured.choice",
+            )
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is given."""
+        return next(name for name in self.__dataclass_fields__ if getattr(self, name) not in (None, False, ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +257,9 @@ class SamplingParams:
     logprobs: int | None = _option(None, "log-probabilities of this many likeliest tokens at each step")
     skip_special_tokens: bool = _option(True, "leave special tokens out of the text")
     include_stop_str_in_output: bool = _option(False, "keep the stop text at the answer's end")
-    structured: StructuredOutput | None = field(default=None, metadata={"help": "what form the answer must have"})
+    structured: StructuredOutput | None = field(
+        default=None, metadata={"help": "what the answer must look like; also as a dictionary"}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -237,6 +288,7 @@ class SamplingParams:
         if len(bias) > 1024 or not all(_is_integer(i) and abs(i) <= MAX_INTEGER and _is_number(v) for i, v in bias.items()):
             raise RequestError("logit_bias must hold at most 1024 finite numbers by token id", param="logit_bias")
         object.__setattr__(self, "logit_bias", {id: float(value) for id, value in bias.items()})
+        object.__setattr__(self, "structured", _structured(self.structured))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", param="min_tokens")
 
@@ -254,6 +306,22 @@ class SamplingParams:
         if not _is_integer(value) or not low <= value <= high:
             wanted = f"of {low} or more" if not _is_integer(value) or value < low else f"from {low} to {high}"
             raise RequestError(f"{name} is {value!r}; expected a whole number {wanted}", param=name)
+
+
+def _structured(given: Any) -> StructuredOutput | None:
+    if given is None or isinstance(given, StructuredOutput):
+        return given
+    known = StructuredOutput.__dataclass_fields__
+    if not isinstance(given, Mapping) or not set(given) <= set(known):
+        raise RequestError(f"structured must be a StructuredOutput or a dictionary of {', '.join(known)}", param="structured")
+    return StructuredOutput(**given)
+
+
+def _to_json(value: Any, param: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise RequestError(f"{param} must be JSON: a text, or dictionaries, lists, texts, numbers", param=param) from None
 
 
 def _is_integer(value: Any) -> bool:

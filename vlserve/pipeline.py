@@ -18,6 +18,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vlserve import structured
 from vlserve.answer import AnswerText
 from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
@@ -65,6 +66,8 @@ class VLPipeline:
             self._builder = PromptBuilder(self.checkpoint)
             self._pictures = PictureLoader(self.media)
             self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="vlserve-prepare")
+            # of their own, so that grammars which take long hold up only one another
+            self._grammar_workers = ThreadPoolExecutor(2, thread_name_prefix="vlserve-grammar")
             self._loop: asyncio.AbstractEventLoop | None = None
             self._loop_lock = threading.Lock()
             if wait:
@@ -133,6 +136,7 @@ class VLPipeline:
     async def astream(self, prompt: Any, *, sampling: SamplingParams | None = None, **fields: Any) -> AsyncIterator[Delta]:
         """As `stream`, for asyncio."""
         params = _sampling(sampling, fields)
+        await self.check_structured(params)
         async for delta in self.answer(await self.prepare(read_prompt(prompt)), params):
             yield delta
 
@@ -161,9 +165,11 @@ class VLPipeline:
     async def answer(self, prompt: Prompt, sampling: SamplingParams, *, timeout_s: float | None = None) -> AsyncIterator[Delta]:
         """Run a prepared prompt; the last delta has finish_reason and timing.
 
-        Raises RequestError when the lengths do not fit, DeadlineError after `timeout_s`, EngineError when the engine fails.
+        Raises RequestError when the lengths or the grammar do not fit, DeadlineError after `timeout_s`, EngineError when
+        the engine fails.
         """
         max_tokens = self.check(prompt, sampling)
+        await self.check_structured(sampling)
         clock = AnswerClock(prompt, self.observers)
         text = AnswerText(self._builder.tokenizer, sampling)
         events = self.client.generate(prompt, sampling, max_tokens, timeout_s)
@@ -236,11 +242,26 @@ class VLPipeline:
                 code="context_length_exceeded",
             )
 
+    async def check_structured(self, sampling: SamplingParams) -> None:
+        """Raises RequestError when `sampling.structured` cannot be followed; remembers what was checked before."""
+        if sampling.structured is None:
+            return
+        if not self.checkpoint.end_token_ids:
+            raise RequestError("structured output needs a model with an end token (eos_token_id)", param="structured")
+        work = asyncio.get_running_loop().run_in_executor(self._grammar_workers, structured.check, sampling.structured)
+        try:
+            await asyncio.wait_for(work, structured.COMPILE_LIMIT_S)
+        except asyncio.TimeoutError:  # the built-in one from Python 3.11 on
+            raise RequestError(
+                f"the grammar took longer than {structured.COMPILE_LIMIT_S:g} s to check", param="structured"
+            ) from None
+
     def close(self) -> None:
         """End the engine and its process. Open requests raise EngineError."""
         self.client.close()
         self._workers.shutdown(wait=False)
         self._pictures.close()
+        self._grammar_workers.shutdown(wait=False)
         with self._loop_lock:
             loop, self._loop = self._loop, None
         if loop is not None:

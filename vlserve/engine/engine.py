@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 
 import torch
 
 from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.config import EngineConfig
+from vlserve.engine.grammar import GrammarCompiler
 from vlserve.engine.messages import Add, Stats, TokenEvent
 from vlserve.engine.runner import Progress, Runner, load_model, resolve_max_model_len
 from vlserve.engine.scheduler import Scheduler
@@ -16,6 +18,7 @@ from vlserve.engine.sequence import ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 
 log = logging.getLogger(__name__)
+COMPILING_PAUSE_S = 0.005  # when grammars are compiled and there is nothing else to do
 
 
 class Engine:
@@ -40,6 +43,12 @@ class Engine:
             max_model_len=self.runner.max_model_len,
             end_token_ids=checkpoint.end_token_ids,
         )
+        self.grammars = GrammarCompiler(
+            checkpoint.folder,
+            vocab_size=model.decoder.config.vocab_size,
+            end_token_ids=checkpoint.end_token_ids,
+            image_token_id=checkpoint.image_token_id,
+        )
         progress("warm-up", 0, 0)
         self.runner.warm_up()
 
@@ -61,6 +70,7 @@ class Engine:
                 sampling=request.sampling,
                 max_tokens=request.max_tokens,
                 cache_salt=request.cache_salt.encode(),
+                grammar=None if request.sampling.structured is None else self.grammars.start(request.sampling.structured),
             )
         )
 
@@ -69,15 +79,18 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Schedule, run, commit. A step that breaks ends its own requests, not the engine."""
+        ended = self.scheduler.fail_unready()
         chunks = self.scheduler.schedule()
         if not chunks:
-            return []
+            time.sleep(COMPILING_PAUSE_S if self.has_work else 0)
+            return self._ended(ended)
         try:
             sampled = self.runner.run(chunks)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             log.exception("a step of %d requests failed", len(chunks))
-            return self._ended(self.scheduler.fail(chunks, f"the engine could not compute this step: {type(error).__name__}"))
-        return self._ended(self.scheduler.commit(chunks, sampled))
+            reason = f"the engine could not compute this step: {type(error).__name__}"
+            return self._ended(ended + self.scheduler.fail(chunks, reason))
+        return self._ended(ended + self.scheduler.commit(chunks, sampled))
 
     def stats(self) -> Stats:
         """A few additions; cheap enough for every step."""

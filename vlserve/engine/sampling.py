@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from vlserve.engine.grammar import Grammar, allowed_tokens
 from vlserve.engine.messages import TokenLogprob
 from vlserve.engine.scheduler import Sampled
 from vlserve.engine.sequence import Sequence
@@ -30,15 +31,22 @@ class Sampler:
         Log-probabilities are the model's own, before penalties, bias and temperature.
         """
         logprobs = self._logprobs(logits, sequences)
-        rows = [self._adjust(row, sequence) for row, sequence in zip(logits.unbind(0), sequences, strict=True)]
+        grammars = {i: s.grammar for i, s in enumerate(sequences) if isinstance(s.grammar, Grammar)}
+        allowed = allowed_tokens(grammars, logits.shape[1], logits.device)
+        failed = {i: reason for i, reason in allowed.items() if isinstance(reason, str)}
+        masks = {i: mask for i, mask in allowed.items() if isinstance(mask, torch.Tensor)}
+        rows = [self._adjust(row, sequences[i], masks.get(i)) for i, row in enumerate(logits.unbind(0))]
         drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
         tokens = torch.stack(rows).argmax(dim=-1).tolist() if rows else []
         for i in drawn:
             tokens[i] = self._draw(rows[i], sequences[i])
-        return [Sampled(token_id=token, logprob=_pick(logprobs.get(i), sequences[i], token)) for i, token in enumerate(tokens)]
+        return [
+            Sampled(token_id=token, logprob=_pick(logprobs.get(i), sequences[i], token), error=failed.get(i))
+            for i, token in enumerate(tokens)
+        ]
 
-    def _adjust(self, row: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        """Penalties, bias and the ban on ending too early; row [V]."""
+    def _adjust(self, row: torch.Tensor, sequence: Sequence, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Penalties, bias, the ban on ending too early, and what a grammar allows; row [V] and allowed [V] bool."""
         p = sequence.sampling
         if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
             row = row.clone()
@@ -48,9 +56,10 @@ class Sampler:
             bias = torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
             row = row.index_add(0, ids, bias)
         if sequence.num_output_tokens < p.min_tokens:
-            banned = [*self._end_token_ids, *p.stop_token_ids]
-            row = row.index_fill(0, torch.tensor(banned, device=row.device, dtype=torch.int64), float("-inf"))
-        return row
+            banned = torch.tensor([*self._end_token_ids, *p.stop_token_ids], device=row.device, dtype=torch.int64)
+            if allowed is None or allowed.index_fill(0, banned, False).any():  # else the grammar is complete
+                row = row.index_fill(0, banned, float("-inf"))
+        return row if allowed is None else row.masked_fill(~allowed, float("-inf"))
 
     def _draw(self, row: torch.Tensor, sequence: Sequence) -> int:
         p = sequence.sampling

@@ -33,6 +33,7 @@ class Chunk:
 class Sampled:
     token_id: int
     logprob: TokenLogprob | None = None
+    error: str | None = None  # there is no token, for this reason
 
 
 class Scheduler:
@@ -71,6 +72,11 @@ class Scheduler:
         """End the sequences of a step that broke."""
         return [self._finish(chunk.sequence, None, "error", error=message) for chunk in chunks]
 
+    def fail_unready(self) -> list[TokenEvent]:
+        """End the sequences whose grammar cannot be compiled."""
+        broken = [(s, s.grammar.error) for s in self.waiting if s.grammar is not None and s.grammar.error is not None]
+        return [self._finish(sequence, None, "error", error=error) for sequence, error in broken]
+
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, with their blocks allocated; empty when there is nothing to do."""
         chunks: list[Chunk] = []
@@ -86,13 +92,16 @@ class Scheduler:
                 continue
             chunks.append(chunk)
             budget -= chunk.stop - chunk.start
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            admitted = self._admit(self.waiting[0], budget)
+        ready = [s for s in self.waiting if s.is_ready]  # the others do not hold up those behind them
+        for sequence in ready:
+            if budget == 0 or len(self.running) >= self.max_num_seqs:
+                break
+            admitted = self._admit(sequence, budget)
             if admitted is None:
                 break
             chunks.append(admitted)
             budget -= admitted.stop - admitted.start
-        assert chunks or not self.has_work, "a step without work: the KV cache holds less than one sequence"
+        assert chunks or not (self.running or ready), "a step without work: the KV cache holds less than one sequence"
         return chunks
 
     def commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
@@ -106,7 +115,13 @@ class Scheduler:
             if not chunk.samples:
                 continue
             token = next(tokens)
+            if token.error is not None:
+                events.append(self._finish(sequence, None, "error", error=token.error))
+                continue
             sequence.token_ids.append(token.token_id)
+            if sequence.grammar is not None and not sequence.grammar.accept(token.token_id):
+                events.append(self._finish(sequence, None, "error", error="a token does not fit the answer's grammar"))
+                continue
             reason = self._finish_reason(sequence, token.token_id)
             if reason is None:
                 events.append(self._event(sequence, token, None))
@@ -133,7 +148,7 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence, budget: int) -> Chunk | None:
-        """Move the first waiting sequence to running, from its cached prefix on; None when blocks are short."""
+        """Move a waiting sequence to running, from its cached prefix on; None when blocks are short."""
         size = self.pool.block_size
         # the last token is always computed: its logits are needed
         known = self.pool.match(sequence.digest_blocks((len(sequence.token_ids) - 1) // size, size))
@@ -142,7 +157,7 @@ class Scheduler:
         fresh = -(-stop // size) - len(known)
         if fresh + self.pool.num_taken_by(known) > self.pool.num_free:
             return None
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         self.pool.share(known)
         sequence.blocks = known + self.pool.allocate(fresh)
@@ -170,6 +185,8 @@ class Scheduler:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.sampling
+        if sequence.grammar is not None and sequence.grammar.is_finished:
+            return "stop"  # also where min_tokens or ignore_eos ask for more: nothing can follow
         if sequence.num_output_tokens >= sampling.min_tokens and (
             token_id in sampling.stop_token_ids or (token_id in self.end_token_ids and not sampling.ignore_eos)
         ):
@@ -183,6 +200,8 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        if sequence.grammar is not None:
+            sequence.grammar.cancel()
         self._release(sequence)
         return self._event(sequence, token, reason, error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from vlserve.config import SamplingParams
 from vlserve.llm.block_pool import Digest, block_digest
@@ -27,6 +27,26 @@ class ImageSpan:
         return self.start < stop and start < self.stop
 
 
+class Grammar(Protocol):
+    """What the answer must follow, as far as the scheduler is concerned; the matcher stays with its sequence."""
+
+    @property
+    def is_ready(self) -> bool:
+        """It has been compiled."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it never will be."""
+
+    is_finished: bool  # nothing may follow any more
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by a token; False when it does not fit."""
+
+    def cancel(self) -> None:
+        """It is not needed any more."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """Mutable; owned by the scheduler. `num_computed <= len(token_ids)` always."""
@@ -37,6 +57,7 @@ class Sequence:
     sampling: SamplingParams
     max_tokens: int
     cache_salt: bytes = b""  # blocks are shared only within one salt
+    grammar: Grammar | None = None
     num_prompt_tokens: int = 0
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when first scheduled
@@ -48,6 +69,10 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.grammar is None or self.grammar.is_ready
 
     @property
     def num_output_tokens(self) -> int:

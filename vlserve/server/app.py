@@ -267,6 +267,7 @@ class _Api:
         prompts = list(await asyncio.gather(*plan.preparing))
         for prompt in prompts:
             self.pipeline.check(prompt, plan.params[0])  # before a 200 is sent
+        await self.pipeline.check_structured(plan.params[0])
         return prompts
 
     async def _raw_prompt(self, prompt: str | list[int], salt: str) -> Prompt:

@@ -117,6 +117,23 @@ class ChatRequest(SamplingBody):
             structured=self._structured(),
         )
 
+    def renamed(self, error: RequestError) -> RequestError:
+        """A grammar's error with the field that asked for it."""
+        param = error.param or ""
+        old = next(
+            (name for name in ("structured.structural_tag", "structured.json", "structured") if param.startswith(name)), ""
+        )
+        form = self.response_format
+        if not old or (self.structured_outputs is not None and old != "structured.structural_tag"):
+            new = "structured_outputs" + param[len("structured") :] if old else param
+        elif old == "structured.structural_tag":
+            new = "tools" if self.tools else "structured_outputs.structural_tag"
+        else:
+            new = "response_format.json_schema.schema" if form is not None and form.type == "json_schema" else "response_format"
+        if new == param:
+            return error
+        return RequestError(str(error).replace(param, new), param=new, code=error.code)
+
     def prompt_options(self) -> PromptOptions:
         if self.add_generation_prompt and self.continue_final_message:
             raise RequestError(
