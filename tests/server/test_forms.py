@@ -84,13 +84,23 @@ def test_a_call_that_must_come(server: RunningServer, client: openai.OpenAI) -> 
     (call,) = whole.choices[0].message.tool_calls or []
     assert call.type == "function" and call.function.name == "time"
     assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
-    with client.chat.completions.stream(
-        model="tiny", messages=messages, tools=tools, tool_choice="required", temperature=1, seed=3, max_tokens=130
-    ) as stream:
-        kinds = [event.type for event in stream]
-        final = stream.get_final_completion().choices[0]
-    assert kinds.count("tool_calls.function.arguments.delta") > 1, "arguments stream"
-    assert final.message.tool_calls and {c.function.name for c in final.message.tool_calls} <= {"weather", "time"}
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            tools=tools,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            temperature=1,
+            seed=3,
+            stream=True,
+        )
+    )
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert deltas[0].function is not None and deltas[0].function.name in ("weather", "time") and deltas[0].id
+    assert len(deltas) > 2 and not any(delta.id for delta in deltas[1:]), "arguments stream"
+    arguments = "".join(delta.function.arguments or "" for delta in deltas if delta.function)
+    assert json.loads(arguments)["city"] in ("Paris", "Rome") and chunks[-1].choices[0].finish_reason == "tool_calls"
     flat: Any = [{"type": "function", **tool("weather")["function"]}]
     response = client.responses.create(model="tiny", input="hi", tools=flat, tool_choice="required", temperature=1)
     kinds = [item.type for item in response.output]
