@@ -1,34 +1,31 @@
 """`VLPipeline`: pictures and text in, text out, from Python; the HTTP server stands on it too.
 
-Owns the way from a user's prompt to the engine's request and back. Synchronous calls run on an event
-loop in a thread of the pipeline's own, so they work in scripts, notebooks and inside a running loop.
+Owns the way from a user's prompt to the engine's request and back; how it is called is asking.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import sys
-import threading
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlserve import structured
 from vlserve.answer import AnswerText
+from vlserve.asking import Asking
 from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
 from vlserve.config import SamplingParams, read_options
-from vlserve.engine.messages import Stage, TokenLogprob
+from vlserve.engine.messages import Stage
 from vlserve.errors import DeadlineError, EngineError, RequestError
 from vlserve.loader import PictureLoader
-from vlserve.messages import ImagePart, Turn, is_batch, read_prompt
+from vlserve.messages import ImagePart, Turn
 from vlserve.observer import AnswerClock, Observer, PreparationClock
-from vlserve.outputs import Completion, Delta
+from vlserve.outputs import Delta
 from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ T = TypeVar("T")
 MAX_TOKEN_CHARACTERS = 128  # no vocabulary of the field has longer tokens
 
 
-class VLPipeline:
+class VLPipeline(Asking):
     """A vision-language model, ready to be asked.
 
         pipe = VLPipeline("demo")
@@ -47,7 +44,8 @@ class VLPipeline:
 
     Args:
         model: demo, a folder, or a Hugging Face name. Other keywords are the fields of `EngineConfig` and
-            `MediaConfig`.
+            `MediaConfig`. Or the address of a server, http://host:port: then the calls below go to it, and the
+            keywords are `api_key` and those of `RemotePipeline`.
         wait: False returns before the engine is ready; asking before then raises EngineError.
 
     A prompt is a text, (text, picture), (text, [pictures]), OpenAI-style messages, or a list of these.
@@ -56,10 +54,19 @@ class VLPipeline:
     Raises ConfigError for a wrong option, ModelError for a checkpoint that cannot be used.
     """
 
+    def __new__(cls, model: str = "demo", **options: Any) -> VLPipeline:
+        if cls is VLPipeline and str(model).startswith(("http://", "https://")):
+            from vlserve.remote import RemotePipeline
+
+            return object.__new__(RemotePipeline)
+        return object.__new__(cls)
+
     def __init__(self, model: str = "demo", *, wait: bool = True, **options: Any) -> None:
+        super().__init__()
         self.config, self.media = read_options({"model": model, **options})
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         self.client = EngineClient(self.config)
+        self.max_at_once = 2 * self.config.max_num_seqs  # prepared pictures take memory
         self.observers: list[Observer] = []
         try:
             weakref.finalize(self, self.client.close)  # a pipeline that is dropped ends its process
@@ -68,8 +75,6 @@ class VLPipeline:
             self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="vlserve-prepare")
             # of their own, so that grammars which take long hold up only one another
             self._grammar_workers = ThreadPoolExecutor(2, thread_name_prefix="vlserve-grammar")
-            self._loop: asyncio.AbstractEventLoop | None = None
-            self._loop_lock = threading.Lock()
             if wait:
                 self.wait_ready()
         except BaseException:
@@ -90,54 +95,9 @@ class VLPipeline:
             if shown:
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def __call__(
-        self, prompt: Any, *, sampling: SamplingParams | None = None, progress: bool | None = None, **fields: Any
-    ) -> Any:
-        """One `Completion` for one prompt, a list of them, in order, for a list.
-
-        Args:
-            prompt: see the class. sampling: or its fields by keyword, e.g. max_tokens=64, temperature=0.0.
-            progress: a bar over a list's answers; default: on a terminal.
-        """
-        params = _sampling(sampling, fields)
-        if not is_batch(prompt):
-            return self._run(self.agenerate(prompt, sampling=params))
-        show = sys.stderr.isatty() if progress is None else progress
-        return self._run(self._generate_all(prompt, params, show))
-
-    def stream(self, prompt: Any, *, sampling: SamplingParams | None = None, **fields: Any) -> Iterator[Delta]:
-        """The answer piece by piece. Leaving the loop early ends the request."""
-        pieces: queue.SimpleQueue[Delta | BaseException | None] = queue.SimpleQueue()
-
-        async def pump() -> None:
-            try:
-                async for delta in self.astream(prompt, sampling=sampling, **fields):
-                    pieces.put(delta)
-                pieces.put(None)
-            except BaseException as error:
-                pieces.put(error)
-                raise
-
-        task = asyncio.run_coroutine_threadsafe(pump(), self._background())
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, asyncio.CancelledError):
-                    raise EngineError("the pipeline was closed")
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            task.cancel()
-
-    async def agenerate(self, prompt: Any, *, sampling: SamplingParams | None = None, **fields: Any) -> Completion:
-        """As calling the pipeline with one prompt, for asyncio."""
-        return collect([delta async for delta in self.astream(prompt, sampling=sampling, **fields)])
-
-    async def astream(self, prompt: Any, *, sampling: SamplingParams | None = None, **fields: Any) -> AsyncIterator[Delta]:
-        """As `stream`, for asyncio."""
-        params = _sampling(sampling, fields)
+    async def answers(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncIterator[Delta]:
         await self.check_structured(params)
-        async for delta in self.answer(await self.prepare(read_prompt(prompt)), params):
+        async for delta in self.answer(await self.prepare(turns), params):
             yield delta
 
     async def prepare(self, turns: Sequence[Turn], options: PromptOptions | None = None) -> Prompt:
@@ -262,16 +222,7 @@ class VLPipeline:
         self._workers.shutdown(wait=False)
         self._pictures.close()
         self._grammar_workers.shutdown(wait=False)
-        with self._loop_lock:
-            loop, self._loop = self._loop, None
-        if loop is not None:
-            asyncio.run_coroutine_threadsafe(_end_loop(), loop)
-
-    def __enter__(self) -> VLPipeline:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self._end_loop()
 
     @property
     def tokenizer(self) -> Any:
@@ -292,84 +243,3 @@ class VLPipeline:
 
         messages = [Message(turn.role, [part(p) for p in turn.parts], turn.is_string, turn.fields) for turn in turns]
         return self._builder.build(messages, options)
-
-    async def _generate_all(self, prompts: Sequence[Any], sampling: SamplingParams, show: bool) -> list[Completion]:
-        from tqdm import tqdm
-
-        limit = asyncio.Semaphore(2 * self.config.max_num_seqs)  # prepared pictures take memory
-        with tqdm(total=len(prompts), disable=not show, unit="answer") as bar:
-
-            async def one(prompt: Any) -> Completion:
-                async with limit:
-                    completion = await self.agenerate(prompt, sampling=sampling)
-                    bar.update()
-                    return completion
-
-            tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-
-    def _background(self) -> asyncio.AbstractEventLoop:
-        with self._loop_lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run_loop, args=(self._loop,), name="vlserve-loop", daemon=True).start()
-            return self._loop
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._background())
-        try:
-            return future.result()
-        except CancelledError:
-            raise EngineError("the pipeline was closed") from None
-        except BaseException:  # Ctrl-C too: the request must not go on
-            future.cancel()
-            raise
-
-
-def collect(deltas: Sequence[Delta]) -> Completion:
-    """The whole answer from its pieces."""
-    last = deltas[-1]
-    assert last.finish_reason is not None and last.usage is not None and last.timing is not None
-    logprobs: list[TokenLogprob] = [entry for delta in deltas for entry in delta.logprobs or ()]
-    return Completion(
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(id for delta in deltas for id in delta.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        timing=last.timing,
-        logprobs=tuple(logprobs) if logprobs else None,
-    )
-
-
-def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
-    if sampling is not None and fields:
-        raise RequestError(f"give sampling or its fields, not both (got {', '.join(fields)})", param="sampling")
-    if sampling is not None:
-        return sampling
-    unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
-    if unknown:
-        names = ", ".join(SamplingParams.__dataclass_fields__)
-        raise RequestError(f"unknown sampling parameter {unknown[0]!r}; parameters: {names}", param=unknown[0])
-    return SamplingParams(**fields)
-
-
-async def _end_loop() -> None:
-    """Cancel what the loop still runs, so that nobody waits for it, then stop it."""
-    loop = asyncio.get_running_loop()
-    others = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    loop.stop()
-
-
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()

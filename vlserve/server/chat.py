@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
@@ -12,7 +12,7 @@ from pydantic import Field
 from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
-from vlserve.outputs import Delta, Usage
+from vlserve.outputs import Delta, Timing, Usage
 from vlserve.prompt import Prompt, PromptOptions
 from vlserve.server import protocol
 from vlserve.server.protocol import Chunks, SamplingBody, Strict
@@ -92,6 +92,9 @@ class ChatRequest(SamplingBody):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
+    separate_reasoning: bool | None = Field(None, description="false leaves <think> in the content")
+    return_tokens_as_token_ids: bool | None = Field(None, description='tokens of log-probabilities as "token_id:123"')
+    return_timing: bool | None = Field(None, description="seconds of each choice: preparing, waiting, encoding, in all")
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -227,6 +230,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     usage: Usage | None = None
+    timing: Timing | None = None
     finish_reason: str | None = None
 
     def take(self, piece: Piece) -> dict[str, Any]:
@@ -252,7 +256,11 @@ class ChatAnswer(Chunks):
         self._asked, self._prompt, self._tokenizer, self._model = asked, prompt, tokenizer, model
         self._id, self._created = protocol.new_id("chatcmpl"), protocol.now()
         thinking = is_thinking(prompt, tokenizer)
-        self._choices = [Choice(ReplyParser(calls=asked.calls, thinking=thinking)) for _ in range(asked.num_choices)]
+        separate = asked.separate_reasoning is not False
+        self._choices = [
+            Choice(ReplyParser(calls=asked.calls, reasoning=separate, thinking=thinking and separate))
+            for _ in range(asked.num_choices)
+        ]
 
     def whole(self) -> dict[str, Any]:
         """The answer, once every choice has its finish_reason."""
@@ -270,7 +278,7 @@ class ChatAnswer(Chunks):
     def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """The chunks that an engine's delta gives, none when its text is not certain yet."""
         choice = self._choices[index]
-        choice.usage = delta.usage
+        choice.usage, choice.timing = delta.usage, delta.timing
         choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs or ()
         pieces = choice.parser.add(delta.text)
@@ -280,7 +288,7 @@ class ChatAnswer(Chunks):
             pieces = [piece for piece in pieces if piece.kind != "reasoning"]
         if self._asked.parallel_tool_calls is False:
             pieces = [piece for piece in pieces if piece.call == 0]
-        logprobs = protocol.logprobs_dict(delta.logprobs, self._tokenizer)
+        logprobs = protocol.logprobs_dict(delta.logprobs, self._tokenizer, as_ids=bool(self._asked.return_tokens_as_token_ids))
         extra: dict[str, Any] = {"token_ids": list(delta.token_ids)} if self._asked.return_token_ids else {}
         bodies = [choice.take(piece) for piece in pieces]
         if not bodies and (logprobs or extra):
@@ -291,7 +299,7 @@ class ChatAnswer(Chunks):
         if delta.finish_reason is not None:
             called = bool(choice.calls) and delta.finish_reason == "stop"
             choice.finish_reason = "tool_calls" if called else delta.finish_reason
-            yield self._chunk(index, {}, choice.finish_reason)
+            yield self._chunk(index, {}, choice.finish_reason, **self._timing(choice))
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """The usage chunk, when it was asked for."""
@@ -306,9 +314,15 @@ class ChatAnswer(Chunks):
             message["reasoning_content"] = choice.reasoning
         if choice.calls:
             message |= {"tool_calls": choice.calls, "content": choice.content or None}
-        logprobs = protocol.logprobs_dict(choice.logprobs, self._tokenizer) if self._asked.logprobs else None
+        as_ids = bool(self._asked.return_tokens_as_token_ids)
+        logprobs = protocol.logprobs_dict(choice.logprobs, self._tokenizer, as_ids=as_ids) if self._asked.logprobs else None
         body = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        body |= self._timing(choice)
         return body | ({"token_ids": choice.token_ids} if self._asked.return_token_ids else {})
+
+    def _timing(self, choice: Choice) -> dict[str, Any]:
+        shown = self._asked.return_timing and choice.timing is not None
+        return {"timing": asdict(choice.timing)} if shown and choice.timing is not None else {}
 
     def _chunk(
         self, index: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None, **extra: Any

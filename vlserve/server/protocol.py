@@ -193,14 +193,16 @@ def usage_dict(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-def logprobs_dict(entries: Sequence[TokenLogprob] | None, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def logprobs_dict(entries: Sequence[TokenLogprob] | None, tokenizer: Tokenizer, *, as_ids: bool = False) -> dict[str, Any] | None:
     """OpenAI's form of log-probabilities, None when none were asked for."""
     if entries is None:
         return None
-    content = [
-        token_logprob(e.token_id, e.logprob, tokenizer) | {"top_logprobs": [token_logprob(*top, tokenizer) for top in e.top]}
-        for e in entries
-    ]
+
+    def one(id: int, logprob: float) -> dict[str, Any]:
+        shown = token_logprob(id, logprob, tokenizer)
+        return shown | {"token": f"token_id:{id}"} if as_ids else shown
+
+    content = [one(e.token_id, e.logprob) | {"top_logprobs": [one(*top) for top in e.top]} for e in entries]
     return {"content": content, "refusal": None}
 
 

@@ -30,14 +30,14 @@ class ReplyParser:
     """`add` text as it comes, `finish` at the end; each gives the pieces that are certain.
 
     Args:
-        calls: look for function calls. thinking: the prompt already opened the reasoning.
+        calls: look for function calls. reasoning: look for <think>. thinking: the prompt already opened it.
     """
 
-    def __init__(self, *, calls: bool, thinking: bool = False) -> None:
+    def __init__(self, *, calls: bool, reasoning: bool = True, thinking: bool = False) -> None:
         self.num_calls = 0
         self._calls = calls
         self._state: Literal["start", "reasoning", "content", "head", "arguments", "tail"]
-        self._state = "reasoning" if thinking else "start"
+        self._state = "reasoning" if thinking else "start" if reasoning else "content"
         self._text = ""
         self._depth, self._in_string, self._escaped = 0, False, False
         self._strip = thinking  # white space at the beginning of a part is the form's, not the answer's
