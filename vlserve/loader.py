@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -42,9 +42,10 @@ class PictureLoader:
         self._workers = ThreadPoolExecutor(self._num_workers, thread_name_prefix="vlserve-picture")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="vlserve-large-picture")
         self._fetched = _Account(config.max_fetched_mib * 2**20)
-        # torch and the HTTP client take seconds to import, which overlaps with the engine's start
+        self._fetcher: Future[Fetcher] | None = None
+        self._fetcher_lock = threading.Lock()
+        # tiling needs torch; importing it overlaps with the engine's start
         self._workers.submit(import_module, "vlserve.vision.preprocess")
-        self._fetcher = self._workers.submit(_make_fetcher, config)
 
     async def load(
         self,
@@ -107,7 +108,10 @@ class PictureLoader:
             budget.take(count, param)
             reserved.take(count)
 
-        fetcher: Fetcher = await asyncio.shield(asyncio.wrap_future(self._fetcher))
+        with self._fetcher_lock:
+            if self._fetcher is None:  # its imports and certificates take a moment, and many servers fetch nothing
+                self._fetcher = self._workers.submit(_make_fetcher, self.config)
+        fetcher = await asyncio.shield(asyncio.wrap_future(self._fetcher))
         bodies = await fetcher.fetch_all([(part.source, part.param) for part in urls.values()], take, clock)
         return dict(zip(urls, bodies, strict=True))
 
