@@ -43,7 +43,7 @@ EXAMPLES = (
 MAX_PICTURE = "20mb"  # in base64 and with the rest of a conversation, a request still fits into what servers take
 JOINER = "\u2060"  # no width, no meaning
 CSS = """
-.message img { max-height: 14rem }
+.message img { max-height: 12rem }
 .message small { opacity: 0.6 }
 .message .failure { color: #c2410c }
 button[aria-label="Share"] { display: none } /* it would put the picture on a public site */
@@ -63,7 +63,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     key = options.api_key or os.environ.get("VLSERVE_API_KEY") or secrets.token_urlsafe()
     server = nullcontext(options.server) if options.server else serving(options.model or "demo", key)
-    with tempfile.TemporaryDirectory(prefix="uploads-") as uploads, server as url:
+    with tempfile.TemporaryDirectory(prefix="demo-uploads-") as uploads, server as url:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         show(Chat(url, key, options.model if options.server else None).page(), options.host, options.port)
 
