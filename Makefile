@@ -1,11 +1,13 @@
-# Every target sets itself up: a virtual environment in .venv with the pinned versions, then the job.
+# Every target sets itself up: a virtual environment in .venv with the pinned versions of what it needs, then the job.
 PYTHON ?= python3
 MODEL ?= demo
 BIN := .venv/bin
+DEMO := .venv-demo
 READY := .venv/.ready
+INSTALL := $(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench clean
+.PHONY: help serve demo test lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -13,23 +15,36 @@ help: ## show this list
 serve: $(READY) ## start the HTTP server with the model in the box, on http://127.0.0.1:8000 (MODEL=... for another)
 	@$(BIN)/vlserve serve $(MODEL)
 
-test: $(READY) ## run the test suite
+demo: $(READY) $(DEMO)/.ready ## chat with pictures in the browser, on http://127.0.0.1:7860 (MODEL=... for another)
+	@$(DEMO)/bin/python examples/gradio_demo.py --python $(BIN)/python --model $(MODEL)
+
+test: $(READY)-test $(DEMO)/.ready ## run the test suite
 	$(BIN)/python -m pytest
 
-lint: $(READY) ## check format, style and types
+lint: $(READY)-lint ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY) ## time the server on this machine: concurrency and start-up
+bench: $(READY)-test ## time the server on this machine: concurrency and start-up
 	$(BIN)/python benchmarks/bench_server.py
 
 clean: ## remove the virtual environment and caches
-	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-demo build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlserve needs Python 3.10 or newer; this is %s. Set PYTHON=/path/to/python3" % sys.version.split()[0]'
 	@echo "setting up .venv with $$($(PYTHON) --version); torch is large, so the first time takes a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
-	@touch $(READY)
+	$(INSTALL) -e .
+	@touch $@
+
+# the browser page's own, since gradio does not take the Pillow that vlserve is tested with
+$(DEMO)/.ready: $(READY) examples/gradio_constraints.txt
+	@test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c examples/gradio_constraints.txt gradio openai httpx2
+	@touch $@
+
+$(READY)-%: $(READY)
+	$(INSTALL) -e '.[$*]'
+	@touch $@
