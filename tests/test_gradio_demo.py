@@ -361,6 +361,12 @@ def test_what_goes_wrong_is_said_and_does_not_stay_in_the_conversation(server: S
     ask(page, "What is it?", broken)
     said("broken.png is no picture")
 
+    large = tmp_path / "large.png"
+    large.write_bytes(SHAPES.read_bytes() + bytes(21 * 2**20))
+    wait_idle(page)
+    page.get_by_test_id("file-upload").set_input_files(large)
+    expect(page.get_by_test_id("toast-body")).to_contain_text("maximum allowed size of 20")
+
     server.events.put({"error": {"message": "the engine failed", "type": "server_error"}})
     ask(page, "And you?")
     said("the engine failed")
@@ -414,7 +420,7 @@ def test_its_own_server_ends_with_it(moment: str, number: int, tmp_path: Path) -
         children = demo.process.children(recursive=True)
         assert any("vlserve.rank" in " ".join(child.cmdline()) for child in children)
         if moment == "the demo is on":
-            assert "demo is ready" in demo.output
+            demo.wait_for("demo is ready")
         demo.process.send_signal(number)
         assert demo.process.wait(PATIENCE_S) in (0, 128 + number)
         wait_until(lambda: not any(child.is_running() for child in children))
