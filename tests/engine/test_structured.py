@@ -285,6 +285,15 @@ def test_a_grammar_that_fails_ends_its_own_request_only(folder: Path) -> None:
     assert got[4][-1].finish_reason in ("stop", "length")
 
 
+def test_a_grammar_that_takes_ever_longer_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "BEFORE_MEAN_S", 0.02)
+    monkeypatch.setattr(grammar, "MEAN_LIMIT_S", 0.001)
+    ambiguous = StructuredOutput(grammar='root ::= root root | [a-z] | ""')
+    got = ask(engine(folder), [ambiguous, None], max_tokens=400, ignore_eos=True, min_tokens=400)
+    assert got[0][-1].finish_reason == "error" and "takes too long" in str(got[0][-1].error)
+    assert got[1][-1].finish_reason == "length"
+
+
 def test_the_vocabulary_of_a_byte_level_tokenizer(folder: Path) -> None:
     whole = HFTokenizer.from_file(str(folder / "tokenizer.json"))
     size = read_checkpoint(folder).config["text_config"]["vocab_size"]
@@ -357,6 +366,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"grammar": "root ::= ("}, "structured.grammar", "EBNF parser error"),
     ({"grammar": "root ::= nobody"}, "structured.grammar", "nobody"),
     ({"grammar": 'root ::= "a"{1,1000000000}'}, "structured.grammar", "repeat"),
+    ({"grammar": "root ::= " + "[^x]{0,999} " * 9}, "structured.grammar", "1152 states"),
     ({"grammar": "root ::= root"}, "structured.grammar", "nothing fits"),
     ({"structural_tag": {"type": "tag"}}, "structured.structural_tag", "must be"),
     (
