@@ -19,8 +19,10 @@ from vlserve.json_schema import SchemaError, read_schema, rewrite_schema
 if TYPE_CHECKING:
     import xgrammar
 
-COMPILE_LIMIT_S = 60.0  # for one grammar, also where it has to wait for others
-MAX_WHITESPACE = 8  # characters between two parts of JSON: models that write spaces for ever are known
+COMPILE_LIMIT_S = 120.0  # for one grammar, also where it has to wait for others
+# JSON comes on one line, as json.dumps writes it: left to themselves, small models write spaces for ever. Within a tag
+# xgrammar knows a limit only, in characters between two parts.
+MAX_TAG_WHITESPACE = 2
 MAX_TAG_DEPTH, MAX_TAG_PARTS, MAX_TAG_REPEAT = 16, 1024, 1024
 _OBJECT = '{"type": "object"}'
 
@@ -72,7 +74,7 @@ def to_grammar(structured: StructuredOutput) -> xgrammar.Grammar:
     try:
         if structured.json is not None or structured.json_object:
             schema = _OBJECT if structured.json is None else str(structured.json)
-            return Grammar.from_json_schema(read_schema(schema), strict_mode=True, max_whitespace_cnt=MAX_WHITESPACE)
+            return Grammar.from_json_schema(read_schema(schema), strict_mode=True, any_whitespace=False)
         if structured.regex is not None:
             return Grammar.from_regex(regex.rewrite(structured.regex, regex.Budget()))
         if structured.choice:
@@ -147,7 +149,7 @@ class _TagReader:
             "value": self._text,
         }
         copy = {key: read[key](value, f"{place}.{key}", depth + 1) if key in read else value for key, value in given.items()}
-        return {**copy, "max_whitespace_cnt": MAX_WHITESPACE} if kind == "json_schema" else copy
+        return {**copy, "max_whitespace_cnt": MAX_TAG_WHITESPACE} if kind == "json_schema" else copy
 
     def _formats(self, given: Any, place: str, depth: int) -> list[dict[str, Any]]:
         if not isinstance(given, list) or not given:
