@@ -403,6 +403,17 @@ def test_through_the_pipeline(pipe: VLPipeline) -> None:
     assert all(re.fullmatch("[xyz]{3}", a.text) for a in many)
 
 
+def test_a_check_that_takes_long_holds_up_nobody(pipe: VLPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr("vlserve.structured.check", lambda structured: go.wait(60))
+    monkeypatch.setattr("vlserve.structured.COMPILE_LIMIT_S", 0.05)
+    for _ in range(3):
+        with pytest.raises(RequestError, match=r"longer than 0.05 s to check"):
+            pipe("hi", structured={"regex": "abc"})
+    assert pipe("hi", max_tokens=1).token_ids
+    go.set()
+
+
 SHAPES: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {
     "circle": lambda draw: draw.ellipse((60, 40, 180, 160), fill="red"),
     "square": lambda draw: draw.rectangle((60, 40, 180, 160), fill="blue"),
