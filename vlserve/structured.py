@@ -101,7 +101,7 @@ def _check_grammar(text: str, budget: regex.Budget) -> str:
         most = max(int(number[:9] or 0) for number in repeat.groups(""))
         if most > regex.MAX_REPEAT:
             raise ValueError(f"it repeats {most} times; {regex.MAX_REPEAT} are allowed")
-        budget.take(repeat.span(), min(most, regex.UNROLLED))
+        budget.take((text, repeat.start()), min(most, regex.UNROLLED))
     return text
 
 
