@@ -20,6 +20,7 @@ import xgrammar
 from vlserve.config import StructuredOutput
 from vlserve.errors import RequestError
 from vlserve.json_schema import SchemaError, read_schema, rewrite_schema
+from vlserve.regex import Budget
 from vlserve.structured import to_grammar
 
 # single bytes without control characters but the newline, as the engine has it for JSON; the last one ends
@@ -246,7 +247,11 @@ def test_size_and_depth_are_bounded() -> None:
     wide = {"anyOf": [{"const": i} for i in range(600)]}
     for schema in (deep, wide):
         with pytest.raises(SchemaError, match="too large"):
-            rewrite_schema(schema)
+            rewrite_schema(schema, Budget())
+    lengths = {"anyOf": [{"type": "string", "maxLength": 500 + i} for i in range(9)]}
+    with pytest.raises(SchemaError, match=r"come to 1152 states, 1024 are allowed; .* \(at #/anyOf/8\)"):
+        rewrite_schema(lengths, Budget())
+    rewrite_schema({"anyOf": [{"type": "string", "maxLength": 500} for _ in range(9)]}, Budget())
     for text in ('{"minimum": NaN}', "{'a': 1}", "[" * 9000):
         with pytest.raises(SchemaError, match="not valid JSON"):
             read_schema(text)
@@ -254,7 +259,7 @@ def test_size_and_depth_are_bounded() -> None:
 
 def test_references_are_followed_once_and_cycles_end() -> None:
     tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#/properties/left"}}}
-    assert rewrite_schema(tree) == {
+    assert rewrite_schema(tree, Budget()) == {
         "type": "object",
         "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#/$defs/d1"}},
         "required": [],
@@ -271,6 +276,6 @@ def test_alternatives_of_one_of_may_differ_in_a_required_constant() -> None:
         "$defs": {"cat": arm("cat")},
         "discriminator": {"propertyName": "kind"},
     }
-    assert len(rewrite_schema(schema)["anyOf"]) == 2
+    assert len(rewrite_schema(schema, Budget())["anyOf"]) == 2
     with pytest.raises(SchemaError, match="may both fit"):
-        rewrite_schema({"oneOf": [arm("dog"), arm("dog")]})
+        rewrite_schema({"oneOf": [arm("dog"), arm("dog")]}, Budget())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import xgrammar
 
-from vlserve.regex import rewrite
+from vlserve.regex import Budget, rewrite
 
 ASCII = [chr(code) for code in range(1, 127)]
 
@@ -24,7 +24,7 @@ def compiler() -> xgrammar.GrammarCompiler:
 
 def fits(compiler: xgrammar.GrammarCompiler, pattern: str, texts: list[str], in_json: bool = False) -> list[str]:
     """Those of `texts` that the rewritten pattern takes."""
-    text = rewrite(pattern, in_json=in_json)
+    text = rewrite(pattern, Budget(), in_json=in_json)
     if in_json:
         schema: dict[str, Any] = {"type": "string", "pattern": f"^{text}$"}
         matcher = xgrammar.GrammarMatcher(compiler.compile_json_schema(json.dumps(schema)))
@@ -120,11 +120,20 @@ def test_nothing_breaks_out_of_a_json_string(compiler: xgrammar.GrammarCompiler,
 )
 def test_the_rest_is_refused_with_a_reason(pattern: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        rewrite(pattern)
+        rewrite(pattern, Budget())
 
 
 def test_in_json_quotes_and_long_repeats_are_refused() -> None:
     with pytest.raises(ValueError, match="quote"):
-        rewrite('^"a"$', in_json=True)
+        rewrite('^"a"$', Budget(), in_json=True)
     with pytest.raises(ValueError, match="repeats 500 times; 128"):
-        rewrite("^a{500}$", in_json=True)
+        rewrite("^a{500}$", Budget(), in_json=True)
+
+
+def test_what_is_equal_is_counted_once() -> None:
+    budget = Budget()
+    for _ in range(20):
+        rewrite("a{100}", budget)
+    with pytest.raises(ValueError, match="fewer different ones"):
+        for n in range(20):
+            rewrite(f"a{{{100 + n}}}", budget)

@@ -90,12 +90,12 @@ def read_schema(text: str) -> str:
         root = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise SchemaError("the schema is not valid JSON") from None
-    return json.dumps(rewrite_schema(root), ensure_ascii=False)
+    return json.dumps(rewrite_schema(root, regex.Budget()), ensure_ascii=False)
 
 
-def rewrite_schema(root: Any) -> Any:
+def rewrite_schema(root: Any, budget: regex.Budget) -> Any:
     """As `read_schema`, for a schema that is part of something else."""
-    reader = _Reader(root)
+    reader = _Reader(root, budget)
     schema = reader.schema(root, "#", 0)
     return {**schema, "$defs": reader.definitions} if reader.definitions else schema
 
@@ -103,9 +103,9 @@ def rewrite_schema(root: Any) -> Any:
 class _Reader:
     """Walks a schema once; what references point at becomes a definition of its own."""
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, budget: regex.Budget) -> None:
         self.definitions: dict[str, Any] = {}
-        self._root = root
+        self._root, self._budget = root, budget
         self._names: dict[str, str] = {"#": "#"}
         self._num_subschemas = 0
 
@@ -251,6 +251,7 @@ class _Reader:
         high = [schema[key] for key in ("maximum", "exclusiveMaximum") if key in schema]
         if (low or high) and not (low and high and min(high) - max(low) < MAX_MULTIPLE_RANGE):
             raise SchemaError(f"multipleOf with a range needs both its ends, less than {MAX_MULTIPLE_RANGE} apart (at {place})")
+        self._take(("multipleOf", step, *low, *high), step // 8, place)
         return {**kept, "multipleOf": int(step)}
 
     def _number(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
@@ -276,12 +277,14 @@ class _Reader:
             if name not in _FORMATS:
                 raise SchemaError(f"the format {name!r} is not supported; formats: {', '.join(_FORMATS)} (at {place})")
             pattern = _FORMATS[name]
-            return {"format": name} if pattern is None else {"pattern": _pattern(pattern, place)}
+            return {"format": name} if pattern is None else {"pattern": self._pattern(pattern, place)}
         if "pattern" in schema:
-            return {"pattern": _pattern(schema["pattern"], place)}
+            return {"pattern": self._pattern(schema["pattern"], place)}
         for key in given:
             _check_count(schema[key], key, place, MAX_LENGTH)
-        return {key: int(schema[key]) for key in given}
+        kept = {key: int(schema[key]) for key in given}
+        self._take(tuple(kept.items()), min(max(kept.values(), default=0), regex.UNROLLED), place)
+        return kept
 
     def _array(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
         kept: dict[str, Any] = {}
@@ -329,7 +332,7 @@ class _Reader:
             if len(patterns) > 1:
                 raise SchemaError(f"patternProperties is supported with one pattern only (at {place})")
             kept["patternProperties"] = {
-                _pattern(name, place): self.schema(value, f"{place}/patternProperties/{name}", depth + 1)
+                self._pattern(name, place): self.schema(value, f"{place}/patternProperties/{name}", depth + 1)
                 for name, value in patterns.items()
             }
         if "propertyNames" in schema:
@@ -359,6 +362,20 @@ class _Reader:
             # a name that comes twice is counted twice
             raise SchemaError(f"minProperties above 1 is supported with properties that are all named (at {place})")
 
+    def _pattern(self, given: Any, place: str) -> str:
+        if not isinstance(given, str):
+            raise SchemaError(f"pattern must be a text (at {place})")
+        try:
+            return f"^{regex.rewrite(given, self._budget, in_json=True)}$"
+        except ValueError as error:
+            raise SchemaError(f"the pattern {given[:100]!r} cannot be used: {error} (at {place})") from None
+
+    def _take(self, part: Any, num_states: int, place: str) -> None:
+        try:
+            self._budget.take(part, num_states)
+        except ValueError as error:
+            raise SchemaError(f"the schema cannot be used: {error} (at {place})") from None
+
 
 def _extensions(schema: Schema) -> set[str]:
     return {key for key in schema if key.startswith("x-")}
@@ -373,15 +390,6 @@ def _types(schema: Schema, place: str) -> list[str] | None:
     if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in _KEYWORDS for t in types):
         raise SchemaError(f"type is {given!r}; expected {', '.join(_KEYWORDS)} or a list of these (at {place})")
     return list(dict.fromkeys(types))
-
-
-def _pattern(given: Any, place: str) -> str:
-    if not isinstance(given, str):
-        raise SchemaError(f"pattern must be a text (at {place})")
-    try:
-        return f"^{regex.rewrite(given, in_json=True)}$"
-    except ValueError as error:
-        raise SchemaError(f"the pattern {given[:100]!r} cannot be used: {error} (at {place})") from None
 
 
 def _dictionary(schema: Schema, key: str, place: str) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -19,9 +19,9 @@ else:
     import sre_constants as sre
     import sre_parse as parser
 
-MAX_STATES = 512  # of the automaton, estimated; each costs a look at the whole vocabulary
+MAX_STATES = 1024
 MAX_REPEAT, MAX_REPEAT_IN_JSON = 65536, 128
-_UNROLLED = 128  # xgrammar counts longer repeats instead of writing them out
+UNROLLED = 128  # xgrammar counts longer repeats instead of writing them out
 
 Ranges = list[tuple[int, int]]  # code points, sorted, apart from one another
 _CATEGORIES: dict[Any, Ranges] = {
@@ -38,7 +38,27 @@ _ALLOWED: Ranges = [(0, 0xD7FF), (0xE000, 0x10FFFF)]
 _ALLOWED_IN_JSON: Ranges = [(0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, 0x10FFFF)]
 
 
-def rewrite(pattern: str, *, in_json: bool = False) -> str:
+class Budget:
+    """States of the automata of one request, estimated: each costs a look at the whole vocabulary."""
+
+    def __init__(self) -> None:
+        self._seen: set[Hashable] = set()
+        self._num_states = 0
+
+    def take(self, part: Hashable, num_states: int) -> None:
+        """Count a part; equal ones are counted once. Raises ValueError when it is too much."""
+        if part in self._seen:
+            return
+        self._seen.add(part)
+        self._num_states += num_states
+        if self._num_states > MAX_STATES:
+            raise ValueError(
+                f"its repeats and length limits come to {self._num_states} states, {MAX_STATES} are allowed; "
+                "use smaller or fewer different ones"
+            )
+
+
+def rewrite(pattern: str, budget: Budget, *, in_json: bool = False) -> str:
     """The same expression in plain ASCII forms, for the whole text.
 
     With `in_json` it is a JSON schema's pattern: it may match anywhere in the string unless it is anchored, and
@@ -54,8 +74,7 @@ def rewrite(pattern: str, *, in_json: bool = False) -> str:
         raise ValueError("flags such as (?i) are not supported")
     writer = _Writer(in_json)
     text = writer.sequence(list(tree), first=True, last=True)
-    if writer.num_states > MAX_STATES:
-        raise ValueError(f"its repeats come to {writer.num_states} states; {MAX_STATES} are allowed")
+    budget.take(pattern, writer.num_states)
     return text
 
 
@@ -104,7 +123,7 @@ class _Writer:
         most = int(high) if bounded else low
         if most > self._max_repeat:
             raise ValueError(f"it repeats {most} times; {self._max_repeat} are allowed")
-        copies, self._copies = self._copies, self._copies * max(1, min(most, _UNROLLED))
+        copies, self._copies = self._copies, self._copies * max(1, min(most, UNROLLED))
         text = f"({self.sequence(list(inside))})"
         self._copies = copies
         if not bounded:

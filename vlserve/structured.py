@@ -19,8 +19,10 @@ from vlserve.json_schema import SchemaError, read_schema, rewrite_schema
 if TYPE_CHECKING:
     import xgrammar
 
-COMPILE_LIMIT_S = 60.0  # for one grammar, also where it has to wait for others
-MAX_WHITESPACE = 8  # characters between two parts of JSON: models that write spaces for ever are known
+COMPILE_LIMIT_S = 120.0  # for one grammar, also where it has to wait for others
+# JSON comes on one line, as json.dumps writes it: left to themselves, small models write spaces for ever. Within a tag
+# xgrammar knows a limit only, in characters between two parts.
+MAX_TAG_WHITESPACE = 2
 MAX_TAG_DEPTH, MAX_TAG_PARTS, MAX_TAG_REPEAT = 16, 1024, 1024
 _OBJECT = '{"type": "object"}'
 
@@ -72,14 +74,14 @@ def to_grammar(structured: StructuredOutput) -> xgrammar.Grammar:
     try:
         if structured.json is not None or structured.json_object:
             schema = _OBJECT if structured.json is None else str(structured.json)
-            return Grammar.from_json_schema(read_schema(schema), strict_mode=True, max_whitespace_cnt=MAX_WHITESPACE)
+            return Grammar.from_json_schema(read_schema(schema), strict_mode=True, any_whitespace=False)
         if structured.regex is not None:
-            return Grammar.from_regex(regex.rewrite(structured.regex))
+            return Grammar.from_regex(regex.rewrite(structured.regex, regex.Budget()))
         if structured.choice:
             texts = [{"type": "const_string", "value": text} for text in structured.choice]
             return Grammar.from_structural_tag(_tag({"type": "or", "elements": texts}))
         if structured.grammar is not None:
-            return Grammar.from_ebnf(_check_grammar(structured.grammar))
+            return Grammar.from_ebnf(_check_grammar(structured.grammar, regex.Budget()))
         return Grammar.from_structural_tag(_read_tag(str(structured.structural_tag)))
     except (RuntimeError, ValueError) as error:
         raise RequestError(f"{param} cannot be used: {_reason(error)}", param=param) from None
@@ -93,10 +95,13 @@ def is_json(structured: StructuredOutput) -> bool:
     return structured.kind in ("json", "json_object", "structural_tag")
 
 
-def _check_grammar(text: str) -> str:
-    for number in re.findall(r"\{\s*(?:\d*\s*,\s*)?(\d+)\s*\}|\{\s*(\d+)\s*,", text):
-        if max(map(len, number)) > 5 or max(int(n or 0) for n in number) > regex.MAX_REPEAT:
-            raise ValueError(f"a repeat is more than {regex.MAX_REPEAT}")
+def _check_grammar(text: str, budget: regex.Budget) -> str:
+    """Bounds the repeats; everything else is xgrammar's to check."""
+    for repeat in re.finditer(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}", text):
+        most = max(int(number[:9] or 0) for number in repeat.groups(""))
+        if most > regex.MAX_REPEAT:
+            raise ValueError(f"it repeats {most} times; {regex.MAX_REPEAT} are allowed")
+        budget.take((text, repeat.start()), min(most, regex.UNROLLED))
     return text
 
 
@@ -118,7 +123,7 @@ class _TagReader:
     """Checks a structural tag's formats and rewrites the schemas and regular expressions in them."""
 
     def __init__(self) -> None:
-        self._num_parts = 0
+        self._num_parts, self._budget = 0, regex.Budget()
 
     def format(self, given: Any, place: str, depth: int) -> dict[str, Any]:
         self._num_parts += 1
@@ -134,17 +139,17 @@ class _TagReader:
             "content": self.format,
             "elements": self._formats,
             "tags": self._tags,
-            "json_schema": lambda value, place, depth: rewrite_schema(value),
+            "json_schema": lambda value, place, depth: rewrite_schema(value, self._budget),
             "style": self._style,
             "pattern": self._pattern,
-            "grammar": lambda value, place, depth: _check_grammar(str(value)),
+            "grammar": lambda value, place, depth: _check_grammar(self._text(value, place, depth), self._budget),
             "min": self._count,
             "max": self._count,
             "begin": self._text,
             "value": self._text,
         }
         copy = {key: read[key](value, f"{place}.{key}", depth + 1) if key in read else value for key, value in given.items()}
-        return {**copy, "max_whitespace_cnt": MAX_WHITESPACE} if kind == "json_schema" else copy
+        return {**copy, "max_whitespace_cnt": MAX_TAG_WHITESPACE} if kind == "json_schema" else copy
 
     def _formats(self, given: Any, place: str, depth: int) -> list[dict[str, Any]]:
         if not isinstance(given, list) or not given:
@@ -163,7 +168,7 @@ class _TagReader:
         return "json"
 
     def _pattern(self, given: Any, place: str, depth: int) -> str:
-        return regex.rewrite(self._text(given, place, depth))
+        return regex.rewrite(self._text(given, place, depth), self._budget)
 
     def _text(self, given: Any, place: str, depth: int) -> str:
         if not isinstance(given, str):

@@ -285,6 +285,15 @@ def test_a_grammar_that_fails_ends_its_own_request_only(folder: Path) -> None:
     assert got[4][-1].finish_reason in ("stop", "length")
 
 
+def test_a_grammar_that_takes_ever_longer_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "BEFORE_MEAN_S", 0.02)
+    monkeypatch.setattr(grammar, "MEAN_LIMIT_S", 0.001)
+    ambiguous = StructuredOutput(grammar='root ::= root root | [a-z] | ""')
+    got = ask(engine(folder), [ambiguous, None], max_tokens=400, ignore_eos=True, min_tokens=400)
+    assert got[0][-1].finish_reason == "error" and "takes too long" in str(got[0][-1].error)
+    assert got[1][-1].finish_reason == "length"
+
+
 def test_the_vocabulary_of_a_byte_level_tokenizer(folder: Path) -> None:
     whole = HFTokenizer.from_file(str(folder / "tokenizer.json"))
     size = read_checkpoint(folder).config["text_config"]["vocab_size"]
@@ -357,6 +366,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"grammar": "root ::= ("}, "structured.grammar", "EBNF parser error"),
     ({"grammar": "root ::= nobody"}, "structured.grammar", "nobody"),
     ({"grammar": 'root ::= "a"{1,1000000000}'}, "structured.grammar", "repeat"),
+    ({"grammar": "root ::= " + "[^x]{0,999} " * 9}, "structured.grammar", "1152 states"),
     ({"grammar": "root ::= root"}, "structured.grammar", "nothing fits"),
     ({"structural_tag": {"type": "tag"}}, "structured.structural_tag", "must be"),
     (
@@ -391,6 +401,17 @@ def test_through_the_pipeline(pipe: VLPipeline) -> None:
     assert cut.text == "ab" and cut.finish_reason == "stop"
     many = pipe(["a", "b", "c"], structured=StructuredOutput(regex="[xyz]{3}"))
     assert all(re.fullmatch("[xyz]{3}", a.text) for a in many)
+
+
+def test_a_check_that_takes_long_holds_up_nobody(pipe: VLPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr("vlserve.structured.check", lambda structured: go.wait(60))
+    monkeypatch.setattr("vlserve.structured.COMPILE_LIMIT_S", 0.05)
+    for _ in range(3):
+        with pytest.raises(RequestError, match=r"longer than 0.05 s to check"):
+            pipe("hi", structured={"regex": "abc"})
+    assert pipe("hi", max_tokens=1).token_ids
+    go.set()
 
 
 SHAPES: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CACHE_BYTES = 256 * 2**20  # of compiled grammars
 NUM_WORKERS = 2
-STEP_LIMIT_S = 1.0  # of this thread's time, for one token of one request
-T = TypeVar("T")
+# of this thread's time that a request may take: for one token, and on average once it has taken a while
+TOKEN_LIMIT_S, MEAN_LIMIT_S, BEFORE_MEAN_S = 1.0, 0.03, 5.0
 
 
 class Grammar:
@@ -38,6 +38,7 @@ class Grammar:
         self._asked = time.monotonic()
         self._compiled = workers.submit(compile)
         self._last_byte: int | None = None
+        self._num_calls, self._used_s, self._last_s = 0, 0.0, 0.0
         self.is_finished = False  # nothing may follow any more
 
     @property
@@ -61,7 +62,8 @@ class Grammar:
     def fill(self, bitmask: torch.Tensor, row: int) -> None:
         """Set bit t of bitmask[row] ([R, W] int32) when token t may come next. Raises RuntimeError when none may."""
         compiled = self._compiled.result()
-        _timed(lambda: compiled.matcher.fill_next_token_bitmask(bitmask, row))
+        self._timed(lambda: compiled.matcher.fill_next_token_bitmask(bitmask, row))
+        self._check_time()
         bitmask[row] &= compiled.allowed
         if self._last_byte in compiled.vocabulary.following:
             bitmask[row] &= compiled.vocabulary.following[self._last_byte]
@@ -72,7 +74,7 @@ class Grammar:
         """Go on by a token; False when the grammar does not allow it."""
         compiled = self._compiled.result()
         try:
-            accepted = _timed(lambda: compiled.matcher.accept_token(token_id))
+            accepted = self._timed(lambda: compiled.matcher.accept_token(token_id))
             self.is_finished = compiled.matcher.is_terminated()
         except RuntimeError:
             log.exception("a grammar failed")
@@ -80,6 +82,19 @@ class Grammar:
         token = compiled.vocabulary.tokens[token_id]
         self._last_byte = token[-1] if token else None
         return accepted
+
+    def _timed(self, call: Callable[[], bool]) -> bool:
+        begun = time.thread_time()
+        result = call()
+        self._last_s = time.thread_time() - begun
+        self._num_calls, self._used_s = self._num_calls + 1, self._used_s + self._last_s
+        return result
+
+    def _check_time(self) -> None:
+        """An ambiguous grammar may take longer with every token: then it ends before it holds up the others for long."""
+        mean = 2 * self._used_s / self._num_calls  # there are two calls for each token
+        if self._last_s > TOKEN_LIMIT_S or (self._used_s > BEFORE_MEAN_S and mean > MEAN_LIMIT_S):
+            raise RuntimeError(f"the grammar takes too long, {mean:.3f} s a token")
 
 
 class GrammarCompiler:
@@ -237,12 +252,3 @@ def _from_metaspace(piece: str) -> bytes:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("\u2581", " ").encode()
-
-
-def _timed(call: Callable[[], T]) -> T:
-    begun = time.thread_time()
-    result = call()
-    used = time.thread_time() - begun
-    if used > STEP_LIMIT_S:
-        raise RuntimeError(f"the grammar took {used:.1f} s for one token")
-    return result
