@@ -27,6 +27,7 @@ from vlserve.engine.messages import Stage, TokenLogprob
 from vlserve.errors import DeadlineError, EngineError, RequestError
 from vlserve.loader import PictureLoader
 from vlserve.messages import ImagePart, Turn, is_batch, read_prompt
+from vlserve.migrating import explain_sampling
 from vlserve.observer import AnswerClock, Observer, PreparationClock
 from vlserve.outputs import Completion, Delta
 from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
@@ -353,7 +354,8 @@ def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sampli
     unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
     if unknown:
         names = ", ".join(SamplingParams.__dataclass_fields__)
-        raise RequestError(f"unknown sampling parameter {unknown[0]!r}; parameters: {names}", param=unknown[0])
+        hint = explain_sampling(unknown[0], SamplingParams.__dataclass_fields__)
+        raise RequestError(f"unknown sampling parameter {unknown[0]!r}{hint}; parameters: {names}", param=unknown[0])
     return SamplingParams(**fields)
 
 
