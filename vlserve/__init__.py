@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlserve.architectures import Architecture
     from vlserve.config import EngineConfig, MediaConfig, SamplingParams, StructuredOutput
     from vlserve.errors import ConfigError, EngineError, ModelError, RequestError, VLServeError
     from vlserve.outputs import Completion, Delta, Timing, Usage
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Architecture": "architectures",
     "Completion": "outputs",
     "ConfigError": "errors",
     "Delta": "outputs",
@@ -39,6 +41,7 @@ _HOMES = {
     "router": "server.app",
 }
 __all__ = [
+    "Architecture",
     "Completion",
     "ConfigError",
     "Delta",

@@ -20,6 +20,7 @@ from vlserve.config import SamplingParams
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import EngineError, RequestError
 from vlserve.messages import Turn, is_batch, read_prompt
+from vlserve.migrating import explain_sampling
 from vlserve.outputs import Completion, Delta
 
 T = TypeVar("T")
@@ -162,7 +163,8 @@ def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sampli
     unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
     if unknown:
         names = ", ".join(SamplingParams.__dataclass_fields__)
-        raise RequestError(f"unknown sampling parameter {unknown[0]!r}; parameters: {names}", param=unknown[0])
+        hint = explain_sampling(unknown[0], SamplingParams.__dataclass_fields__)
+        raise RequestError(f"unknown sampling parameter {unknown[0]!r}{hint}; parameters: {names}", param=unknown[0])
     return SamplingParams(**fields)
 
 

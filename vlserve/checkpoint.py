@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlserve.architectures import Architecture, find_architecture
 from vlserve.errors import ModelError
-from vlserve.vision.config import ImageConfig, read_encoder_config, read_image_config
+from vlserve.vision.config import ImageConfig
 
 DEMO = Path(__file__).parent / "demo"
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -25,6 +26,7 @@ class Checkpoint:
     config: dict[str, Any]
     generation: dict[str, Any]
     image_config: ImageConfig
+    architecture: Architecture
 
     @property
     def end_token_ids(self) -> frozenset[int]:
@@ -36,7 +38,11 @@ class Checkpoint:
 
     @property
     def image_token_id(self) -> int:
-        return int(self.config["image_token_id"])
+        """The placeholder's token; `image_token_index` is what older checkpoints call it. Raises ModelError without one."""
+        given = self.config.get("image_token_id", self.config.get("image_token_index"))
+        if not isinstance(given, int):
+            raise ModelError(f"config.json's image_token_id is {given!r}; expected a token id")
+        return given
 
 
 def find_folder(model: str, revision: str | None = None) -> Path:
@@ -68,8 +74,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     processor = _read_json(folder / "processor_config.json", optional=True)
     preprocessor = processor.get("image_processor") or _read_json(folder / "preprocessor_config.json", optional=True)
+    architecture = find_architecture(config)
     try:
-        image_config = read_image_config(preprocessor, read_encoder_config(config))
+        image_config = architecture.read_image_config(config, preprocessor)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder.name}: {error}") from error
     return Checkpoint(
@@ -77,6 +84,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         config=config,
         generation=_read_json(folder / "generation_config.json", optional=True),
         image_config=image_config,
+        architecture=architecture,
     )
 
 

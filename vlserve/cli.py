@@ -19,15 +19,24 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import vlserve
 from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig
 from vlserve.errors import VLServeError
+from vlserve.migrating import explain_flags
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
 
 SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 Config = type[EngineConfig] | type[MediaConfig] | type[ServerConfig] | type[SamplingParams]
+COMMANDS: dict[str, dict[str, Config]] = {
+    "serve": {"server": ServerConfig, "engine": EngineConfig, "media": MediaConfig},
+    "chat": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
+    "run": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error that is explained, 2 for wrong usage."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(explain_flags(unknown, {name: _flags(name) for name in COMMANDS}, options.command))
     try:
         return int(options.run(options))
     except VLServeError as error:
@@ -43,45 +52,55 @@ def _parser() -> argparse.ArgumentParser:
         prog="vlserve",
         description="Serve and ask vision-language models.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # --api-key, of other servers, would be --api-key-file
     )
     parser.add_argument("--version", action="version", version=f"vlserve {vlserve.__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.add_argument(
             "model", nargs="?", default="demo", metavar="MODEL", help=EngineConfig.__dataclass_fields__["model"].metadata["help"]
         )
         sub.set_defaults(run=run)
         return sub
 
-    serve = command("serve", _serve, "Start an OpenAI-compatible HTTP server.")
-    _add_flags(serve, "server", ServerConfig)
-    chat = command("chat", _chat, "Talk to a model in the terminal; /image PATH adds a picture.")
+    command("serve", _serve, "Start an OpenAI-compatible HTTP server.")
+    command("chat", _chat, "Talk to a model in the terminal; /image PATH adds a picture.")
     run = command("run", _run, "Ask one question and print the answer.")
     run.add_argument("--prompt", required=True, help="the question")
     run.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="a picture: path or URL; may be given several times"
     )
     run.add_argument("--json", action="store_true", help="print one JSON document with text, tokens, usage and timing")
-    for sub in (chat, run):
-        _add_flags(sub, "sampling", SamplingParams, only=SAMPLING_FLAGS)
-    for sub in (serve, chat, run):
-        _add_flags(sub, "engine", EngineConfig, leave_out=("model",))
-        _add_flags(sub, "media", MediaConfig)
+    for name, sub in commands.choices.items():
+        for title, config in COMMANDS[name].items():
+            _add_flags(sub, title, config)
     return parser
 
 
-def _add_flags(
-    parser: argparse.ArgumentParser, title: str, config: Config, *, only: Sequence[str] = (), leave_out: Sequence[str] = ()
-) -> None:
+def _flag_fields(config: Config) -> list[Field[Any]]:
+    """The fields that have a flag."""
+    if config is SamplingParams:
+        return [field for field in fields(config) if field.name in SAMPLING_FLAGS]
+    return [field for field in fields(config) if field.name != "model" and field.metadata.get("flag", True)]
+
+
+def _flag(field: Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _flags(command: str) -> list[str]:
+    """All flags of a command that are made from fields."""
+    return [_flag(field) for config in COMMANDS[command].values() for field in _flag_fields(config)]
+
+
+def _add_flags(parser: argparse.ArgumentParser, title: str, config: Config) -> None:
     group = parser.add_argument_group(f"{title} options")
     hints = get_type_hints(config)
-    for field in fields(config):
-        if field.name in leave_out or (only and field.name not in only) or not field.metadata.get("flag", True):
-            continue
+    for field in _flag_fields(config):
         kind, several = _flag_type(hints[field.name])
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"] + _default_text(field)
+        flag, text = _flag(field), field.metadata["help"] + _default_text(field)
         settings: dict[str, Any] = {"dest": field.name, "default": None, "help": text}
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlserve.errors import ConfigError, RequestError
+from vlserve.migrating import explain_option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -342,6 +343,7 @@ def read_options(values: Mapping[str, Any]) -> tuple[EngineConfig, MediaConfig]:
     known = {f.name: config for config in (EngineConfig, MediaConfig) for f in fields(config)}
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r}; options: {', '.join(sorted(known))}")
+        hint = explain_option(unknown[0], known)
+        raise ConfigError(f"unknown option {unknown[0]!r}{hint}; options: {', '.join(sorted(known))}")
     engine, media = ({k: v for k, v in values.items() if known[k] is config} for config in (EngineConfig, MediaConfig))
     return EngineConfig(**engine), MediaConfig(**media)

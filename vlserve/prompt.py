@@ -110,10 +110,10 @@ class PromptBuilder:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         settings = _token_names(checkpoint.folder)
-        self._image_token = settings.get("context_image_token", "<IMG_CONTEXT>")
-        self._image_start = settings.get("start_image_token", "<img>")
-        self._image_end = settings.get("end_image_token", "</img>")
-        self.tokenizer = Tokenizer(checkpoint.folder, (self._image_token, self._image_start, self._image_end))
+        defaults = zip(("start", "context", "end"), checkpoint.architecture.image_tokens, strict=True)
+        start, self._image_token, end = (settings.get(f"{place}_image_token", token) for place, token in defaults)
+        self.tokenizer = Tokenizer(checkpoint.folder, (start, self._image_token, end))
+        self._image_start, self._image_end = ([self.tokenizer.token_id(token)] if token else [] for token in (start, end))
         if self.tokenizer.token_id(self._image_token) != checkpoint.image_token_id:
             raise ModelError(f"config.json's image_token_id {checkpoint.image_token_id} is not the id of {self._image_token}")
         source = _read_template(checkpoint.folder, self.tokenizer.settings)
@@ -157,10 +157,10 @@ class PromptBuilder:
             if len(spans) == len(pictures):
                 raise ModelError("the chat template has a place for more pictures than the messages have")
             tiles = pictures[len(spans)]
-            ids.append(self.tokenizer.token_id(self._image_start))
+            ids += self._image_start
             spans.append(Span(len(ids), tiles))
             ids += [self.tokenizer.token_id(self._image_token)] * tiles.num_tokens
-            ids.append(self.tokenizer.token_id(self._image_end))
+            ids += self._image_end
         ids += self.tokenizer.encode_plain(pending)
         if len(spans) != len(pictures):
             raise RequestError(

@@ -1,10 +1,12 @@
-"""A vision-language model: encoder, projector and decoder, and where a checkpoint's tensors go in it.
+"""What the engine asks of a vision-language model, and InternVL: encoder, projector and decoder, and where a checkpoint's
+tensors go in it.
 
 Shapes: N tiles, K tokens a tile, T tokens of a step, C hidden size.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,30 +26,66 @@ from vlserve.vision.projector import Projector
 TILES_AT_ONCE = 16  # bounds the encoder's peak memory
 
 
-class InternVL(nn.Module):
-    """InternViT, pixel shuffle with an MLP, and a Llama-shaped decoder."""
+class Model(nn.Module, ABC):
+    """A model has a `decoder`, turns tiles into `features`, and knows the `targets` of a checkpoint's tensors.
 
-    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig) -> None:
+    It is built on torch's meta device, so its constructor computes nothing; then `load` fills every parameter.
+    """
+
+    decoder: Decoder
+
+    def __init__(self, image_config: ImageConfig) -> None:
         super().__init__()
-        vision = read_encoder_config(config)
-        text = dict(config.get("text_config") or {})
-        # transformers ties the head when either the outer or the text config says so
-        text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
-        decoder = read_decoder_config(text)
         self.image_config = image_config
-        self.encoder = build_encoder(vision)
-        self.projector = Projector(vision, decoder.hidden_size)
-        self.decoder = Decoder(decoder)
+
+    @abstractmethod
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised tiles [N, 3, S, S] on the model's device and in its type -> features [N, K, C]."""
+
+    @abstractmethod
+    def targets(self) -> dict[str, torch.Tensor]:
+        """Checkpoint names, as `rename` gives them, to the tensors that they fill."""
+
+    def rename(self, name: str) -> str | None:
+        """A checkpoint's name to the one in `targets`; None for a tensor to pass over on purpose.
+
+        The names within transformers' models (`model.language_model.`, `lm_head.`) become those that it saves.
+        """
+        if name.startswith("model."):
+            name = name.removeprefix("model.")
+            if name.startswith("language_model.") and not name.startswith("language_model.model."):
+                name = "language_model.model." + name.removeprefix("language_model.")
+        elif name.startswith("lm_head."):
+            name = "language_model." + name
+        passed_over = name.endswith("rotary_emb.inv_freq") or (
+            self.decoder.lm_head is None and name == "language_model.lm_head.weight"
+        )
+        return None if passed_over else name
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tiles [N, 3, S, S] uint8 on the CPU -> features [N, K, C] on the model's device."""
-        weight = self.projector.linear_1.weight
+        weight = self.decoder.norm
         mean, std = (torch.tensor(v, device=weight.device) for v in (self.image_config.mean, self.image_config.std))
-        features = []
-        for tiles in pixels.split(TILES_AT_ONCE):
-            x = normalise(tiles.to(weight.device), mean, std).to(weight.dtype)
-            features.append(self.projector(self.encoder.forward_features(x)[:, 1:]))  # without the class token
-        return torch.cat(features)
+        parts = pixels.split(TILES_AT_ONCE)
+        return torch.cat([self.features(normalise(tiles.to(weight.device), mean, std).to(weight.dtype)) for tiles in parts])
+
+    def load(self, folder: Path, progress: Callable[[int, int], None]) -> int:
+        """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""
+        return load_weights(folder, self.targets(), rename=self.rename, progress=progress)
+
+
+class InternVL(Model):
+    """InternViT, pixel shuffle with an MLP, and a Llama-shaped decoder."""
+
+    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig) -> None:
+        super().__init__(image_config)
+        vision = read_encoder_config(config)
+        self.decoder = build_decoder(config)
+        self.encoder = build_encoder(vision)
+        self.projector = Projector(vision, self.decoder.config.hidden_size)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.projector(self.encoder.forward_features(x)[:, 1:])  # without the class token
 
     def targets(self) -> dict[str, torch.Tensor]:
         """Checkpoint names, as transformers saves InternVL, to the tensors that they fill."""
@@ -56,24 +94,10 @@ class InternVL(nn.Module):
         found.update({f"language_model.{name}": tensor for name, tensor in self.decoder.targets().items()})
         return found
 
-    def load(self, folder: Path, progress: Callable[[int, int], None]) -> int:
-        """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""
-        tied = self.decoder.lm_head is None
 
-        def rename(name: str) -> str | None:
-            name = _canonical(name)
-            passed_over = name.endswith("rotary_emb.inv_freq") or (tied and name == "language_model.lm_head.weight")
-            return None if passed_over else name
-
-        return load_weights(folder, self.targets(), rename=rename, progress=progress)
-
-
-def _canonical(name: str) -> str:
-    """transformers' names inside the model (`model.language_model.`, `lm_head.`) to those that it saves."""
-    if name.startswith("model."):
-        name = name.removeprefix("model.")
-        if name.startswith("language_model.") and not name.startswith("language_model.model."):
-            name = "language_model.model." + name.removeprefix("language_model.")
-    elif name.startswith("lm_head."):
-        name = "language_model." + name
-    return name
+def build_decoder(config: Mapping[str, Any]) -> Decoder:
+    """The decoder that `text_config` of a whole config.json describes; raises ValueError naming the key."""
+    text = dict(config.get("text_config") or {})
+    # transformers ties the head when either the outer or the text config says so
+    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    return Decoder(read_decoder_config(text))

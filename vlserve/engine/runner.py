@@ -13,8 +13,7 @@ from vlserve.checkpoint import Checkpoint
 from vlserve.config import EngineConfig
 from vlserve.engine.batch import Batch, ImagePiece, make_batch
 from vlserve.engine.feature_cache import FeatureCache
-from vlserve.engine.model import InternVL
-from vlserve.engine.registry import find_model
+from vlserve.engine.model import Model
 from vlserve.engine.sampling import Sampler
 from vlserve.engine.scheduler import Chunk, Sampled
 from vlserve.errors import ConfigError, ModelError
@@ -29,7 +28,7 @@ class Runner:
 
     def __init__(
         self,
-        model: InternVL,
+        model: Model,
         *,
         checkpoint: Checkpoint,
         config: EngineConfig,
@@ -123,13 +122,15 @@ class Runner:
             x[piece.row : piece.row + piece.stop - piece.start] = features[piece.start : piece.stop]
 
 
-def load_model(checkpoint: Checkpoint, config: EngineConfig, progress: Progress) -> InternVL:
+def load_model(checkpoint: Checkpoint, config: EngineConfig, progress: Progress) -> Model:
     """The model with its weights on its device; raises ModelError for a checkpoint that does not fit."""
     device, dtype = _device(config), _dtype(checkpoint, config)
-    build = find_model(checkpoint.config)
     try:
         with torch.device("meta"):  # no memory yet, and no time for random initial values
-            model = build(checkpoint.config, checkpoint.image_config)
+            model = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config)
+        if not isinstance(model, Model):
+            origin, kind = checkpoint.architecture.origin, type(model).__name__
+            raise ModelError(f"{origin}: build gave {kind!r}; expected a vlserve.engine.model.Model")
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         model.load(Path(checkpoint.folder), lambda done, total: progress("weights", done, total))
     except (ValueError, FileNotFoundError) as error:
@@ -137,7 +138,7 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, progress: Progress)
     return model
 
 
-def resolve_max_model_len(checkpoint: Checkpoint, config: EngineConfig, model: InternVL) -> int:
+def resolve_max_model_len(checkpoint: Checkpoint, config: EngineConfig, model: Model) -> int:
     limit = model.decoder.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len {config.max_model_len} is more than the checkpoint's max_position_embeddings {limit}")
@@ -162,7 +163,7 @@ def _dtype(checkpoint: Checkpoint, config: EngineConfig) -> torch.dtype:
     return dtype
 
 
-def _num_blocks(config: EngineConfig, model: InternVL, max_model_len: int) -> int:
+def _num_blocks(config: EngineConfig, model: Model, max_model_len: int) -> int:
     """Blocks that fit; enough for `max_num_seqs` full contexts where memory allows."""
     parameter = model.decoder.norm
     per_block = block_bytes(model.decoder.config, config.block_size, parameter.dtype)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vlserve.config import MAX_LOGPROBS, SamplingParams
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
+from vlserve.migrating import explain_sampling
 from vlserve.outputs import Usage
 from vlserve.tokenizer import Tokenizer
 
@@ -142,6 +143,7 @@ def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     for key in sorted(set(values) - set(kind.model_fields)):
         if values.pop(key) not in NEUTRAL.get(key, ()):
             what = "only supported as " + json.dumps(NEUTRAL[key][0]) if key in NEUTRAL else "not a field that is supported"
+            what += explain_sampling(_shown(key), kind.model_fields)
             raise RequestError(f"{_shown(key)} is {what}", param=_shown(key), code="unsupported_parameter")
     try:
         return kind.model_validate(values)

@@ -1,0 +1,45 @@
+"""LLaVA with a SigLIP encoder for vlserve: what its front process needs to know. No torch here; `model` has it.
+
+These are the checkpoints of llava-hf/llava-interleave-qwen-0.5b-hf's kind. A picture is one square, resized without
+regard to its shape, and all of the encoder's patches become tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vlserve import Architecture
+from vlserve.vision.config import ImageConfig
+
+if TYPE_CHECKING:
+    from vlserve_llava.model import Llava
+
+
+def read_image_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageConfig:
+    vision = config["vision_config"]
+    wanted = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
+    outer = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "projector_hidden_act": "gelu"}
+    for given, values in ((vision, wanted), (config, outer)):
+        for key, value in values.items():
+            if given.get(key, value) != value:
+                raise ValueError(f"{key} {given[key]!r} is not supported; supported: {value!r}")
+    size = int(vision["image_size"])
+    if processor.get("size", {"height": size, "width": size}) != {"height": size, "width": size}:
+        raise ValueError(f"preprocessor size {processor['size']} is not the encoder's image_size {size}")
+    return ImageConfig(
+        tile_size=size,
+        tokens_per_tile=(size // int(vision["patch_size"])) ** 2,
+        dynamic=False,
+        mean=tuple(processor.get("image_mean", (0.5, 0.5, 0.5))),
+        std=tuple(processor.get("image_std", (0.5, 0.5, 0.5))),
+    )
+
+
+def build(config: Mapping[str, Any], image_config: ImageConfig) -> Llava:
+    from vlserve_llava.model import Llava
+
+    return Llava(config, image_config)
+
+
+LLAVA = Architecture(read_image_config=read_image_config, build=build, image_tokens=("", "<image>", ""))
