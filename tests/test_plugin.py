@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import edit_json
 from tests.engine.reference import Transformers, ask, engine, prompt
 from tests.vision.test_preprocess import noise
 from vlserve import ModelError, VLPipeline
@@ -97,9 +97,18 @@ def test_a_config_that_the_example_cannot_serve_is_refused(
 ) -> None:
     path(installed)
     folder = shutil.copytree(llava, tmp_path / "copy")
-    edit_json(folder / "config.json", vision_feature_layer=-2)
-    with pytest.raises(ModelError, match="vision_feature_layer -2 is not supported"):
-        VLPipeline(str(folder))
+    config = json.loads((llava / "config.json").read_text())
+    vision = config.pop("vision_config")
+    for changed, message in (
+        (config | {"vision_feature_layer": -2}, "vision_feature_layer -2 is not supported"),
+        ({key: value for key, value in config.items() if key != "vision_feature_layer"}, "vision_feature_layer None"),
+        (config | {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
+        (config | {"vision_config": vision | {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
+        (config | {"vision_config": vision | {"model_type": "clip_vision_model"}}, "model_type 'clip_vision_model'"),
+    ):
+        (folder / "config.json").write_text(json.dumps({"vision_config": vision} | changed))
+        with pytest.raises(ModelError, match=message):
+            read_checkpoint(folder)
 
 
 def test_the_example_reads_names_of_transformers_4(

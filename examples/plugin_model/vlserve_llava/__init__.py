@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 def read_image_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageConfig:
     vision = config["vision_config"]
-    wanted = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
-    outer = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "projector_hidden_act": "gelu"}
-    for given, values in ((vision, wanted), (config, outer)):
-        for key, value in values.items():
-            if given.get(key, value) != value:
-                raise ValueError(f"{key} {given[key]!r} is not supported; supported: {value!r}")
+    defaults = {"hidden_act": "gelu_pytorch_tanh", "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+    needed = {"model_type": "siglip_vision_model", "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    given = {**defaults, **config, **{key: vision[key] for key in ("model_type", "hidden_act") if key in vision}}
+    for key, value in (defaults | needed).items():
+        if given.get(key) != value:
+            raise ValueError(f"{key} {given.get(key)!r} is not supported; supported: {value!r}")
     size = int(vision["image_size"])
     if processor.get("size", {"height": size, "width": size}) != {"height": size, "width": size}:
         raise ValueError(f"preprocessor size {processor['size']} is not the encoder's image_size {size}")

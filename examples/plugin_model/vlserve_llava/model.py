@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -46,19 +46,16 @@ class Llava(Model):
             norm_layer=partial(nn.LayerNorm, eps=vision.get("layer_norm_eps", 1e-6)),
             act_layer=partial(nn.GELU, approximate="tanh"),
         )
-        bias = config.get("multimodal_projector_bias", True)
-        self.linear_1 = nn.Linear(vision["hidden_size"], width, bias=bias)
-        self.linear_2 = nn.Linear(width, width, bias=bias)
+        parts = {"linear_1": nn.Linear(vision["hidden_size"], width), "gelu": nn.GELU(), "linear_2": nn.Linear(width, width)}
+        self.projector = nn.Sequential(OrderedDict(parts))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Pictures [N, 3, S, S], normalised -> [N, K, C]."""
-        return self.linear_2(F.gelu(self.linear_1(self.encoder.forward_features(x))))
+        return self.projector(self.encoder.forward_features(x))
 
     def targets(self) -> dict[str, torch.Tensor]:
         found = {f"vision_tower.{name}": tensor for name, tensor in self._encoder_targets()}
-        for part in ("linear_1", "linear_2"):
-            for kind, parameter in getattr(self, part).named_parameters():
-                found[f"multi_modal_projector.{part}.{kind}"] = parameter.data
+        found.update({f"multi_modal_projector.{name}": p.data for name, p in self.projector.named_parameters()})
         found.update({f"language_model.{name}": tensor for name, tensor in self.decoder.targets().items()})
         return found
 
