@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -155,7 +155,9 @@ def test_langchain(langchain: Langchain, answer: str) -> None:
 
 def test_langchain_async(langchain: Langchain, answer: str) -> None:
     async def ask() -> str:
-        return "".join([chunk.content async for chunk in langchain(max_tokens=8).astream(langchain.asked)])
+        async with openai.DefaultAsyncHttpxClient() as own:  # its default one is never closed
+            model = langchain(max_tokens=8, http_async_client=own)
+            return "".join([chunk.content async for chunk in model.astream(langchain.asked)])
 
     assert asyncio.run(ask()) == answer
 
@@ -207,22 +209,38 @@ class Litellm:
     def __call__(self, **fields: Any) -> Any:
         return self._module.completion(**self._fields, **fields)
 
-    async def asynchronous(self, **fields: Any) -> Any:
+    async def ask_async(self, **fields: Any) -> Any:
         return await self._module.acompletion(**self._fields, **fields)
+
+    async def close(self) -> None:
+        await self._module.close_litellm_async_clients()
 
 
 @pytest.fixture
-def litellm(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Litellm:
-    return Litellm(server, monkeypatch)
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """LiteLLM takes the thread's event loop in calls that are not async too, and closes none that it made."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield loop
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+    asyncio.set_event_loop(None)
 
 
-def test_litellm(litellm: Litellm, answer: str) -> None:
+@pytest.fixture
+def litellm(server: RunningServer, monkeypatch: pytest.MonkeyPatch, loop: asyncio.AbstractEventLoop) -> Iterator[Litellm]:
+    client = Litellm(server, monkeypatch)
+    yield client
+    loop.run_until_complete(client.close())
+
+
+def test_litellm(litellm: Litellm, loop: asyncio.AbstractEventLoop, answer: str) -> None:
     whole = litellm(max_tokens=8)
     assert whole.choices[0].message.content == answer and whole.usage.completion_tokens == 8
     chunks = list(litellm(max_tokens=8, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == answer
     assert [chunk.usage.completion_tokens for chunk in chunks if getattr(chunk, "usage", None)] == [8]
-    assert asyncio.run(litellm.asynchronous(max_tokens=8)).choices[0].message.content == answer
+    assert loop.run_until_complete(litellm.ask_async(max_tokens=8)).choices[0].message.content == answer
 
 
 def test_litellm_tools_and_schemas(litellm: Litellm) -> None:
