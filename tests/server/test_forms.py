@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.server.running import RunningServer, chat, running, tiny
-from tests.server.test_routes import HERMES, post
-from tests.test_prompt import copy_of
+from tests.server.running import RunningServer, chat
+from tests.server.test_routes import post
 
 
 class Seen(BaseModel):
@@ -30,21 +27,6 @@ def tool(name: str, **extra: Any) -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {"type": "function", "function": {"name": name, "parameters": schema, **extra}}
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    folder = copy_of(checkpoint("qwen2"), tmp_path_factory.mktemp("forms"))
-    (folder / "chat_template.jinja").write_text(HERMES)
-    with running(*tiny(folder)) as server:
-        server.wait_ready()
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def answer(server: RunningServer, **fields: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
 import vlserve
@@ -78,7 +79,8 @@ ERRORS = {
 def read_route(path: str) -> dict[str, Any]:
     """Keywords of `add_api_route` for a GET route."""
     status = (503,) if path == "/health" else () if path in OPEN else (401, 404) if "{" in path else (401,)
-    return {"responses": _responses(path, status), "response_model": None}
+    form = JSONResponse if path in ANSWERS else PlainTextResponse
+    return {"responses": _responses(path, status), "response_model": None, "response_class": form}
 
 
 def body_route(path: str, body: type[BaseModel]) -> dict[str, Any]:
