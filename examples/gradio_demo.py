@@ -61,6 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.server and not options.server.startswith(("http://", "https://")):
         parser.error(f"--server is {options.server!r}; expected a URL such as http://127.0.0.1:8000")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would ignore it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     key = options.api_key or os.environ.get("VLSERVE_API_KEY") or secrets.token_urlsafe()
     server = nullcontext(options.server) if options.server else serving(options.python, options.model or "demo", key)
