@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import types
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import vlserve
 from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig
-from vlserve.errors import VLServeError
+from vlserve.errors import ConfigError, VLServeError
 from vlserve.migrating import explain_flags
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
 
@@ -134,12 +135,24 @@ def _given(options: argparse.Namespace, *configs: Config) -> dict[str, Any]:
 def _serve(options: argparse.Namespace) -> int:
     keys = read_keys(options.api_key_file, os.environ.get(KEYS_VARIABLE))
     config = ServerConfig(**_given(options, ServerConfig), api_keys=keys)
+    _check_address(config.host, config.port)
     from vlserve.pipeline import VLPipeline
 
     pipeline = VLPipeline(wait=False, **_given(options, EngineConfig, MediaConfig))
     from vlserve.server.serve import serve
 
     return serve(pipeline, config)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Before a model is loaded: whether the address can be listened on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; give another --host or --port") from None
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_wrong_server_options_are_explained(arguments: tuple[str, ...], message:
     with running("demo", *arguments) as server:
         server.wait_for("error: .*" + message)
         assert server.wait() == 1
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "vlserve.cli", "serve", "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"cannot listen on 127.0.0.1 port {port}: Address already in use" in done.stderr
 
 
 def test_many_clients_that_leave_hold_nothing_back(checkpoint: Callable[..., Path]) -> None:
