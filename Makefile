@@ -12,11 +12,11 @@ INSTALL := $(BIN)/python -m pip install --progress-bar on --disable-pip-version-
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
-serve: $(READY) ## start the HTTP server with the model in the box, on http://127.0.0.1:8000 (MODEL=... for another)
-	@$(BIN)/vlserve serve $(MODEL)
+serve: $(READY) ## start the HTTP server with the model in the box, on http://127.0.0.1:8000 (MODEL=... for another, ARGS="--port 8001")
+	@$(BIN)/vlserve serve $(MODEL) $(ARGS)
 
 demo: $(READY) $(DEMO)/.ready ## chat with pictures in the browser, on http://127.0.0.1:7860 (MODEL=... for another)
-	@$(DEMO)/bin/python examples/gradio_demo.py --python $(BIN)/python --model $(MODEL)
+	@$(DEMO)/bin/python examples/gradio_demo.py --python $(BIN)/python --model $(MODEL) $(ARGS)
 
 test: $(READY)-test $(DEMO)/.ready ## run the test suite
 	$(BIN)/python -m pytest

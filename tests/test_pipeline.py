@@ -259,6 +259,14 @@ def test_tiles_of_a_picture_can_be_fewer_and_never_more(pipe: VLPipeline) -> Non
     assert (tiles(1), tiles(2), tiles(3)) == (1, 3, 3)
 
 
+def test_a_closed_pipeline_says_so(checkpoint: Callable[..., Path]) -> None:
+    with VLPipeline(str(checkpoint("qwen2")), **OPTIONS) as pipe:
+        pass
+    for fields in ({}, {"structured": {"regex": "[0-9]"}}):
+        with pytest.raises(EngineError, match="closed"):
+            pipe("x", **fields)
+
+
 def test_pictures_that_cannot_fit_the_context_are_named(pipe: VLPipeline) -> None:
     with pytest.raises(RequestError, match="take 560 tokens or more, and max_model_len is 512") as caught:
         pipe(("x", [noise(600, 400)] * 20))

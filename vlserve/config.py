@@ -106,7 +106,8 @@ class ServerConfig:
             raise ConfigError("ssl_certfile and ssl_keyfile belong together; give both or none")
         for key in self.api_keys:
             if not key.isascii() or not key.isprintable() or " " in key or len(key) < 8:
-                raise ConfigError("an API key must have 8 or more printable ASCII characters and no space")
+                where = "in api_key_file or VLSERVE_API_KEYS"
+                raise ConfigError(f"an API key {where} must have 8 or more printable ASCII characters and no space")
         for name, allowed in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")

@@ -105,6 +105,7 @@ class VLPipeline(Asking):
         if self.client.error is not None:
             raise EngineError(str(self.client.error))
         options = options or PromptOptions()
+        self._check_number(sum(max(1, len(turn.parts)) for turn in turns), "messages and their parts", "messages")
         self._check_length(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str)), "messages")
         clock = PreparationClock()
         images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
@@ -193,6 +194,21 @@ class VLPipeline(Asking):
             raise RequestError(f"the prompt has a token outside the model's vocabulary of {ready.vocab_size}", param="messages")
         return sampling.max_tokens or room
 
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Whether a prompt of token ids can be one; raises RequestError."""
+        self._check_number(len(ids), "token ids", "prompt")
+        if self.checkpoint.image_token_id in ids or min(ids) < 0:
+            raise RequestError("prompt has a token id that is a picture's place, or below 0", param="prompt")
+
+    def _check_number(self, number: int, what: str, param: str) -> None:
+        """Each takes a token or more."""
+        if self.client.ready is not None and number > self.client.ready.max_model_len:
+            raise RequestError(
+                f"{number} {what} are more than max_model_len {self.client.ready.max_model_len} can hold",
+                param=param,
+                code="context_length_exceeded",
+            )
+
     def _check_length(self, num_characters: int, param: str) -> None:
         most = MAX_TOKEN_CHARACTERS * self.client.ready.max_model_len if self.client.ready else num_characters
         if num_characters > most:  # encoding it first could take a minute
@@ -206,6 +222,8 @@ class VLPipeline(Asking):
         """Raises RequestError when `sampling.structured` cannot be followed; remembers what was checked before."""
         if sampling.structured is None:
             return
+        if self.client.error is not None:
+            raise EngineError(str(self.client.error))
         if not self.checkpoint.end_token_ids:
             raise RequestError("structured output needs a model with an end token (eos_token_id)", param="structured")
         work = asyncio.get_running_loop().run_in_executor(self._grammar_workers, structured.check, sampling.structured)

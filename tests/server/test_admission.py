@@ -132,6 +132,11 @@ def test_a_deadline_ends_the_request_and_nothing_else(checkpoint: Callable[..., 
             lines = [line for line in response.iter_lines() if line]
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
         assert httpx2.post(url, content=b"x" * (2**20 + 1)).status_code == 413
+        assert httpx2.post(url, content=(b"x" * 2**16 for _ in range(17))).status_code == 413, "without a Content-Length"
+        host, port = server.base.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999\r\n\r\nabc")
+            assert connection.recv(100).startswith(b"HTTP/1.1 413"), "before it is sent"
         wait_until(lambda: httpx2.post(url, json=chat("hi", max_tokens=1), timeout=60).status_code == 200)
 
 

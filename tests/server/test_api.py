@@ -154,6 +154,13 @@ BAD: list[tuple[Any, int, str | None, str]] = [
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, 400, "messages[0].tool_calls[0]", "function"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, 400, "messages[0].tool_calls", "not supported"),
     (chat("a" * 100_000), 400, "messages", "100000 characters"),
+    ({"messages": [{"role": "user", "content": "x"}] * 10_000}, 400, "messages", "10000 messages and their parts"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10_000}]},
+        400,
+        "messages",
+        "10000 messages and their parts",
+    ),
     (chat("x", stop=["a"] * 100), 400, "stop", "at most 16"),
     (chat("x", logprobs=True, top_logprobs=99), 400, "top_logprobs", "99"),
     (chat("x", top_logprobs=2), 400, "top_logprobs", "needs logprobs"),
@@ -186,8 +193,9 @@ def test_bad_requests_name_their_field_and_hurt_nobody(
 
 
 def test_unknown_routes_and_methods_have_the_error_shape(server: RunningServer) -> None:
-    assert httpx2.get(server.base + "/v1/nothing").json()["error"]["message"] == "GET /v1/nothing is not here"
-    assert httpx2.get(server.base + "/v1/chat/completions").status_code == 405
+    assert httpx2.get(server.base + "/v1/nothing").json()["error"]["message"].startswith("GET /v1/nothing is not here")
+    wrong = httpx2.get(server.base + "/v1/chat/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and "it takes POST" in wrong.json()["error"]["message"]
 
 
 def test_models_health_and_live(server: RunningServer, client: openai.OpenAI) -> None:

@@ -60,6 +60,7 @@ BAD_RAW: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix"),
     ({"prompt": [10**9]}, "prompt", "vocabulary"),
     ({"prompt": [-1]}, "prompt", "below 0"),
+    ({"prompt": [1] * 100_000}, "prompt", "100000 token ids"),
     ({"prompt": "x" * 100_000}, "prompt", "100000 characters"),
     ({"prompt": "x", "max_tokens": 10_000}, "max_tokens", "10000"),
 ]

@@ -40,7 +40,7 @@ from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error; the server's log says more"
 OPEN_ROUTES = ("health", "live")  # names of the routes that ask for no key
-BODY_SECONDS = 300
+BODY_SECONDS = 120
 BODIES: dict[str, Any] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
@@ -93,9 +93,13 @@ def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> Fast
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def no_route(request: Request, error: Exception) -> Response:
-        status = getattr(error, "status_code", 404)
-        message = f"{request.method} {request.url.path} is not here"
-        return JSONResponse(protocol.error_dict(message, kind="invalid_request_error", code="not_found"), status)
+        if getattr(error, "status_code", 404) == 405:
+            headers = getattr(error, "headers", None) or {}
+            message = f"{request.url.path} does not take {request.method}; it takes {headers.get('Allow', 'another method')}"
+            body = protocol.error_dict(message, kind="invalid_request_error", code="method_not_allowed")
+            return JSONResponse(body, 405, headers)
+        message = f"{request.method} {request.url.path} is not here; the API is at /v1, /openapi.json describes it"
+        return JSONResponse(protocol.error_dict(message, kind="invalid_request_error", code="not_found"), 404)
 
     return app
 
@@ -224,10 +228,14 @@ class _Api:
 
     async def _read_body(self, request: Request) -> bytes:
         body, most = bytearray(), self.config.max_body_mib * 2**20
+        too_large = RequestError(f"the request's body has more than {most} bytes", code="body_too_large")
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > most:  # said before it is sent
+            raise too_large
         async for part in request.stream():
             body += part
             if len(body) > most:
-                raise RequestError(f"the request's body has more than {most} bytes", code="body_too_large")
+                raise too_large
         return bytes(body)
 
     async def _answer(
@@ -275,8 +283,7 @@ class _Api:
             ids = (await self.pipeline.prepare_text(prompt)).token_ids
         else:
             ids = prompt
-            if self.pipeline.checkpoint.image_token_id in ids or min(ids) < 0:
-                raise RequestError("prompt has a token id that is a picture's place, or below 0", param="prompt")
+            self.pipeline.check_ids(ids)
         return Prompt(ids, [], salt)
 
     def _model(self) -> dict[str, Any]:

@@ -126,12 +126,10 @@ class Metrics:
         if timing.encode_s > 0:
             self._encode.observe(timing.encode_s)
 
-    def expose(self) -> Response:
-        """GET /metrics, always as plain text. Not async: reading the GPUs may take a while.
-
-        The OpenMetrics form that Prometheus would rather have is no choice: where the asker wants underscores,
-        prometheus-client writes them for the colons of the samples' names too.
-        """
+    def expose(self) -> Response:  # not async: reading the GPUs may take a while
+        """The server's figures, for Prometheus."""
+        # Always plain text. The OpenMetrics form that Prometheus would rather have is no choice: where the asker wants
+        # underscores, prometheus-client writes them for the colons of the samples' names too.
         return Response(generate_latest(self.registry), headers={"Content-Type": TEXT_FORMAT})
 
     def watched(self, route_class: type[APIRoute]) -> type[APIRoute]:

@@ -48,6 +48,7 @@ class _Server(uvicorn.Server):
                 access_log=False,  # the routes write their own
                 log_level="warning",
                 server_header=False,
+                ws="none",
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
             )
