@@ -117,7 +117,7 @@ class EngineClient:
         )
         frames: list[Any] = [self._encoder.encode(request), *(span.tiles.pixels.numpy() for span in prompt.spans)]
         with self._lock:
-            self._check_alive()
+            self.check_alive()
             if not self._streams:
                 self._last_sign = time.monotonic()
             self._streams[id] = stream
@@ -151,7 +151,8 @@ class EngineClient:
         self._thread.join(timeout=10)
         atexit.unregister(self.close)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises EngineError while the engine is loading, and when it failed."""
         if self.error is not None:
             raise EngineError(str(self.error))
         if self.ready is None:

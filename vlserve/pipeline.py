@@ -222,8 +222,7 @@ class VLPipeline(Asking):
         """Raises RequestError when `sampling.structured` cannot be followed; remembers what was checked before."""
         if sampling.structured is None:
             return
-        if self.client.error is not None:
-            raise EngineError(str(self.client.error))
+        self.client.check_alive()
         if not self.checkpoint.end_token_ids:
             raise RequestError("structured output needs a model with an end token (eos_token_id)", param="structured")
         work = asyncio.get_running_loop().run_in_executor(self._grammar_workers, structured.check, sampling.structured)

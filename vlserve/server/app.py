@@ -7,39 +7,31 @@ No request logic lives here: reading is protocol's and its neighbours', answerin
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse
 
 import vlserve
 from vlserve.config import SamplingParams, ServerConfig
-from vlserve.errors import DeadlineError, EngineError, OverloadedError, RequestError
+from vlserve.errors import RequestError
 from vlserve.messages import read_messages
-from vlserve.outputs import Delta
 from vlserve.pipeline import VLPipeline
 from vlserve.prompt import Prompt
 from vlserve.server import openapi, protocol
 from vlserve.server.admission import Admission, Keys
 from vlserve.server.chat import ChatAnswer, ChatRequest
 from vlserve.server.completions import CompletionAnswer, CompletionRequest
+from vlserve.server.guard import route_class
 from vlserve.server.metrics import Metrics
 from vlserve.server.responses import ResponsesAnswer, ResponsesRequest
+from vlserve.server.streams import Answer, EventResponse, events, merge, unless_disconnected
 from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 
-log = logging.getLogger(__name__)
-INTERNAL_ERROR = "internal error; the server's log says more"
-OPEN_ROUTES = ("health", "live")  # names of the routes that ask for no key
 BODY_SECONDS = 120
 BODIES: dict[str, Any] = {
     "/v1/chat/completions": ChatRequest,
@@ -48,20 +40,6 @@ BODIES: dict[str, Any] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-T = TypeVar("T")
-
-
-class Answer(Protocol):
-    """What turns the engine's deltas into one API's objects."""
-
-    ends_with_done: bool
-
-    def opening(self) -> Iterator[dict[str, Any]]: ...
-    def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]: ...
-    def closing(self) -> Iterator[dict[str, Any]]: ...
-    def failure(self, message: str, code: str) -> dict[str, Any]: ...
-    def event(self, body: dict[str, Any]) -> bytes: ...
-    def whole(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +90,7 @@ def router(pipeline: VLPipeline, config: ServerConfig | None = None) -> APIRoute
     config = config or ServerConfig()
     api = _Api(pipeline, config)
     metrics = Metrics(pipeline, api.name)
-    routes = APIRouter(route_class=metrics.watched(_route_class(Keys(config.api_keys))))
+    routes = APIRouter(route_class=metrics.watched(route_class(Keys(config.api_keys))))
     routes.admission = api.admission  # type: ignore[attr-defined]
     routes.add_api_route("/metrics", metrics.expose, methods=["GET"], **openapi.read_route("/metrics"))
     for path, answer in (("/live", api.live), ("/health", api.health), ("/version", api.version), ("/v1/models", api.models)):
@@ -204,7 +182,11 @@ class _Api:
             else:
                 prompt = await self.pipeline.prepare(read_messages(asked.messages, local=False), asked.prompt_options())
         ids, decode = prompt.token_ids, self.pipeline.tokenizer.decode
-        texts = [decode([id], skip_special_tokens=False) for id in ids] if asked.return_token_strs else None
+
+        def each() -> list[str]:
+            return [decode([id], skip_special_tokens=False) for id in ids]
+
+        texts = await asyncio.to_thread(each) if asked.return_token_strs else None
         return {"count": len(ids), "max_model_len": self._max_model_len(), "tokens": ids, "token_strs": texts}
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
@@ -250,18 +232,18 @@ class _Api:
                 planned = plan(asked)
                 for coroutine in planned.preparing:
                     stack.callback(coroutine.close)
-                self._check_ready()
+                self.pipeline.client.check_alive()
                 stack.enter_context(self.admission.enter(len(planned.preparing) * len(planned.params) - 1))
-                prompts = await _unless_disconnected(request, self._prepare(planned))
+                prompts = await unless_disconnected(request, self._prepare(planned))
             except RequestError as error:
                 raise asked.renamed(error) from None
             answer = planned.make(prompts)
             limit = self.config.request_timeout_s
             left = None if limit is None else max(0.001, limit - (asyncio.get_running_loop().time() - begun))
             pairs = [(prompt, sampling) for prompt in prompts for sampling in planned.params]
-            deltas = _merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
+            deltas = merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
             if asked.stream:
-                return _EventResponse(_events(answer, deltas), stack.pop_all())
+                return EventResponse(events(answer, deltas), stack.pop_all())
 
             async def collect() -> dict[str, Any]:
                 async for index, delta in deltas:
@@ -269,7 +251,7 @@ class _Api:
                         pass
                 return answer.whole()
 
-            return JSONResponse(await _unless_disconnected(request, collect()))
+            return JSONResponse(await unless_disconnected(request, collect()))
 
     async def _prepare(self, plan: Plan) -> list[Prompt]:
         prompts = list(await asyncio.gather(*plan.preparing))
@@ -298,154 +280,3 @@ class _Api:
         if name != self.name:
             message = f"the model {name[:200]!r} is not served here; {self.name!r} is"
             raise RequestError(message, param="model", code="model_not_found")
-
-    def _check_ready(self) -> None:
-        client = self.pipeline.client
-        if client.error is not None:
-            raise EngineError(str(client.error))
-        if client.ready is None:
-            raise EngineError(f"the model is still loading (stage: {client.stage.name})")
-
-
-class _EventResponse(StreamingResponse):
-    """Server-sent events; `held` is closed at the end, however it ends."""
-
-    def __init__(self, events: AsyncIterator[bytes], held: ExitStack) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
-            await super().__call__(scope, receive, send)
-
-
-async def _events(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[bytes]:
-    """The events of one answer, an error event on failure."""
-    try:
-        for body in answer.opening():
-            yield answer.event(body)
-        async for index, delta in deltas:
-            for body in answer.add(index, delta):
-                yield answer.event(body)
-        for body in answer.closing():
-            yield answer.event(body)
-    except EngineError as error:
-        yield answer.event(answer.failure(str(error), _code(error)))
-        return
-    except Exception:
-        log.exception("a stream failed")
-        yield answer.event(answer.failure(INTERNAL_ERROR, "internal_error"))
-        return
-    finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
-    if answer.ends_with_done:
-        yield protocol.DONE
-
-
-async def _merge(streams: Sequence[AsyncIterator[Delta]]) -> AsyncIterator[tuple[int, Delta]]:
-    """Deltas of several answers as they come, with the answer's number; the first failure ends all."""
-    if len(streams) == 1:
-        try:
-            async for delta in streams[0]:
-                yield 0, delta
-        finally:
-            await streams[0].aclose()  # type: ignore[attr-defined]
-        return
-    queue: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
-
-    async def pump(index: int, stream: AsyncIterator[Delta]) -> None:
-        try:
-            async for delta in stream:
-                queue.put_nowait((index, delta))
-            queue.put_nowait((index, None))
-        except Exception as error:  # noqa: BLE001  (handed on)
-            queue.put_nowait((index, error))
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
-
-    tasks = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            index, item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield index, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; when the client goes away first, the work is cancelled."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-        return await task
-    finally:
-        watcher.cancel()
-        task.cancel()
-
-
-def _route_class(keys: Keys) -> type[APIRoute]:
-    """A route that asks for a key, and turns our errors into OpenAI's error objects."""
-
-    class Route(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-            is_open = self.name in OPEN_ROUTES  # the route itself, however the request's path is spelt
-
-            async def handler(request: Request) -> Response:
-                if is_open or keys.allow(request.headers.get("authorization")):
-                    return await _guarded(handle, request)
-                message = "a valid API key is needed: Authorization: Bearer KEY"
-                body = protocol.error_dict(message, kind="authentication_error", code="invalid_api_key")
-                return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
-
-            return handler
-
-    return Route
-
-
-async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], request: Request) -> Response:
-    """The response, or our errors as OpenAI's error objects."""
-    try:
-        return await handle(request)
-    except RequestError as error:
-        status = {"model_not_found": 404, "body_too_large": 413}.get(error.code, 400)
-        body = protocol.error_dict(str(error), kind="invalid_request_error", param=error.param, code=error.code)
-        return JSONResponse(body, status)
-    except OverloadedError as error:
-        body = protocol.error_dict(str(error), kind="rate_limit_error", code="overloaded")
-        return JSONResponse(body, 429, {"Retry-After": "1"})
-    except DeadlineError as error:
-        return JSONResponse(protocol.error_dict(str(error), kind="server_error", code="deadline_exceeded"), 504)
-    except EngineError as error:
-        body = protocol.error_dict(str(error), kind="server_error", code="engine_error")
-        return JSONResponse(body, 503, {"Retry-After": "5"})
-    except (HTTPException, RequestValidationError):  # the including app's own
-        raise
-    except ClientDisconnect:
-        return Response(status_code=499)  # nobody reads it
-    except asyncio.CancelledError:
-        if asyncio.current_task() is not None and await request.is_disconnected():
-            return Response(status_code=499)
-        raise
-    except Exception:
-        log.exception("%s %s failed", request.method, getattr(request.scope.get("route"), "path", "?"))  # not the client's text
-        return JSONResponse(protocol.error_dict(INTERNAL_ERROR, kind="server_error"), 500)
-
-
-def _code(error: EngineError) -> str:
-    return "deadline_exceeded" if isinstance(error, DeadlineError) else "engine_error"
