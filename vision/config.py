@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+TILES_AT_ONCE = 16  # in one run of the encoder, which bounds its peak memory
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageConfig:

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, dict[str, Config]] = {
     "chat": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
     "run": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
 }
+TOOLS: tuple[str, ...] = ()  # modules of vlserve.commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(explain_flags(unknown, {name: _flags(name) for name in COMMANDS}, options.command))
+        known = {name: _flags(name) for name in COMMANDS} | {name: [] for name in TOOLS}
+        parser.error(explain_flags(unknown, known, options.command))
     try:
         return int(options.run(options))
     except VLServeError as error:
@@ -74,7 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         "--image", action="append", default=[], metavar="PATH", help="a picture: path or URL; may be given several times"
     )
     run.add_argument("--json", action="store_true", help="print one JSON document with text, tokens, usage and timing")
-    for name, sub in commands.choices.items():
+    for name in TOOLS:
+        tool = import_module(f"vlserve.commands.{name}")
+        sub = commands.add_parser(name, help=tool.HELP, description=tool.HELP, allow_abbrev=False)
+        tool.add_arguments(sub)
+        sub.set_defaults(run=tool.run)
+    for name in COMMANDS:
+        sub = commands.choices[name]
         for title, config in COMMANDS[name].items():
             _add_flags(sub, title, config)
     return parser

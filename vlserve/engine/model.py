@@ -17,13 +17,11 @@ from torch import nn
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.weights import load_weights
-from vlserve.vision.config import ImageConfig, read_encoder_config
+from vlserve.vision.config import TILES_AT_ONCE, ImageConfig, read_encoder_config
 from vlserve.vision.encoder import build_encoder
 from vlserve.vision.names import encoder_targets
 from vlserve.vision.preprocess import normalise
 from vlserve.vision.projector import Projector
-
-TILES_AT_ONCE = 16  # bounds the encoder's peak memory
 
 
 class Model(nn.Module, ABC):
