@@ -10,18 +10,25 @@ from vlserve.kernels.rms_norm import rms_norm
 from vlserve.kernels.rotary import rotary
 from vlserve.kernels.store_kv import store_kv
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.linear import FusedLinear
+from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear
+from vlserve.llm.parallel import Split
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    """This rank's heads; the output projection's sum brings every rank the whole result."""
+
+    def __init__(self, config: DecoderConfig, split: Split) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.sizes = [n * config.head_dim for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
-        self.qkv_proj = FusedLinear(
-            config.hidden_size, dict(zip(("q_proj", "k_proj", "v_proj"), self.sizes, strict=True)), bias=config.qkv_bias
+        dim = self.head_dim = config.head_dim
+        query = split.query_heads(config.num_attention_heads, dim)
+        kv, kv_size = split.kv_heads(config.num_key_value_heads, dim), config.num_key_value_heads * dim
+        query_size = config.num_attention_heads * dim
+        self.sizes = [query.size, kv.size, kv.size]
+        outputs = {"q_proj": (query, query_size), "k_proj": (kv, kv_size), "v_proj": (kv, kv_size)}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, outputs, bias=config.qkv_bias)
+        self.o_proj = RowParallelLinear(
+            "o_proj", query, query_size, config.hidden_size, bias=config.output_bias, group=split.group
         )
-        self.o_proj = nn.Linear(self.sizes[0], config.hidden_size, bias=config.output_bias)
         self.eps = config.rms_norm_eps
         self.q_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None

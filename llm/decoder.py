@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vlserve.kernels.paged_attention import AttentionMetadata
@@ -18,20 +17,24 @@ from vlserve.kernels.rotary import rotary_table
 from vlserve.kernels.silu_mul import silu_mul
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
+from vlserve.llm.embedding import VocabParallel
+from vlserve.llm.formats import Slot
 from vlserve.llm.kv_cache import KVCache
-from vlserve.llm.linear import FusedLinear
+from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear
+from vlserve.llm.parallel import Split
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, split: Split) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_layernorm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, split)
         self.post_attention_layernorm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
-        width = config.intermediate_size
-        self.gate_up_proj = FusedLinear(config.hidden_size, {"gate_proj": width, "up_proj": width}, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        width, span = config.intermediate_size, split.padded(config.intermediate_size)
+        outputs = {"gate_proj": (span, width), "up_proj": (span, width)}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, outputs, bias=config.mlp_bias)
+        self.down_proj = RowParallelLinear("down_proj", span, width, config.hidden_size, bias=config.mlp_bias, group=split.group)
 
     def forward(
         self,
@@ -50,14 +53,12 @@ class DecoderLayer(nn.Module):
         x, residual = add_rms_norm(x, residual, self.post_attention_layernorm, self.eps)
         return self.down_proj(silu_mul(self.gate_up_proj(x))), residual
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def targets(self, prefix: str) -> Iterator[tuple[str, torch.Tensor | Slot]]:
         attention = self.self_attn
         yield from attention.qkv_proj.targets(f"{prefix}self_attn.")
+        yield from attention.o_proj.targets(f"{prefix}self_attn.")
         yield from self.gate_up_proj.targets(f"{prefix}mlp.")
-        plain = {"self_attn.o_proj": attention.o_proj, "mlp.down_proj": self.down_proj}
-        for name, module in plain.items():
-            for kind, parameter in module.named_parameters():
-                yield f"{prefix}{name}.{kind}", parameter.data
+        yield from self.down_proj.targets(f"{prefix}mlp.")
         norms = {
             "input_layernorm": self.input_layernorm,
             "post_attention_layernorm": self.post_attention_layernorm,
@@ -70,26 +71,30 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    """This rank's part of the decoder; `split` says which."""
+
+    def __init__(self, config: DecoderConfig, split: Split) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size), requires_grad=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.config, self.split = config, split
+        self.embed_tokens = VocabParallel(config.vocab_size, config.hidden_size, split)
+        self.layers = nn.ModuleList(DecoderLayer(config, split) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size), requires_grad=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else VocabParallel(config.vocab_size, config.hidden_size, split)
         self.rotary: torch.Tensor | None = None
 
     def prepare(self, max_model_len: int, device: torch.device) -> None:
         """Compute cos and sin for positions 0..max_model_len-1, once, in float32."""
         self.rotary = rotary_table(self.config.rope, max_model_len).to(device)
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Of this rank."""
+        kv = self.split.kv_heads(self.config.num_key_value_heads, self.config.head_dim)
+        return kv.size // self.config.head_dim
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [T] int64 -> [T, C]."""
-        return F.embedding(ids, self.embed_tokens)
+        return self.embed_tokens.embed(ids)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, cache: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
         """x [T, C], positions [T] int64 -> hidden states [T, C], normed."""
@@ -101,19 +106,18 @@ class Decoder(nn.Module):
         assert residual is not None
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, C] -> float32 logits [R, V]."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head).float()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """hidden [R, C] -> float32 logits [R, V] on rank 0, None on the others."""
+        return (self.lm_head or self.embed_tokens).logits(hidden)
 
-    def targets(self) -> dict[str, torch.Tensor]:
+    def targets(self) -> dict[str, torch.Tensor | Slot]:
         """Checkpoint names as in a causal language model of transformers: `model.layers.0...`, `lm_head.weight`."""
-        found = {
-            "model.embed_tokens.weight": self.embed_tokens.data,
+        found: dict[str, torch.Tensor | Slot] = {
+            "model.embed_tokens.weight": self.embed_tokens.target(),
             "model.norm.weight": self.norm.data,
         }
         if self.lm_head is not None:
-            found["lm_head.weight"] = self.lm_head.data
+            found["lm_head.weight"] = self.lm_head.target()
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             found.update(layer.targets(f"model.layers.{i}."))

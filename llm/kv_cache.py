@@ -1,6 +1,7 @@
 """The paged KV cache's memory: how many bytes a block takes, and the tensors themselves.
 
-Which block belongs to whom is `block_pool`'s business. Shapes: N blocks of S slots, HK KV heads, D head_dim.
+Which block belongs to whom is `block_pool`'s business. Shapes: N blocks of S slots, HK KV heads
+of this rank, D head_dim.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import torch
 from vlserve.llm.config import DecoderConfig
 
 
-def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+def block_bytes(config: DecoderConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values, with this rank's `num_kv_heads`."""
+    per_token = 2 * config.num_hidden_layers * num_kv_heads * config.head_dim
     return per_token * block_size * dtype.itemsize
 
 
@@ -20,9 +21,16 @@ class KVCache:
     """Keys and values of every layer; `layers[i]` is (keys, values), each [N, S, HK, D]."""
 
     def __init__(
-        self, config: DecoderConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        num_kv_heads: int,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        shape = (num_blocks, block_size, num_kv_heads, config.head_dim)
         # untouched pages of torch.empty take no memory on the CPU until a block is first used
         self.layers = [
             (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))

@@ -1,7 +1,7 @@
-"""Linear layers of the decoder, and where their weights stand in a checkpoint.
+"""Linear layers of the decoder, split over ranks: which slice a rank owns, and where it stands in a checkpoint.
 
 Projections that read the same input are one matrix here (query, key and value; gate and up), while a
-checkpoint stores them one by one: `targets` says which rows belong to which name.
+checkpoint stores them one by one. How a slice is stored is `formats`' business.
 """
 
 from __future__ import annotations
@@ -9,29 +9,56 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from vlserve.llm.formats import DenseFormat, Slot
+from vlserve.llm.parallel import Group, Span
 
-class FusedLinear(nn.Module):
-    """y = x W^T + b with the outputs of several named projections one after another."""
 
-    def __init__(self, in_features: int, outputs: dict[str, int], *, bias: bool) -> None:
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b: whole inputs, this rank's span of each named projection's outputs, one after another.
+
+    Args:
+        outputs: (this rank's span, the checkpoint's size) of each projection.
+    """
+
+    def __init__(self, in_features: int, outputs: dict[str, tuple[Span, int]], *, bias: bool) -> None:
         super().__init__()
         self.outputs = outputs
-        out_features = sum(outputs.values())
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.format = DenseFormat(Span(0, in_features, in_features), in_features, outputs)
+        size = sum(span.size for span, _ in outputs.values())
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, sum of this rank's outputs]."""
+        return self.format(x, self.bias)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
+        """(checkpoint name, what it fills) for each part, e.g. `{prefix}q_proj.weight`."""
+        yield from self.format.targets(prefix)
+        if self.bias is not None:
+            for (name, (span, size)), part in zip(
+                self.outputs.items(), self.bias.data.split([span.size for span, _ in self.outputs.values()]), strict=True
+            ):
+                yield f"{prefix}{name}.bias", Slot(part, (size,), {0: span})
+
+
+class RowParallelLinear(nn.Module):
+    """y = sum over ranks of x W^T, + b: this rank's span of the inputs, whole outputs, the same on every rank."""
+
+    def __init__(self, name: str, in_span: Span, in_features: int, out_features: int, *, bias: bool, group: Group) -> None:
+        super().__init__()
+        self.name, self._group = name, group
+        self.format = DenseFormat(in_span, in_features, {name: (Span(0, out_features, out_features), out_features)})
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] -> [T, sum of outputs]."""
-        return F.linear(x, self.weight, self.bias)
+        """x [T, this rank's inputs] -> [T, out]."""
+        y = self._group.all_reduce(self.format(x), self.name)
+        return y if self.bias is None else y + self.bias  # added once, after the sum
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """(checkpoint name, rows) for each part, e.g. `{prefix}q_proj.weight`."""
-        start = 0
-        for name, size in self.outputs.items():
-            yield f"{prefix}{name}.weight", self.weight.data[start : start + size]
-            if self.bias is not None:
-                yield f"{prefix}{name}.bias", self.bias.data[start : start + size]
-            start += size
+    def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
+        yield from self.format.targets(prefix)
+        if self.bias is not None:
+            size = len(self.bias)
+            yield f"{prefix}{self.name}.bias", Slot(self.bias.data, (size,), {})

@@ -1,8 +1,8 @@
 """Streams a checkpoint's tensors from safetensors files into parameters, strictly both ways.
 
-A model says which tensor (a parameter, or rows of a fused one) each checkpoint name fills; this file
-reads one at a time, so memory above the parameters is one tensor. It knows nothing of any model's shape. A name that nobody
-expects, a wrong shape, and a parameter that was never written are errors.
+A model says what each checkpoint name fills: a tensor of the same shape, or a `Slot` that takes a span of it. This file
+reads one at a time and of each only the span, so memory above the parameters is one tensor's part. It knows nothing of any
+model's shape. A name that nobody expects, a wrong shape, and a parameter that was never written are errors.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from vlserve.llm.formats import Slot
+from vlserve.llm.parallel import Span
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def load_weights(
     folder: Path,
-    targets: Mapping[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor | Slot],
     *,
     rename: Callable[[str], str | None] = lambda name: name,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -27,7 +31,7 @@ def load_weights(
     """Fill every target from the checkpoint in `folder`; returns the bytes read.
 
     Args:
-        targets: tensors to write into, by the name that `rename` gives a checkpoint tensor.
+        targets: what to write into, by the name that `rename` gives a checkpoint tensor.
         rename: checkpoint name to target name; None for a tensor to pass over on purpose.
         progress: called with (files done, files in all).
 
@@ -41,7 +45,7 @@ def load_weights(
     num_bytes = 0
     for done, path in enumerate(files):
         progress(done, len(files))
-        for checkpoint_name, tensor in _tensors(path):
+        for checkpoint_name, stored in _tensors(path):
             name = rename(checkpoint_name)
             if name is None:
                 continue
@@ -49,13 +53,7 @@ def load_weights(
                 reason = "given twice" if name in targets else "not part of this architecture"
                 unexpected.append(f"{checkpoint_name} ({reason})")
                 continue
-            target = missing.pop(name)
-            if target.shape != tensor.shape:
-                raise ValueError(
-                    f"{path.name}: {checkpoint_name} is {list(tensor.shape)}, config.json asks for {list(target.shape)}"
-                )
-            target.copy_(tensor)
-            num_bytes += tensor.nbytes
+            num_bytes += _fill(missing.pop(name), stored, f"{path.name}: {checkpoint_name}")
     progress(len(files), len(files))
     if unexpected:
         raise ValueError(f"unexpected weights in {folder.name}: {_some(unexpected)}")
@@ -83,13 +81,29 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """(name, handle on the stored tensor) of each."""
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, file.get_tensor(name)
+                yield name, file.get_slice(name)
     except SafetensorError as error:
         raise ValueError(f"{path.name} is damaged or no safetensors file: {error}") from error
+
+
+def _fill(target: torch.Tensor | Slot, stored: Any, what: str) -> int:
+    """Copy the target's span of a stored tensor; returns the bytes read."""
+    slot = target if isinstance(target, Slot) else Slot(target, tuple(target.shape), {})
+    if tuple(stored.get_shape()) != slot.full:
+        raise ValueError(f"{what} is {stored.get_shape()}, config.json asks for {list(slot.full)}")
+    spans = [slot.spans.get(dim, Span(0, size, size)) for dim, size in enumerate(slot.full)]
+    if any(span.stop - span.start < span.size for span in spans):
+        slot.tensor.zero_()
+    if any(span.stop == span.start for span in spans):
+        return 0  # this rank has padding only
+    part = stored[tuple(slice(span.start, span.stop) for span in spans)] if spans else stored[...]
+    slot.tensor[tuple(slice(span.stop - span.start) for span in spans)].copy_(part)
+    return int(part.nbytes)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

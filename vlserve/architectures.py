@@ -17,6 +17,7 @@ from vlserve.vision.config import ImageConfig, read_encoder_config, read_image_c
 
 if TYPE_CHECKING:
     from vlserve.engine.model import Model
+    from vlserve.llm.parallel import Split
 
 GROUP = "vlserve.models"
 Config = Mapping[str, Any]
@@ -29,14 +30,14 @@ class Architecture:
     Args:
         read_image_config: (config.json, the image processor's settings) -> how a picture becomes tiles and how many tokens
             a tile takes. Runs in the front, before torch is imported. Raises ValueError naming the key that is wrong.
-        build: (config.json, the image config) -> the model without weights, on torch's meta device. Runs in the rank.
-            Raises ValueError naming the key that is wrong.
+        build: (config.json, the image config, how the language model is split) -> this rank's model without weights, on
+            torch's meta device. Runs in the rank. Raises ValueError naming the key that is wrong.
         image_tokens: special tokens before, at and after each of a picture's places: (start, placeholder, end); "" for no
             start or end. tokenizer_config.json's start_image_token, context_image_token and end_image_token come first.
     """
 
     read_image_config: Callable[[Config, Config], ImageConfig]
-    build: Callable[[Config, ImageConfig], Model]
+    build: Callable[[Config, ImageConfig, Split], Model]
     image_tokens: tuple[str, str, str]
     origin: str = "vlserve"  # the package and entry point, for messages; filled in by find_architecture
 
@@ -74,10 +75,10 @@ def _origin(point: EntryPoint) -> str:
     return f"{package} (entry point {point.name} = {point.value})"
 
 
-def _build_internvl(config: Config, image_config: ImageConfig) -> Model:
+def _build_internvl(config: Config, image_config: ImageConfig, split: Split) -> Model:
     from vlserve.engine.model import InternVL
 
-    return InternVL(config, image_config)
+    return InternVL(config, image_config, split)
 
 
 BUILT_IN = {

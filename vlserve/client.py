@@ -1,7 +1,8 @@
-"""The front's end of the line to the rank: starts it, watches it, sends requests, hands out events.
+"""The front's end of the line to the ranks: starts them, watches them, sends requests, hands out events.
 
-One thread owns the sockets and the process. Answers arrive in one queue per request, in the event loop
-that asked. If the rank fails, every open request gets an error event; nobody waits for ever.
+One thread owns the sockets and the processes. Answers arrive in one queue per request, in the event loop that asked. If a
+rank fails, all of them end and every open request gets an error event, or (`on_rank_failure`: restart) the ranks are started
+again and only requests whose answer had begun get one; nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -12,61 +13,87 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from vlserve import errors
 from vlserve.config import EngineConfig, SamplingParams
-from vlserve.engine.messages import Abort, Add, Failed, FromRank, ImageRef, Ready, Shutdown, Stage, Stats, Step, TokenEvent
+from vlserve.engine.messages import (
+    Abort,
+    Add,
+    Failed,
+    FromRank,
+    ImageRef,
+    Memory,
+    Ready,
+    Shutdown,
+    Stage,
+    Stats,
+    Step,
+    TokenEvent,
+)
 from vlserve.errors import EngineError, VLServeError
-from vlserve.rank import RankArguments
+from vlserve.launch import Ranks
+from vlserve.pixels import PixelFiles
 
 if TYPE_CHECKING:
     from vlserve.prompt import Prompt
 
 log = logging.getLogger(__name__)
 POLL_MS = 200  # how soon a dead rank is noticed
+ECHO_S = 2.0  # so long a rank that only lost its peers waits for the one that knows why
+MAX_RESTARTS, RESTARTS_WITHIN_S = 3, 600.0
+MAX_ATTEMPTS = 2  # of one request: one that ends its rank every time must not do so for ever
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Stream:
     """One open request: its events go to `queue` in `loop`."""
 
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[TokenEvent]
+    request: Add
+    attempts: int = 1
+    has_begun: bool = False  # tokens have been handed out
 
 
 class EngineClient:
-    """Thread-safe. `ready` is set once the rank serves; `error` once it never will (again)."""
+    """Thread-safe. `ready` is set while the ranks serve; `error` once they never will (again)."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.stage = Stage(name="starting")
+        self.stage = Stage(name="starting")  # of the slowest rank
         self.ready: Ready | None = None
         self.error: VLServeError | None = None
         self.stats: Stats | None = None  # the latest
+        self.num_restarts = 0
         self.on_failure: Callable[[VLServeError], None] = lambda error: None
         self._ids = itertools.count()
         self._streams: dict[int, Stream] = {}
+        self._pixels_of: dict[int, list[bytes]] = {}  # by request, until the ranks are done with it
+        self._ready_ranks: dict[int, Ready] = {}
+        self._memory: dict[int, dict[str, int]] = {}  # bytes by kind of each rank but 0
+        self._failure: VLServeError | None = None  # of the ranks that run now
+        self._echo: tuple[float, VLServeError] | None = None
+        self._restarted: deque[float] = deque(maxlen=MAX_RESTARTS)
+        self._ranks: Ranks | None = None
         self._lock = threading.Lock()
         self._settled = threading.Event()  # ready or failed
         self._closing = threading.Event()
         self._last_sign = time.monotonic()
         self._encoder = msgspec.msgpack.Encoder()
         self._folder = Path(tempfile.mkdtemp(prefix="vlserve-"))  # mode 0700
+        self._pixels = PixelFiles(self._folder)
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
@@ -78,51 +105,70 @@ class EngineClient:
     def wait_ready(self, on_stage: Callable[[Stage], None] = lambda stage: None) -> Ready:
         """Block until the rank serves; raises what it failed with."""
         shown = None
-        while not self._settled.wait(0.05):
+        while True:
+            settled = self._settled.wait(0.05)
+            error, ready = self.error, self.ready
+            if error is not None:
+                raise error
+            if settled and ready is not None:
+                return ready
             if self.stage is not shown:
                 shown = self.stage
                 on_stage(shown)
-        if self.error is not None:
-            raise self.error
-        assert self.ready is not None
-        return self.ready
+
+    @property
+    def rank_stages(self) -> list[tuple[Stage, float]]:
+        """Where each rank of this machine is, and for how many seconds."""
+        ranks = self._ranks
+        if ranks is None:
+            return []
+        now = time.monotonic()
+        return [(stage, now - ranks.since[rank]) for rank, stage in sorted(ranks.stages.items())]
+
+    @property
+    def measured(self) -> dict[int, dict[str, int]]:
+        """Bytes by kind that each rank of this machine held when it was ready."""
+        return {rank: ready.device_bytes for rank, ready in sorted(self._ready_ranks.items())}
 
     @property
     def is_overdue(self) -> bool:
         """A step has been running for longer than it may."""
-        return bool(self._streams) and time.monotonic() - self._last_sign > self.config.step_timeout_s
+        waits = self.ready is not None and bool(self._streams)
+        return waits and time.monotonic() - self._last_sign > self.config.step_timeout_s
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, max_tokens: int, timeout_s: float | None = None
     ) -> AsyncIterator[TokenEvent]:
         """Events of one request; the last one has a finish_reason. Leaving early aborts it, and so does `timeout_s`."""
-        stream = Stream(loop=asyncio.get_running_loop(), queue=asyncio.Queue())
+        self.check_alive()
         id = next(self._ids)
-        images = [
-            ImageRef(
-                start=span.start,
-                num_tokens=span.tiles.num_tokens,
-                digest=_salted(span.tiles.digest, prompt.cache_salt),
-                num_tiles=len(span.tiles.pixels),
-            )
-            for span in prompt.spans
-        ]
+        digests = [_salted(span.tiles.digest, prompt.cache_salt) for span in prompt.spans]
         request = Add(
             id=id,
             token_ids=prompt.token_ids,
-            images=images,
+            images=[
+                ImageRef(start=span.start, num_tokens=span.tiles.num_tokens, digest=digest, num_tiles=len(span.tiles.pixels))
+                for span, digest in zip(prompt.spans, digests, strict=True)
+            ],
             sampling=sampling,
             max_tokens=max_tokens,
             cache_salt=prompt.cache_salt,
         )
-        frames: list[Any] = [self._encoder.encode(request), *(span.tiles.pixels.numpy() for span in prompt.spans)]
-        with self._lock:
-            self.check_alive()
-            if not self._streams:
-                self._last_sign = time.monotonic()
-            self._streams[id] = stream
-            self._outbox.send_multipart(frames)
-        del frames  # the tiles are the rank's now
+        stream = Stream(loop=asyncio.get_running_loop(), queue=asyncio.Queue(), request=request)
+        if digests:
+            tiles = [span.tiles.pixels.contiguous().view(-1).numpy().data for span in prompt.spans]
+            await asyncio.to_thread(self._share_pixels, id, digests, tiles)
+            del tiles
+        try:
+            with self._lock:
+                self.check_alive()
+                if not self._streams:
+                    self._last_sign = time.monotonic()
+                self._streams[id] = stream
+                self._outbox.send(self._encoder.encode(request))
+        except BaseException:
+            self._release_pixels([id])
+            raise
         late = TokenEvent(id=id, token_id=None, finish_reason="error", error=f"no answer within {timeout_s} s", is_overdue=True)
         timer = stream.loop.call_later(timeout_s, stream.queue.put_nowait, late) if timeout_s is not None else None
         try:
@@ -143,12 +189,13 @@ class EngineClient:
         self._give_up(EngineError(message))
 
     def close(self) -> None:
-        """End the rank and free everything; safe to call twice, and from any thread."""
+        """End the ranks and free everything; safe to call twice, and from any thread."""
         if self._closing.is_set():
             return
         self._give_up(EngineError("the engine was closed"))
         self._closing.set()
         self._thread.join(timeout=10)
+        self._pixels.close()
         atexit.unregister(self.close)
 
     def check_alive(self) -> None:
@@ -159,89 +206,150 @@ class EngineClient:
             raise EngineError(f"the engine is still loading (stage: {self.stage.name})")
 
     def _run(self) -> None:
-        """The thread: starts the rank, then moves messages until the end."""
-        requests, events, inbox = (self._context.socket(kind) for kind in (zmq.PUSH, zmq.PULL, zmq.PULL))
-        process = None
+        """The thread: starts the ranks, moves messages until they end, perhaps starts them again."""
+        inbox = self._context.socket(zmq.PULL)
         try:
-            addresses = [f"ipc://{self._folder}/{name}" for name in ("requests", "events")]
-            for socket in (requests, events, inbox):
-                socket.set_hwm(0)
-            requests.bind(addresses[0])
-            events.bind(addresses[1])
+            inbox.set_hwm(0)
             inbox.connect("inproc://outbox")
-            process = self._start_rank(*addresses)
-            self._move_messages(process, inbox, requests, events)
+            for number in itertools.count():
+                failure = self._run_ranks(self._folder / f"run-{number}", inbox)
+                if failure is None or not self._may_restart():
+                    break
+                self._prepare_restart(failure)
+            if failure is not None:
+                self._give_up(failure)
         except Exception as error:
             log.exception("the client's thread failed")
             self._give_up(EngineError(f"the engine cannot be reached: {error}"))
         finally:
-            if process is not None:
-                self._end_rank(process, requests)
             self._context.destroy(linger=0)
+            self._pixels.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start_rank(self, requests: str, events: str) -> subprocess.Popen[bytes]:
-        # The package's folder goes last on the path: found when vlserve runs from a checkout without
-        # being installed, while nothing else in that folder hides an installed package.
-        root = str(Path(__file__).parent.parent)
-        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vlserve.rank"],
-            stdin=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-        )
-        arguments = RankArguments(config=self.config, requests=requests, events=events, parent=os.getpid())
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a rank that died already is noticed below
-            process.stdin.write(msgspec.json.encode(arguments) + b"\n")
-            process.stdin.flush()
-        return process
+    def _run_ranks(self, folder: Path, inbox: zmq.Socket[bytes]) -> VLServeError | None:
+        """From the start of the ranks to their end; returns why they failed, or None when they were told to end."""
+        folder.mkdir()
+        requests, events = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
+        self._failure = self._echo = None
+        with contextlib.suppress(zmq.Again):  # left over from ranks that failed; open requests are sent again
+            while True:
+                inbox.recv(zmq.NOBLOCK)
+        self._last_sign = time.monotonic()
+        try:
+            for socket, name in ((requests, "requests"), (events, "events")):
+                socket.set_hwm(0)
+                socket.bind(f"ipc://{folder}/{name}")
+            self._ranks = Ranks(self.config, folder, self._pixels.folders)
+            self._move_messages(self._ranks, inbox, requests, events)
+        finally:
+            if self._ranks is not None:
+                told = self._failure is None and self.ready is not None and self.config.node_rank == 0
+                if told:
+                    with contextlib.suppress(zmq.ZMQError):
+                        requests.send(self._encoder.encode(Shutdown()), zmq.NOBLOCK)
+                self._ranks.end(wait_s=1 if told else 0)
+            requests.close(linger=0)
+            events.close(linger=0)
+            shutil.rmtree(folder, ignore_errors=True)
+        return self._failure
 
     def _move_messages(
-        self,
-        process: subprocess.Popen[bytes],
-        inbox: zmq.Socket[bytes],
-        requests: zmq.Socket[bytes],
-        events: zmq.Socket[bytes],
+        self, ranks: Ranks, inbox: zmq.Socket[bytes], requests: zmq.Socket[bytes], events: zmq.Socket[bytes]
     ) -> None:
         decoder = msgspec.msgpack.Decoder(FromRank)
         poller = zmq.Poller()
         poller.register(inbox, zmq.POLLIN)
         poller.register(events, zmq.POLLIN)
-        while self.error is None:
+        while self.error is None and self._failure is None:
             readable = dict(poller.poll(POLL_MS))
             if inbox in readable:
-                frames = inbox.recv_multipart(copy=False)
-                with contextlib.suppress(zmq.Again):  # no peer: the rank is gone, which is noticed below
-                    requests.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                message = inbox.recv()
+                if self.ready is not None:  # requests made before are sent again when the ranks are ready
+                    with contextlib.suppress(zmq.Again):  # no peer: the rank is gone, which is noticed below
+                        requests.send(message, zmq.NOBLOCK)
             if events in readable:
-                self._handle(decoder.decode(events.recv()))
-            elif process.poll() is not None:
-                self._give_up(EngineError(f"the engine's process ended ({_describe_exit(process.returncode)})"))
-            self._check_deadlines()
+                self._handle(decoder.decode(events.recv()), ranks, requests)
+                continue
+            if self._echo is not None and time.monotonic() > self._echo[0]:
+                self._failure = self._echo[1]
+            elif ranks.have_ended():
+                self._failure = EngineError("the other machine ended the ranks")
+            else:
+                dead = ranks.find_dead()
+                self._failure = self._failure or (EngineError(dead) if dead is not None else None)
+            self._check_deadlines(ranks)
 
-    def _handle(self, message: FromRank) -> None:
+    def _handle(self, message: FromRank, ranks: Ranks, requests: zmq.Socket[bytes]) -> None:
         self._last_sign = time.monotonic()
         if isinstance(message, Step):
-            self.stats = message.stats
+            stats = message.stats
+            if self._memory:
+                others = [self._memory[rank] for rank in sorted(self._memory)]
+                stats = msgspec.structs.replace(stats, device_bytes=[*stats.device_bytes, *others])
+            self.stats = stats
             self._dispatch(message.events)
         elif isinstance(message, Stage):
-            self.stage = message
+            before = ranks.stages[message.rank].name
+            seconds = ranks.saw(message)
+            self.stage = ranks.slowest
+            if seconds is not None:
+                log.info("rank %d: %s took %.1f s", message.rank, before, seconds)
+        elif isinstance(message, Memory):
+            self._memory[message.rank] = message.device_bytes
         elif isinstance(message, Ready):
-            self.stage, self.ready = Stage(name="ready"), message
-            self._settled.set()
+            self._ready_ranks[message.rank] = message
+            if message.rank != 0:
+                self._memory[message.rank] = message.device_bytes
+            if len(self._ready_ranks) == len(ranks.numbers):
+                self._begin(self._ready_ranks[ranks.first], requests)
         elif isinstance(message, Failed):
             kind = getattr(errors, message.kind, EngineError)
-            self._give_up(kind(message.message))
+            if message.is_echo:
+                self._echo = self._echo or (time.monotonic() + ECHO_S, kind(message.message))
+            else:
+                self._failure = kind(message.message)
+
+    def _begin(self, ready: Ready, requests: zmq.Socket[bytes]) -> None:
+        """The ranks serve; requests that waited for a restart go to them."""
+        with self._lock:
+            for stream in self._streams.values():
+                requests.send(self._encoder.encode(stream.request))
+            self.ready = ready
+        self._settled.set()
+
+    def _may_restart(self) -> bool:
+        """Only ranks that have served before, and not again and again."""
+        if self.config.on_rank_failure != "restart" or self.ready is None or self.error is not None:
+            return False
+        full = len(self._restarted) == MAX_RESTARTS
+        return not (full and time.monotonic() - self._restarted[0] < RESTARTS_WITHIN_S)
+
+    def _prepare_restart(self, failure: VLServeError) -> None:
+        """Requests whose answer had begun get an error; the others wait."""
+        log.error("%s; starting the ranks again", failure)
+        self._restarted.append(time.monotonic())
+        self.num_restarts += 1
+        self._settled.clear()
+        with self._lock:
+            self.ready, self.stage = None, Stage(name="starting")
+            lost = [id for id, stream in self._streams.items() if stream.has_begun or stream.attempts >= MAX_ATTEMPTS]
+            for stream in self._streams.values():
+                stream.attempts += 1
+            left = [id for id in self._pixels_of if id not in self._streams]
+        self._ready_ranks, self._memory = {}, {}
+        self._release_pixels(left)  # nobody waits for these, and no rank will say that it is done with them
+        self._dispatch([TokenEvent(id=id, token_id=None, finish_reason="error", error=str(failure)) for id in lost])
 
     def _dispatch(self, events: Sequence[TokenEvent]) -> None:
         """One wake-up a loop, however many of its requests have news."""
+        self._release_pixels([event.id for event in events if event.finish_reason is not None])
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]] = defaultdict(list)
         with self._lock:
             for event in events:
                 stream = self._streams.get(event.id)
                 if stream is None:
                     continue  # left already
+                stream.has_begun = True
                 by_loop[stream.loop].append((stream.queue, event))
                 if event.finish_reason is not None:
                     del self._streams[event.id]
@@ -249,17 +357,40 @@ class EngineClient:
             with contextlib.suppress(RuntimeError):  # the loop was closed without waiting for its answers
                 loop.call_soon_threadsafe(_put_all, news)
 
-    def _check_deadlines(self) -> None:
+    def _share_pixels(self, id: int, digests: Sequence[bytes], tiles: Sequence[memoryview]) -> None:
+        for digest, content in zip(digests, tiles, strict=True):
+            try:
+                self._pixels.put(digest, content)
+            except BaseException:
+                self._release_pixels([id])
+                raise
+            with self._lock:
+                self._pixels_of.setdefault(id, []).append(digest)
+
+    def _release_pixels(self, ids: Sequence[int]) -> None:
+        for id in ids:
+            with self._lock:
+                digests = self._pixels_of.pop(id, [])
+            for digest in digests:
+                self._pixels.release(digest)
+
+    def _check_deadlines(self, ranks: Ranks) -> None:
+        if self._failure is not None:
+            return
         waited = time.monotonic() - self._last_sign
-        if self.ready is None and waited > self.config.load_timeout_s:
-            self._give_up(
-                EngineError(
-                    f"start-up made no progress for {waited:.0f} s in stage {self.stage.name!r}; "
-                    "raise load_timeout_s if the disk is slow"
+        if self.ready is None:
+            stage = ranks.slowest.name
+            name = "rendezvous_timeout_s" if stage in ("rendezvous", "all-reduce") else "load_timeout_s"
+            limit = getattr(self.config, name) + (5 if stage == "rendezvous" else 0)  # there the ranks themselves know best
+            if waited > limit:
+                self._failure = EngineError(
+                    f"start-up made no progress for {waited:.0f} s in stage {stage!r}: {ranks.explain_stall()}. "
+                    f"Raise {name} if this machine is slow"
                 )
-            )
         elif self.is_overdue:
-            self._give_up(EngineError(f"the engine took more than step_timeout_s={self.config.step_timeout_s:g} s for one step"))
+            self._failure = EngineError(
+                f"the engine took more than step_timeout_s={self.config.step_timeout_s:g} s for one step: {ranks.explain_stall()}"
+            )
 
     def _give_up(self, error: VLServeError) -> None:
         first = self.error is None
@@ -272,19 +403,6 @@ class EngineClient:
         if first:
             self.on_failure(error)
 
-    def _end_rank(self, process: subprocess.Popen[bytes], requests: zmq.Socket[bytes]) -> None:
-        if process.poll() is None and self.ready is not None:
-            with contextlib.suppress(zmq.ZMQError):
-                requests.send(self._encoder.encode(Shutdown()), zmq.NOBLOCK)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-
 
 def _put_all(news: list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]) -> None:
     for queue, event in news:
@@ -294,7 +412,3 @@ def _put_all(news: list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]) -> None:
 def _salted(digest: bytes, salt: str) -> bytes:
     """A picture's name in the caches, different for every salt."""
     return hashlib.blake2b(digest + salt.encode(), digest_size=len(digest)).digest() if salt else digest
-
-
-def _describe_exit(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"

@@ -19,6 +19,7 @@ from vlserve.migrating import explain_option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+FAILURE_POLICIES = ("exit", "restart")
 LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
 
 T = TypeVar("T")
@@ -36,6 +37,17 @@ class EngineConfig:
     model: str = _option("demo", "demo (in the box), a local folder, or a Hugging Face name such as org/name")
     revision: str | None = _option(None, "branch, tag or commit of a Hugging Face model")
     tp: int = _option(1, "tensor-parallel degree: how many devices share the language model")
+    replicate_kv_heads: bool = _option(
+        False, "allow a tp above the number of KV heads, of which ranks then keep copies, where it is a multiple"
+    )
+    nnodes: int = _option(
+        1, "machines that share the tp ranks; start vlserve on each. torchrun and Slurm's srun say it themselves"
+    )
+    node_rank: int = _option(0, "which of the machines this is; machine 0 has the HTTP server")
+    rdzv_endpoint: str | None = _option(
+        None,
+        "HOST:PORT of machine 0 where the ranks of several machines meet; firewall it, since whoever reaches it can interfere",
+    )
     dtype: str = _option("auto", "computation type; auto takes the checkpoint's", choices=DTYPES)
     device: str = _option("auto", "where to run; auto takes a GPU where there is one", choices=DEVICES)
     threads: int | None = _option(None, "CPU threads of a rank; default: all cores")
@@ -43,24 +55,27 @@ class EngineConfig:
     max_num_seqs: int = _option(64, "requests in one step")
     max_num_batched_tokens: int = _option(1024, "tokens in one step; longer prompts are computed in chunks")
     block_size: int = _option(16, "tokens in one block of the KV cache")
-    kv_cache_gib: float | None = _option(None, "size of the KV cache in GiB, on any device; default: measured")
+    kv_cache_gib: float | None = _option(None, "size of each rank's KV cache in GiB, on any device; default: measured")
     gpu_memory_utilization: float = _option(0.9, "share of a CUDA device's memory to use (no meaning on the CPU)")
     vision_cache_gib: float = _option(0.25, "memory for image features kept across requests, in GiB")
     prefix_caching: bool = _option(True, "reuse the KV cache of a beginning that was seen before")
+    on_rank_failure: str = _option(
+        "exit", "when a rank fails: end with an error, or start all ranks again and go on", choices=FAILURE_POLICIES
+    )
+    rendezvous_timeout_s: float = _option(120.0, "seconds for all ranks to find one another at start-up")
     load_timeout_s: float = _option(600.0, "seconds that one stage of start-up may take before it is given up")
     step_timeout_s: float = _option(300.0, "seconds that one engine step may take before the engine counts as hung")
 
     def __post_init__(self) -> None:
-        if self.tp != 1:
-            raise ConfigError(f"tp is {self.tp}: this version runs on one device; use tp=1")
-        for name, allowed in (("dtype", DTYPES), ("device", DEVICES)):
+        for name, allowed in (("dtype", DTYPES), ("device", DEVICES), ("on_rank_failure", FAILURE_POLICIES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in ("threads", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("tp", "nnodes", "threads", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not _is_integer(value) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of 1 or more")
-        for name in ("kv_cache_gib", "load_timeout_s", "step_timeout_s"):
+        self._check_machines()
+        for name in ("kv_cache_gib", "rendezvous_timeout_s", "load_timeout_s", "step_timeout_s"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is {value!r}; expected a number above 0")
@@ -68,6 +83,24 @@ class EngineConfig:
             raise ConfigError(f"vision_cache_gib is {self.vision_cache_gib!r}; expected 0 or more")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; expected above 0, at most 1")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of one machine."""
+        return self.tp // self.nnodes
+
+    def _check_machines(self) -> None:
+        if self.tp % self.nnodes:
+            raise ConfigError(f"tp {self.tp} ranks cannot be shared evenly by {self.nnodes} machines (nnodes)")
+        if not _is_integer(self.node_rank) or not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(f"node_rank is {self.node_rank!r}; expected 0 to {self.nnodes - 1} for nnodes={self.nnodes}")
+        if self.nnodes == 1:
+            return
+        host, _, port = (self.rdzv_endpoint or "").rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(
+                f"rdzv_endpoint is {self.rdzv_endpoint!r}; several machines need HOST:PORT, reachable from all of them"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What a rank runs: `python -m vlserve.rank`, started by the front with its configuration on standard input.
 
-The rank reads requests from one socket and writes events to another, both `ipc://` in a private folder.
-It ends when it is told to, when the front's end of standard input closes, or when its parent is gone.
+Rank 0 reads requests from one socket; every rank writes events to another, both `ipc://` in a private folder. A rank
+ends when it is told to, when the front's end of standard input closes, or when its parent is gone.
 """
 
 from __future__ import annotations
@@ -12,24 +12,37 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from typing import NoReturn, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import msgspec
 import zmq
 
 from vlserve.config import EngineConfig
-from vlserve.engine.messages import Abort, Add, Failed, FromRank, Ready, Shutdown, Stage, Step, TokenEvent, ToRank
+from vlserve.engine.messages import Abort, Add, Failed, FromRank, Memory, Ready, Shutdown, Stage, Step, TokenEvent, ToRank
 from vlserve.errors import VLServeError
+
+if TYPE_CHECKING:
+    from vlserve.engine.engine import Engine, Seat
+    from vlserve.engine.runner import Runner
+
+TICK_S = 5.0  # while idle, how often rank 0 tells the others that it lives
 
 
 class RankArguments(msgspec.Struct, frozen=True):
     """The one line of JSON on standard input."""
 
     config: EngineConfig
-    requests: str  # ipc:// address to read from
-    events: str  # ipc:// address to write to
+    rank: int
+    folder: str  # private, of this run: sockets, the store, the board
+    pixel_folders: list[str]
     parent: int  # process id
+
+    @property
+    def local_rank(self) -> int:
+        return self.rank % self.config.ranks_per_node
 
 
 def main() -> None:
@@ -38,29 +51,155 @@ def main() -> None:
     arguments = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankArguments)
     _end_with_parent(arguments.parent)
     context = zmq.Context()
-    requests, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    for socket, address in ((requests, arguments.requests), (events, arguments.events)):
-        socket.set_hwm(0)
-        socket.connect(address)
+    events = context.socket(zmq.PUSH)
+    events.set_hwm(0)
+    events.connect(f"ipc://{arguments.folder}/events")
     events.setsockopt(zmq.LINGER, 1000)
     encoder = msgspec.msgpack.Encoder()
 
     def send(message: FromRank) -> None:
         events.send(encoder.encode(message))
 
+    rank = _Rank(arguments, send)
     try:
-        _serve(arguments.config, requests, send)
-    except VLServeError as error:
-        send(Failed(kind=type(error).__name__, message=str(error)))
-        _exit(context, 1)
+        rank.run(context)
     except Exception as error:  # noqa: BLE001  (whatever it is, the front must hear of it)
-        traceback.print_exc()
-        message = f"the engine failed: {type(error).__name__}: {error}"
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-            message = "out of memory; try a smaller kv_cache_gib, max_model_len or a 16-bit dtype"
-        send(Failed(kind="EngineError", message=message))
+        send(rank.explain(error))
         _exit(context, 1)
     _exit(context, 0)
+
+
+class _Rank:
+    def __init__(self, arguments: RankArguments, send: _Send) -> None:
+        self._arguments, self._config, self._send = arguments, arguments.config, send
+        self._stage = "starting"
+        self._tell_others: _Tell | None = None  # while they wait for this rank in the rendezvous
+
+    def run(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._enter("imports")
+        import torch
+
+        from vlserve.engine.engine import Engine, build_runner
+
+        config, rank = self._config, self._arguments.rank
+        if config.threads is not None or config.tp > 1:
+            torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.ranks_per_node))
+        seat = self._sit_down()
+        if rank == 0:
+            engine = Engine(config, self._enter, seat=seat)
+            self._send(Step(events=[], stats=engine.stats()))  # before Ready: whoever sees it ready has figures
+            self._ready(engine.runner)
+            self._serve(engine, context)
+            engine.runner.idle(is_last=True)
+            return
+        from vlserve.checkpoint import find_folder, read_checkpoint
+
+        runner = build_runner(read_checkpoint(find_folder(config.model, config.revision)), config, seat, self._enter)
+        self._ready(runner)
+        self._follow(runner)
+
+    def explain(self, error: Exception) -> Failed:
+        """What the front is told; a surprise leaves its traceback on standard error."""
+        if isinstance(error, VLServeError):
+            kind, message = type(error).__name__, str(error)
+        else:
+            traceback.print_exception(error)
+            kind, message = "EngineError", f"the engine failed: {type(error).__name__}: {error}"
+            text = str(error).lower()
+            if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+                message = "out of memory; try a smaller kv_cache_gib, max_model_len or a 16-bit dtype, or a larger tp"
+        is_echo = kind == "CollectiveError"
+        if self._config.tp > 1 and not is_echo and (kind == "EngineError" or not isinstance(error, VLServeError)):
+            message = f"rank {self._arguments.rank}, stage {self._stage!r}: {message}"
+        if self._tell_others is not None and not is_echo:
+            with contextlib.suppress(RuntimeError):  # their store may be gone
+                self._tell_others(message)
+        return Failed(kind="EngineError" if is_echo else kind, message=message, rank=self._arguments.rank, is_echo=is_echo)
+
+    def _enter(self, name: str, done: int = 0, total: int = 0) -> None:
+        self._stage = name
+        self._send(Stage(name=name, done=done, total=total, rank=self._arguments.rank))
+
+    def _sit_down(self) -> Seat:
+        """Meet the other ranks and see that they can be reached."""
+        from vlserve.engine.engine import Seat
+        from vlserve.engine.pixels import PixelStore
+
+        arguments, config = self._arguments, self._config
+        pixels = PixelStore([Path(folder) for folder in arguments.pixel_folders])
+        if config.tp == 1:
+            return Seat(pixels=pixels)
+        from vlserve.board import Marker
+        from vlserve.engine.group import DistributedGroup, local_address
+        from vlserve.engine.loading import resolve_device
+        from vlserve.engine.rendezvous import meet, open_store, report_failure
+
+        device = resolve_device(config, arguments.local_rank)
+        self._enter("rendezvous")
+        store = open_store(config, Path(arguments.folder), arguments.rank)
+        self._tell_others = lambda message: report_failure(store, message)
+        meet(store, config, arguments.rank)
+        group = DistributedGroup(
+            *(store, arguments.rank, config.tp),
+            address=local_address(config.rdzv_endpoint if config.nnodes > 1 else None),
+            timeout_s=max(config.load_timeout_s, config.step_timeout_s) + 30,  # the front's deadlines come first
+            marker=Marker(Path(arguments.folder) / "board", arguments.local_rank),
+        )
+        self._enter("all-reduce")
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(device)
+            group.use_cuda(device)
+        group.check(device)
+        return Seat(group=group, local_rank=arguments.local_rank, pixels=pixels)
+
+    def _ready(self, runner: Runner) -> None:
+        self._enter("ready")
+        self._send(
+            Ready(
+                rank=self._arguments.rank,
+                max_model_len=runner.max_model_len,
+                num_blocks=runner.num_blocks,
+                block_size=runner.block_size,
+                vocab_size=runner.model.decoder.config.vocab_size,
+                device=str(runner.device),
+                dtype=str(runner.dtype).removeprefix("torch."),
+                device_bytes=runner.device_bytes(),
+            )
+        )
+
+    def _serve(self, engine: Engine, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        requests = context.socket(zmq.PULL)
+        requests.set_hwm(0)
+        requests.connect(f"ipc://{self._arguments.folder}/requests")
+        decoder = msgspec.msgpack.Decoder(ToRank)
+        tile_size = engine.runner.model.image_config.tile_size
+        while True:
+            ended: list[TokenEvent] = []
+            received = _receive(requests, wait_s=0.0 if engine.has_work else TICK_S)
+            if not received and not engine.has_work:
+                engine.runner.idle()
+                continue
+            for frame in received:
+                message = decoder.decode(frame)
+                if isinstance(message, Shutdown):
+                    return
+                if isinstance(message, Abort):
+                    ended += engine.abort(message.ids)
+                elif isinstance(message, Add):
+                    store = engine.runner.pixels
+                    engine.add(message, [store.open(i.digest, i.num_tiles, tile_size) for i in message.images])
+            ended += engine.step()
+            self._send(Step(events=ended, stats=engine.stats()))
+
+    def _follow(self, runner: Runner) -> None:
+        told, at = runner.device_bytes(), time.monotonic()
+        while runner.follow():
+            if time.monotonic() - at > TICK_S:
+                known, told, at = told, runner.device_bytes(), time.monotonic()
+                if told != known:
+                    self._send(Memory(rank=self._arguments.rank, device_bytes=told))
 
 
 def _exit(context: zmq.Context[zmq.Socket[bytes]], status: int) -> NoReturn:
@@ -70,53 +209,13 @@ def _exit(context: zmq.Context[zmq.Socket[bytes]], status: int) -> NoReturn:
     os._exit(status)
 
 
-def _serve(config: EngineConfig, requests: zmq.Socket[bytes], send: _Send) -> None:
-    send(Stage(name="imports"))
-    import torch
-
-    from vlserve.engine.engine import Engine
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    engine = Engine(config, lambda name, done, total: send(Stage(name=name, done=done, total=total)))
-    runner = engine.runner
-    send(Step(events=[], stats=engine.stats()))  # before Ready: whoever sees it ready has figures
-    send(
-        Ready(
-            max_model_len=runner.max_model_len,
-            num_blocks=runner.num_blocks,
-            block_size=runner.block_size,
-            vocab_size=runner.model.decoder.config.vocab_size,
-            device=str(runner.device),
-            dtype=str(runner.dtype).removeprefix("torch."),
-        )
-    )
-    decoder = msgspec.msgpack.Decoder(ToRank)
-
-    def pixels(frame: zmq.Frame, num_tiles: int) -> torch.Tensor:
-        size = runner.model.image_config.tile_size
-        return torch.frombuffer(bytearray(frame.buffer), dtype=torch.uint8).view(num_tiles, 3, size, size)
-
-    while True:
-        ended: list[TokenEvent] = []
-        for frames in _receive(requests, wait=not engine.has_work):
-            message = decoder.decode(frames[0].buffer)
-            if isinstance(message, Shutdown):
-                return
-            if isinstance(message, Abort):
-                ended += engine.abort(message.ids)
-            elif isinstance(message, Add):
-                engine.add(message, [pixels(f, i.num_tiles) for f, i in zip(frames[1:], message.images, strict=True)])
-        ended += engine.step()
-        send(Step(events=ended, stats=engine.stats()))
-
-
-def _receive(socket: zmq.Socket[bytes], *, wait: bool) -> list[list[zmq.Frame]]:
-    """All messages that are there; with `wait`, at least one."""
-    messages = [socket.recv_multipart(copy=False)] if wait else []
-    with contextlib.suppress(zmq.Again):
-        while True:
-            messages.append(socket.recv_multipart(zmq.NOBLOCK, copy=False))
+def _receive(socket: zmq.Socket[bytes], *, wait_s: float) -> list[bytes]:
+    """All messages that are there; waits so long for the first."""
+    messages = []
+    if wait_s == 0 or socket.poll(int(wait_s * 1000)):
+        with contextlib.suppress(zmq.Again):
+            while True:
+                messages.append(socket.recv(zmq.NOBLOCK))
     return messages
 
 
@@ -139,6 +238,10 @@ class _Send(Protocol):
     """The type of a function that sends one message."""
 
     def __call__(self, message: FromRank) -> None: ...
+
+
+class _Tell(Protocol):
+    def __call__(self, message: str) -> None: ...
 
 
 if __name__ == "__main__":

@@ -1,24 +1,53 @@
-"""Turns a step's chunks into tensors. Shapes: T tokens of all chunks, B chunks, M blocks at most."""
+"""What a step computes, as every rank must know it, and the tensors made from it.
+
+Rank 0 describes a step from its sequences (`describe`) and tells the others what they do not know yet (`Announcer`, `Listener`);
+each then makes the same tensors (`make_batch`). Shapes: T tokens of all chunks, B chunks, M blocks at most, R rows that sample.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from vlserve.engine.scheduler import Chunk
-from vlserve.engine.sequence import ImageSpan
+from vlserve.engine.sequence import Sequence
 from vlserve.kernels.paged_attention import AttentionMetadata, plan_attention
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ImagePiece:
+class ImagePiece(msgspec.Struct, frozen=True, array_like=True):
     """Rows row..row+(stop-start) of the step take features start..stop of a picture."""
 
-    image: ImageSpan
+    digest: bytes
     row: int
     start: int
     stop: int
+
+
+class ImageTask(msgspec.Struct, frozen=True, array_like=True):
+    """A picture to encode in this step."""
+
+    digest: bytes
+    num_tiles: int
+
+
+class ChunkPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens start..stop of sequence `id`, whose keys and values are in `blocks`."""
+
+    id: int
+    start: int
+    stop: int
+    samples: bool
+    blocks: list[int]
+
+
+class StepInput(msgspec.Struct, frozen=True, array_like=True):
+    ids: list[int]  # [T]; for a rank that has followed: -1-r is the token sampled last in row r
+    chunks: list[ChunkPlace]
+    pieces: list[ImagePiece]
+    encode: list[ImageTask]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,47 +55,138 @@ class Batch:
     ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     metadata: AttentionMetadata
-    pieces: tuple[ImagePiece, ...]
     sample_rows: torch.Tensor  # [R] int64, the last rows of the chunks that sample
     partial_blocks: list[int]  # fresh blocks that this step fills only in part
 
 
-def make_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Batch:
-    """One step's tensors on `device`; chunks follow one another in the given order."""
+def describe(chunks: list[Chunk], is_missing: Iterable[bytes]) -> StepInput:
+    """A step's chunks, one after another; `is_missing` has the digests of pictures whose features are not there yet."""
+    missing = set(is_missing)
     ids: list[int] = []
+    pieces: list[ImagePiece] = []
+    encode: dict[bytes, ImageTask] = {}
+    for chunk in chunks:
+        row = len(ids)
+        ids += chunk.sequence.token_ids[chunk.start : chunk.stop]
+        for image in chunk.images:
+            start, stop = max(chunk.start, image.start), min(chunk.stop, image.stop)
+            pieces.append(ImagePiece(image.digest, row + start - chunk.start, start - image.start, stop - image.start))
+            if image.digest in missing:
+                encode[image.digest] = ImageTask(image.digest, len(image.pixels))
+    places = [ChunkPlace(c.sequence.id, c.start, c.stop, c.samples, c.sequence.blocks) for c in chunks]
+    return StepInput(ids, places, pieces, list(encode.values()))
+
+
+def make_batch(step: StepInput, block_size: int, device: torch.device, last_tokens: torch.Tensor | None = None) -> Batch:
+    """One step's tensors on `device`; `last_tokens` [R] int64 are what was sampled last, for ids below 0."""
     positions: list[int] = []
     slots: list[int] = []
     sample_rows: list[int] = []
-    pieces: list[ImagePiece] = []
     partial_blocks: list[int] = []
-    for chunk in chunks:
-        sequence, row = chunk.sequence, len(ids)
-        ids += sequence.token_ids[chunk.start : chunk.stop]
-        positions += range(chunk.start, chunk.stop)
-        slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, chunk.stop)]
-        for image in sequence.images:
-            if image.overlaps(chunk.start, chunk.stop):
-                start, stop = max(chunk.start, image.start), min(chunk.stop, image.stop)
-                piece = ImagePiece(image=image, row=row + start - chunk.start, start=start - image.start, stop=stop - image.start)
-                pieces.append(piece)
+    for chunk in step.chunks:
+        places = range(chunk.start, chunk.stop)
+        positions += places
+        slots += [chunk.blocks[p // block_size] * block_size + p % block_size for p in places]
         last_start = chunk.stop // block_size * block_size
         if chunk.start <= last_start < chunk.stop:
-            partial_blocks.append(sequence.blocks[-1])
+            partial_blocks.append(chunk.blocks[-1])
         if chunk.samples:
-            sample_rows.append(len(ids) - 1)
-    width = max(len(chunk.sequence.blocks) for chunk in chunks)
-    tables = [s.blocks + s.blocks[-1:] * (width - len(s.blocks)) for s in (chunk.sequence for chunk in chunks)]
+            sample_rows.append(len(positions) - 1)
+    width = max(len(chunk.blocks) for chunk in step.chunks)
+    tables = [chunk.blocks + chunk.blocks[-1:] * (width - len(chunk.blocks)) for chunk in step.chunks]
+    ids = torch.tensor(step.ids, device=device)
+    if last_tokens is not None:
+        ids = torch.where(ids < 0, last_tokens[(-1 - ids).clamp_min(0)], ids)
     return Batch(
-        ids=torch.tensor(ids, device=device),
+        ids=ids,
         positions=torch.tensor(positions, device=device),
         metadata=plan_attention(
-            query_lens=tuple(chunk.stop - chunk.start for chunk in chunks),
-            context_lens=tuple(chunk.stop for chunk in chunks),
+            query_lens=tuple(chunk.stop - chunk.start for chunk in step.chunks),
+            context_lens=tuple(chunk.stop for chunk in step.chunks),
             block_tables=torch.tensor(tables, device=device),
             slots=torch.tensor(slots, device=device),
             block_size=block_size,
         ),
-        pieces=tuple(pieces),
         sample_rows=torch.tensor(sample_rows, device=device, dtype=torch.int64),
         partial_blocks=partial_blocks,
     )
+
+
+class Announcement(msgspec.Struct, frozen=True, array_like=True):
+    """One message a step. Of a block table it has only what the others do not know: places `known[i]` and on."""
+
+    step: StepInput | None  # None: nothing to compute, rank 0 lives
+    known: list[int]
+    ended: list[int]  # sequences whose tables can be forgotten
+    dropped: list[bytes]  # pictures whose features are not kept any more
+    is_last: bool = False
+
+
+class Announcer:
+    """Rank 0's side; remembers what the others know."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, tuple[list[int], int]] = {}  # by sequence: the list, and how much of it was told
+        self._rows: dict[int, int] = {}  # sequence to its row among the tokens sampled last
+        self._ended: list[int] = []
+        self._dropped: list[bytes] = []
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def step(self, step: StepInput, chunks: list[Chunk]) -> bytes:
+        ids, row = list(step.ids), 0
+        known = []
+        places = []
+        for place, chunk in zip(step.chunks, chunks, strict=True):
+            row += place.stop - place.start
+            if place.samples and place.id in self._rows:
+                ids[row - 1] = -1 - self._rows[place.id]  # it comes with the tokens that every rank was sent
+            known.append(self._num_known(chunk.sequence))
+            places.append(ChunkPlace(place.id, place.start, place.stop, place.samples, place.blocks[known[-1] :]))
+        return self._message(StepInput(ids, places, step.pieces, step.encode), known)
+
+    def idle(self, *, is_last: bool = False) -> bytes:
+        return self._message(None, [], is_last)
+
+    def sampled(self, sequences: list[Sequence]) -> None:
+        """One row each, in order, was sampled and sent."""
+        self._rows = {sequence.id: row for row, sequence in enumerate(sequences)}
+
+    def ended(self, ids: Iterable[int]) -> None:
+        for id in ids:
+            if self._tables.pop(id, None) is not None:
+                self._ended.append(id)
+
+    def dropped(self, digests: Iterable[bytes]) -> None:
+        self._dropped += digests
+
+    def _num_known(self, sequence: Sequence) -> int:
+        table, known = self._tables.get(sequence.id, (None, 0))
+        self._tables[sequence.id] = (sequence.blocks, len(sequence.blocks))
+        return known if table is sequence.blocks else 0  # another list: it was preempted
+
+    def _message(self, step: StepInput | None, known: list[int], is_last: bool = False) -> bytes:
+        message = self._encoder.encode(Announcement(step, known, self._ended, self._dropped, is_last))
+        self._ended, self._dropped = [], []
+        return message
+
+
+class Listener:
+    """The other ranks' side: completes block tables."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, list[int]] = {}
+        self._decoder = msgspec.msgpack.Decoder(Announcement)
+
+    def read(self, message: bytes) -> Announcement:
+        """The announcement with whole block tables."""
+        told = self._decoder.decode(message)
+        for id in told.ended:
+            del self._tables[id]
+        if told.step is None:
+            return told
+        places = []
+        for place, known in zip(told.step.chunks, told.known, strict=True):
+            table = self._tables[place.id] = self._tables.get(place.id, [])[:known] + place.blocks
+            places.append(ChunkPlace(place.id, place.start, place.stop, place.samples, table))
+        step = StepInput(told.step.ids, places, told.step.pieces, told.step.encode)
+        return msgspec.structs.replace(told, step=step)

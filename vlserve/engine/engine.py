@@ -4,38 +4,68 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
-from vlserve.checkpoint import find_folder, read_checkpoint
+from vlserve.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.config import EngineConfig
 from vlserve.engine.grammar import GrammarCompiler
+from vlserve.engine.loading import Progress, load_model, resolve_device, resolve_max_model_len
 from vlserve.engine.messages import Add, Stats, TokenEvent
-from vlserve.engine.runner import Progress, Runner, load_model, resolve_max_model_len
+from vlserve.engine.pixels import PixelStore
+from vlserve.engine.runner import Runner
 from vlserve.engine.scheduler import Scheduler
 from vlserve.engine.sequence import ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
+from vlserve.llm.parallel import ALONE, Group, Split
 
 log = logging.getLogger(__name__)
 COMPILING_PAUSE_S = 0.005  # when grammars are compiled and there is nothing else to do
 
 
-class Engine:
-    """Add requests, call `step` while `has_work`; every request ends in one event with a finish_reason."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Where a rank sits: the ranks it shares the model with, its place on its machine, where it finds pictures' tiles."""
 
-    def __init__(self, config: EngineConfig, progress: Progress = lambda name, done, total: None) -> None:
+    group: Group = ALONE
+    local_rank: int = 0
+    pixels: PixelStore | None = None
+
+
+def build_runner(
+    checkpoint: Checkpoint, config: EngineConfig, seat: Seat, progress: Progress, in_use: Callable[[], set[bytes]] = set
+) -> Runner:
+    """This rank's model with its caches, warmed up; all ranks do it together."""
+    progress("weights", 0, 0)
+    split = Split(group=seat.group, replicate_kv_heads=config.replicate_kv_heads)
+    model = load_model(checkpoint, config, split, resolve_device(config, seat.local_rank), progress)
+    progress("kv cache", 0, 0)
+    runner = Runner(
+        model,
+        config=config,
+        max_model_len=resolve_max_model_len(checkpoint, config, model),
+        end_token_ids=checkpoint.end_token_ids,
+        in_use=in_use,
+        pixels=seat.pixels,
+    )
+    progress("warm-up", 0, 0)
+    runner.warm_up()
+    return runner
+
+
+class Engine:
+    """Add requests, call `step` while `has_work`; every request ends in one event with a finish_reason.
+
+    With several ranks this is rank 0, and the others call `Runner.follow` until it says that it was the last step.
+    """
+
+    def __init__(
+        self, config: EngineConfig, progress: Progress = lambda name, done, total: None, *, seat: Seat | None = None
+    ) -> None:
         checkpoint = read_checkpoint(find_folder(config.model, config.revision))
-        progress("model", 0, 0)
-        model = load_model(checkpoint, config, progress)
-        progress("kv cache", 0, 0)
-        self.runner = Runner(
-            model,
-            checkpoint=checkpoint,
-            config=config,
-            max_model_len=resolve_max_model_len(checkpoint, config, model),
-            in_use=self._images_in_use,
-        )
+        self.runner = build_runner(checkpoint, config, seat or Seat(), progress, self._images_in_use)
         self.scheduler = Scheduler(
             BlockPool(self.runner.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
             max_num_seqs=config.max_num_seqs,
@@ -45,12 +75,10 @@ class Engine:
         )
         self.grammars = GrammarCompiler(
             checkpoint.folder,
-            vocab_size=model.decoder.config.vocab_size,
+            vocab_size=self.runner.model.decoder.config.vocab_size,
             end_token_ids=checkpoint.end_token_ids,
             image_token_id=checkpoint.image_token_id,
         )
-        progress("warm-up", 0, 0)
-        self.runner.warm_up()
 
     @property
     def has_work(self) -> bool:
@@ -78,7 +106,8 @@ class Engine:
         return self._ended(self.scheduler.abort(ids))
 
     def step(self) -> list[TokenEvent]:
-        """Schedule, run, commit. A step that breaks ends its own requests, not the engine."""
+        """Schedule, run, commit. A step that breaks ends its own requests, not the engine; with several ranks it raises, since
+        they may have parted in the middle."""
         ended = self.scheduler.fail_unready()
         chunks = self.scheduler.schedule()
         if not chunks:
@@ -87,6 +116,8 @@ class Engine:
         try:
             sampled = self.runner.run(chunks)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            if self.runner.group.size > 1:
+                raise
             log.exception("a step of %d requests failed", len(chunks))
             reason = f"the engine could not compute this step: {type(error).__name__}"
             return self._ended(ended + self.scheduler.fail(chunks, reason))
@@ -106,11 +137,13 @@ class Engine:
             image_hits=runner.image_hits,
             num_preemptions=scheduler.num_preemptions,
             encode_s=runner.encode_s,
+            step_s=runner.step_s,
+            comm_s=getattr(runner.group, "seconds", 0.0),
             device_bytes=[runner.device_bytes()],
         )
 
     def _ended(self, events: list[TokenEvent]) -> list[TokenEvent]:
-        self.runner.sampler.forget([event.id for event in events if event.finish_reason])
+        self.runner.forget([event.id for event in events if event.finish_reason])
         return events
 
     def _images_in_use(self) -> set[bytes]:

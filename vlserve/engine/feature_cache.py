@@ -27,12 +27,17 @@ class FeatureCache:
         self._features[digest] = features
         self.num_bytes += features.nbytes
 
-    def trim(self) -> None:
-        """Drop the least recently used features that nobody needs until the rest fits."""
-        if self.num_bytes <= self.max_bytes:
-            return
-        in_use = self._in_use()
+    def trim(self) -> list[bytes]:
+        """Drop the least recently used features that nobody needs until the rest fits; returns whose."""
+        dropped = []
+        in_use = self._in_use() if self.num_bytes > self.max_bytes else set()
         for digest in [d for d in self._features if d not in in_use]:
-            self.num_bytes -= self._features.pop(digest).nbytes
             if self.num_bytes <= self.max_bytes:
-                return
+                break
+            dropped.append(digest)
+            self.drop([digest])
+        return dropped
+
+    def drop(self, digests: list[bytes]) -> None:
+        for digest in digests:
+            self.num_bytes -= self._features.pop(digest).nbytes

@@ -1,4 +1,4 @@
-"""What front and rank say to each other, as msgpack; pixels travel beside it as plain bytes.
+"""What front and ranks say to each other, as msgpack; pixels lie in files of shared memory, as plain bytes.
 
 Types only: who sends what when is the client's and the rank's business.
 """
@@ -12,10 +12,16 @@ import msgspec
 from vlserve.config import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+STAGES = ("starting", "imports", "rendezvous", "all-reduce", "weights", "kv cache", "warm-up", "ready")  # of a rank, in order
+
+
+def pixel_file(digest: bytes) -> str:
+    """The name of the file with a picture's tiles."""
+    return digest.hex()
 
 
 class ImageRef(msgspec.Struct, frozen=True):
-    """A picture of a request; its tiles [num_tiles, 3, S, S] uint8 are a frame of their own, in order."""
+    """A picture of a request; its tiles [num_tiles, 3, S, S] uint8 are in the file that `pixel_file` names."""
 
     start: int
     num_tokens: int
@@ -41,27 +47,41 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stage(msgspec.Struct, frozen=True, tag=True):
-    """Where start-up is, e.g. "weights", with `done` of `total` parts."""
+    """Where a rank's start-up is, e.g. "weights", with `done` of `total` parts."""
 
     name: str
     done: int = 0
     total: int = 0
+    rank: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
+    """A rank serves."""
+
+    rank: int
     max_model_len: int
     num_blocks: int
     block_size: int
     vocab_size: int
     device: str
     dtype: str
+    device_bytes: dict[str, int]  # by kind
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Start-up ended; `kind` names the error's class."""
+    """A rank gave up; `kind` names the error's class. `is_echo`: only because another rank did not take part."""
 
     kind: str
     message: str
+    rank: int = 0
+    is_echo: bool = False
+
+
+class Memory(msgspec.Struct, frozen=True, tag=True):
+    """What a rank other than 0 holds, by kind, when that changed."""
+
+    rank: int
+    device_bytes: dict[str, int]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -97,7 +117,9 @@ class Stats(msgspec.Struct, frozen=True):
     image_hits: int  # of these, found in the feature cache
     num_preemptions: int
     encode_s: float  # seconds that the vision encoder ran
-    device_bytes: list[dict[str, int]]  # of each rank, by kind
+    step_s: float  # seconds in steps, the encoder's included
+    comm_s: float  # of these, seconds in collectives with the other ranks
+    device_bytes: list[dict[str, int]]  # of each rank of this machine, by kind
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -108,4 +130,4 @@ class Step(msgspec.Struct, frozen=True, tag=True):
 
 
 ToRank = Add | Abort | Shutdown
-FromRank = Stage | Ready | Failed | Step
+FromRank = Stage | Ready | Failed | Step | Memory

@@ -16,6 +16,8 @@ from torch import nn
 
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
+from vlserve.llm.formats import Slot
+from vlserve.llm.parallel import Split
 from vlserve.llm.weights import load_weights
 from vlserve.vision.config import TILES_AT_ONCE, ImageConfig, read_encoder_config
 from vlserve.vision.encoder import build_encoder
@@ -41,8 +43,8 @@ class Model(nn.Module, ABC):
         """Normalised tiles [N, 3, S, S] on the model's device and in its type -> features [N, K, C]."""
 
     @abstractmethod
-    def targets(self) -> dict[str, torch.Tensor]:
-        """Checkpoint names, as `rename` gives them, to the tensors that they fill."""
+    def targets(self) -> dict[str, torch.Tensor | Slot]:
+        """Checkpoint names, as `rename` gives them, to what they fill: a tensor, or a slot that takes a part."""
 
     def rename(self, name: str) -> str | None:
         """A checkpoint's name to the one in `targets`; None for a tensor to pass over on purpose.
@@ -75,27 +77,27 @@ class Model(nn.Module, ABC):
 class InternVL(Model):
     """InternViT, pixel shuffle with an MLP, and a Llama-shaped decoder."""
 
-    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig) -> None:
+    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig, split: Split) -> None:
         super().__init__(image_config)
         vision = read_encoder_config(config)
-        self.decoder = build_decoder(config)
+        self.decoder = build_decoder(config, split)
         self.encoder = build_encoder(vision)
         self.projector = Projector(vision, self.decoder.config.hidden_size)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return self.projector(self.encoder.forward_features(x)[:, 1:])  # without the class token
 
-    def targets(self) -> dict[str, torch.Tensor]:
-        """Checkpoint names, as transformers saves InternVL, to the tensors that they fill."""
-        found = {f"vision_tower.{name}": tensor for name, tensor in encoder_targets(self.encoder)}
+    def targets(self) -> dict[str, torch.Tensor | Slot]:
+        """Checkpoint names, as transformers saves InternVL, to what they fill."""
+        found: dict[str, torch.Tensor | Slot] = {f"vision_tower.{name}": tensor for name, tensor in encoder_targets(self.encoder)}
         found.update({f"multi_modal_projector.{name}": p.data for name, p in self.projector.named_parameters()})
         found.update({f"language_model.{name}": tensor for name, tensor in self.decoder.targets().items()})
         return found
 
 
-def build_decoder(config: Mapping[str, Any]) -> Decoder:
-    """The decoder that `text_config` of a whole config.json describes; raises ValueError naming the key."""
+def build_decoder(config: Mapping[str, Any], split: Split) -> Decoder:
+    """This rank's part of the decoder that `text_config` of a whole config.json describes; raises ValueError naming the key."""
     text = dict(config.get("text_config") or {})
     # transformers ties the head when either the outer or the text config says so
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
-    return Decoder(read_decoder_config(text))
+    return Decoder(read_decoder_config(text), split)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlserve.engine.messages import FinishReason, TokenEvent, TokenLogprob
-from vlserve.engine.sequence import Sequence
+from vlserve.engine.sequence import ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 
 
@@ -27,6 +27,11 @@ class Chunk:
     @property
     def samples(self) -> bool:
         return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def images(self) -> list[ImageSpan]:
+        """Pictures with a placeholder among these tokens."""
+        return [image for image in self.sequence.images if image.overlaps(self.start, self.stop)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

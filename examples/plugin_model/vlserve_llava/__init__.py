@@ -13,6 +13,7 @@ from vlserve import Architecture
 from vlserve.vision.config import ImageConfig
 
 if TYPE_CHECKING:
+    from vlserve.llm.parallel import Split
     from vlserve_llava.model import Llava
 
 
@@ -36,10 +37,10 @@ def read_image_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -
     )
 
 
-def build(config: Mapping[str, Any], image_config: ImageConfig) -> Llava:
+def build(config: Mapping[str, Any], image_config: ImageConfig, split: Split) -> Llava:
     from vlserve_llava.model import Llava
 
-    return Llava(config, image_config)
+    return Llava(config, image_config, split)
 
 
 LLAVA = Architecture(read_image_config=read_image_config, build=build, image_tokens=("", "<image>", ""))

@@ -13,6 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vlserve.engine.model import Model, build_decoder
+from vlserve.llm.formats import Slot
+from vlserve.llm.parallel import Split
 from vlserve.vision.config import ImageConfig
 
 # timm's names for the encoder's parts, and the checkpoint's
@@ -27,9 +29,9 @@ NAMES = {
 
 
 class Llava(Model):
-    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig) -> None:
+    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig, split: Split) -> None:
         super().__init__(image_config)
-        self.decoder = build_decoder(config)
+        self.decoder = build_decoder(config, split)
         vision, width = config["vision_config"], self.decoder.config.hidden_size
         self.encoder = VisionTransformer(
             img_size=vision["image_size"],
@@ -53,8 +55,8 @@ class Llava(Model):
         """Pictures [N, 3, S, S], normalised -> [N, K, C]."""
         return self.projector(self.encoder.forward_features(x))
 
-    def targets(self) -> dict[str, torch.Tensor]:
-        found = {f"vision_tower.{name}": tensor for name, tensor in self._encoder_targets()}
+    def targets(self) -> dict[str, torch.Tensor | Slot]:
+        found: dict[str, torch.Tensor | Slot] = {f"vision_tower.{name}": tensor for name, tensor in self._encoder_targets()}
         found.update({f"multi_modal_projector.{name}": p.data for name, p in self.projector.named_parameters()})
         found.update({f"language_model.{name}": tensor for name, tensor in self.decoder.targets().items()})
         return found

@@ -1,0 +1,44 @@
+"""How a linear layer's logical slice is stored and multiplied. Which slice a rank owns is `linear`'s business.
+
+A checkpoint's tensor fills a `Slot`: a part of a parameter, from a span of the tensor along one or more dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlserve.llm.parallel import Span
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """`tensor` holds, of a checkpoint's tensor of shape `full`, the span of each dimension that `spans` names."""
+
+    tensor: torch.Tensor
+    full: tuple[int, ...]
+    spans: dict[int, Span]
+
+
+class DenseFormat(nn.Module):
+    """Weights as they are: [outputs of this rank, inputs of this rank]."""
+
+    def __init__(self, in_span: Span, in_features: int, outputs: dict[str, tuple[Span, int]]) -> None:
+        super().__init__()
+        self.in_span, self.in_features, self.outputs = in_span, in_features, outputs
+        self.weight = nn.Parameter(torch.empty(sum(span.size for span, _ in outputs.values()), in_span.size), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        return F.linear(x, self.weight, bias)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
+        start = 0
+        for name, (span, size) in self.outputs.items():
+            rows = self.weight.data[start : start + span.size]
+            yield f"{prefix}{name}.weight", Slot(rows, (size, self.in_features), {0: span, 1: self.in_span})
+            start += span.size

@@ -1,0 +1,80 @@
+"""How much memory a rank's KV cache may take, and what the rank holds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+from vlserve.config import EngineConfig
+from vlserve.engine.model import Model
+from vlserve.errors import ConfigError
+from vlserve.llm.kv_cache import block_bytes
+
+GIB = 2**30
+
+
+def release_leftovers(device: torch.device) -> None:
+    """Give back what loading used, so that it is not counted as taken when the KV cache is sized."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def weight_bytes(model: Model) -> dict[str, int]:
+    """Bytes of the parameters: the language model's layers, its embedding and head, and the rest, which is vision."""
+    decoder = model.decoder
+    tables = [table.weight for table in (decoder.embed_tokens, decoder.lm_head) if table is not None]
+    embedding = sum(weight.nbytes for weight in tables)
+    layers = sum(parameter.nbytes for parameter in decoder.parameters()) - embedding
+    everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return {"vision": everything - layers - embedding, "decoder": layers, "embedding": embedding}
+
+
+def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_bytes: int) -> int:
+    """Blocks that fit on this rank beside `peak_bytes` of activations; for `max_num_seqs` full contexts where memory allows.
+
+    Raises ConfigError when not even one request fits.
+    """
+    parameter = model.decoder.norm
+    per_block = block_bytes(model.decoder.config, model.decoder.num_kv_heads, config.block_size, parameter.dtype)
+    per_sequence = -(-max_model_len // config.block_size)
+    if config.kv_cache_gib is not None:
+        num_blocks = int(config.kv_cache_gib * GIB // per_block)
+    else:
+        free = _free_bytes(config, parameter.device) - peak_bytes
+        num_blocks = min(config.max_num_seqs * per_sequence, int(max(0, free) // per_block))
+    if num_blocks < per_sequence:
+        have, need = num_blocks * per_block / GIB, per_sequence * per_block / GIB
+        raise ConfigError(
+            f"the KV cache would have {have:.2f} GiB, but one request of max_model_len {max_model_len} needs {need:.2f} GiB; "
+            f"set kv_cache_gib to {need:.2f} or more, or max_model_len to {num_blocks * config.block_size} or less"
+        )
+    return num_blocks
+
+
+def _free_bytes(config: EngineConfig, device: torch.device) -> float:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free - (1 - config.gpu_memory_utilization) * total
+    return _available_memory() / 4 / config.ranks_per_node
+
+
+def _available_memory() -> float:
+    """Bytes that this process may still take: the machine's, within a container's limit (cgroup v2)."""
+    available: float = 4 * GIB  # where the system does not say
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    return available
