@@ -24,6 +24,7 @@ class Group:
     """A rank's view of the ranks that share a model; this class is the group of one."""
 
     rank, size = 0, 1
+    seconds = 0.0  # spent in collectives
 
     def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """The sum of every rank's x, in place. `kind` names the use, for counts and messages."""

@@ -23,7 +23,7 @@ from vlserve.rank import RankArguments
 # read by NCCL and by torch's part of it; what the user set stays
 NCCL_SETTINGS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a collective that fails ends its process
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the flight recorder: the last collectives of each rank ...
+    "TORCH_FR_BUFFER_SIZE": "2000",  # the flight recorder: the last collectives of each rank ...
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # ... written to a file when one hangs
 }
 GPU_HINTS = (

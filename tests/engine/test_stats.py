@@ -64,9 +64,9 @@ def test_preemptions_are_counted(checkpoint: Callable[..., Path]) -> None:
 def test_device_bytes(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     runner = engine(checkpoint("qwen2")).runner
     known = runner.device_bytes()
-    assert known["weights"] == sum(p.nbytes for p in runner.model.parameters())
+    assert known["vision"] + known["decoder"] + known["embedding"] == sum(p.nbytes for p in runner.model.parameters())
     assert known["kv_cache"] == sum(keys.nbytes + values.nbytes for keys, values in runner.cache.layers)
-    assert set(known) == {"weights", "kv_cache", "vision_cache"}
+    assert set(known) == {"vision", "decoder", "embedding", "kv_cache", "vision_cache"}
     nested = {"allocated_bytes": {"all": {"current": 10**9}}}
     monkeypatch.setattr("torch.cuda.memory_stats_as_nested_dict", lambda device: nested)
     runner.device = torch.device("cuda")

@@ -138,7 +138,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             encode_s=runner.encode_s,
             step_s=runner.step_s,
-            comm_s=getattr(runner.group, "seconds", 0.0),
+            comm_s=runner.comm_s,
             device_bytes=[runner.device_bytes()],
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,8 +43,7 @@ class DistributedGroup(Group):
     def __init__(self, store: dist.Store, rank: int, size: int, *, address: str, timeout_s: float, marker: Marker) -> None:
         self.rank, self.size = rank, size
         self.traffic: dict[str, Traffic] = {}
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._marker, self._store, self._timeout = marker, store, timedelta(seconds=timeout_s)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
@@ -68,14 +68,6 @@ class DistributedGroup(Group):
                     f"rank {self.rank}: the first all-reduce on {where} gave {float(found[0])}, not {expected}; "
                     "this is a fault of the driver or of NCCL. Try NCCL_P2P_DISABLE=1, and look at the ACS setting of the BIOS"
                 )
-
-    @property
-    def seconds(self) -> float:
-        """Spent in collectives since the start; on CUDA, of those that have ended."""
-        while self._events and self._events[0][1].query():
-            begin, end = self._events.pop(0)
-            self._seconds += begin.elapsed_time(end) / 1000
-        return self._seconds
 
     def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         with self._noted(kind, x) as group:
@@ -154,8 +146,11 @@ class DistributedGroup(Group):
         if events is not None:
             events[1].record()
             self._events.append(events)
+            while self._events and self._events[0][1].query():  # on CUDA, those that have ended by now
+                begin, end = self._events.popleft()
+                self.seconds += begin.elapsed_time(end) / 1000
         else:
-            self._seconds += time.perf_counter() - begun
+            self.seconds += time.perf_counter() - begun
         if x is not None:
             traffic = self.traffic.setdefault(kind, Traffic())
             traffic.count += 1

@@ -52,7 +52,7 @@ class Runner:
         self.features = FeatureCache(int(config.vision_cache_gib * GIB), in_use)
         self.sampler = Sampler(end_token_ids)
         self.image_queries = self.image_hits = 0  # pictures
-        self.encode_s = self.step_s = 0.0  # seconds in `_encode`, and in `run`
+        self.encode_s = self.step_s = self.comm_s = 0.0  # seconds in `_encode`, in `run`, and there in collectives
         self._encoding_s = 0.0  # of this step
         self._announcer, self._listener = Announcer(), Listener()
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -64,12 +64,12 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
         """Compute a step; one result for each chunk that samples, in order."""
-        begun = time.monotonic()
+        begun, comm_begun = time.monotonic(), self.group.seconds
         missing = self._find_missing(chunks)
         step = describe(chunks, missing)
+        self.pixels.lend({image.digest: image.pixels for chunk in chunks for image in chunk.images if image.digest in missing})
         if isinstance(self.group, DistributedGroup):
             self.group.broadcast_message(self._announcer.step(step, chunks))
-        self.pixels.lend({image.digest: image.pixels for chunk in chunks for image in chunk.images if image.digest in missing})
         logits = self._compute(step, make_batch(step, self.block_size, self.device))
         self._announcer.dropped(self.features.trim())
         self._share_encode_time(chunks, missing)
@@ -82,6 +82,7 @@ class Runner:
             tokens = torch.tensor([s.token_id for s in sampled], device=self.device)
             self.group.broadcast(tokens, "tokens")
         self.step_s += time.monotonic() - begun
+        self.comm_s += self.group.seconds - comm_begun
         return sampled
 
     def idle(self, *, is_last: bool = False) -> None:

@@ -1,0 +1,74 @@
+"""Several ranks as threads of this process: the same code as in processes, without their start-up time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vlserve.board import Marker
+from vlserve.checkpoint import read_checkpoint
+from vlserve.config import EngineConfig
+from vlserve.engine.engine import Engine, Seat, build_runner
+from vlserve.engine.group import DistributedGroup
+from vlserve.engine.pixels import PixelStore
+from vlserve.engine.runner import Runner
+
+
+class SharedTiles(PixelStore):
+    """What rank 0's requests brought, for all ranks; stands for the files of shared memory."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.tiles: dict[bytes, torch.Tensor] = {}
+
+    def lend(self, tiles: Mapping[bytes, torch.Tensor]) -> None:
+        self.tiles.update(tiles)
+
+    def open(self, digest: bytes, num_tiles: int, tile_size: int) -> torch.Tensor:
+        return self.tiles[digest]
+
+
+@contextlib.contextmanager
+def tp_engine(folder: Path, tp: int, **options: Any) -> Iterator[tuple[Engine, list[Runner]]]:
+    """An engine on `tp` ranks and the runners of all of them; ends them with the block. `lend` comes before the step's encode."""
+    config = EngineConfig(
+        **{"model": str(folder), "tp": tp, "device": "cpu", "kv_cache_gib": 0.01, "dtype": "float32", **options}
+    )
+    store, tiles = dist.HashStore(), SharedTiles()
+    runners: list[Runner | None] = [None] * tp
+    errors: list[BaseException] = []
+
+    def seat(rank: int) -> Seat:
+        group = DistributedGroup(store, rank, tp, address="127.0.0.1", timeout_s=60, marker=Marker())
+        return Seat(group=group, local_rank=rank, pixels=tiles)
+
+    def follow(rank: int) -> None:
+        try:
+            runner = runners[rank] = build_runner(read_checkpoint(folder), config, seat(rank), lambda name, done, total: None)
+            while runner.follow():
+                pass
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=follow, args=(rank,), daemon=True) for rank in range(1, tp)]
+    for thread in threads:
+        thread.start()
+    engine = Engine(config, seat=seat(0))
+    runners[0] = engine.runner
+    while any(runner is None for runner in runners) and not errors:  # they warmed up together, so they are as good as built
+        time.sleep(0.001)
+    try:
+        yield engine, [runner for runner in runners if runner is not None]
+    finally:
+        engine.runner.idle(is_last=True)
+        for thread in threads:
+            thread.join(timeout=60)
+    assert not errors, errors
