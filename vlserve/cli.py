@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import vlserve
-from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig
+from vlserve.cluster import find_machine
+from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig, read_options
 from vlserve.errors import ConfigError, VLServeError
 from vlserve.migrating import explain_flags
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
@@ -144,13 +145,31 @@ def _given(options: argparse.Namespace, *configs: Config) -> dict[str, Any]:
 def _serve(options: argparse.Namespace) -> int:
     keys = read_keys(options.api_key_file, os.environ.get(KEYS_VARIABLE))
     config = ServerConfig(**_given(options, ServerConfig), api_keys=keys)
+    given = _given(options, EngineConfig, MediaConfig)
+    machine = find_machine(os.environ)
+    if machine is not None:
+        if machine.local_rank > 0:
+            print(f"vlserve: {machine.launcher} started several processes here; the first starts all ranks, this one ends")
+            return 0
+        given = {"nnodes": machine.nnodes, "node_rank": machine.node_rank, "rdzv_endpoint": machine.rdzv_endpoint} | given
+    engine, _ = read_options(given)
+    if engine.node_rank > 0:
+        return _follow(engine, config)
     _check_address(config.host, config.port)
     from vlserve.pipeline import VLPipeline
 
-    pipeline = VLPipeline(wait=False, **_given(options, EngineConfig, MediaConfig))
+    pipeline = VLPipeline(wait=False, **given)
     from vlserve.server.serve import serve
 
     return serve(pipeline, config)
+
+
+def _follow(engine: EngineConfig, config: ServerConfig) -> int:
+    from vlserve.follow import follow
+    from vlserve.server.logs import configure_logging
+
+    configure_logging(config)
+    return follow(engine)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -77,6 +77,7 @@ class EngineClient:
         self.error: VLServeError | None = None
         self.stats: Stats | None = None  # the latest
         self.num_restarts = 0
+        self.ended_in_order = False  # on another machine than 0, which ended
         self.on_failure: Callable[[VLServeError], None] = lambda error: None
         self._ids = itertools.count()
         self._streams: dict[int, Stream] = {}
@@ -272,8 +273,9 @@ class EngineClient:
                 continue
             if self._echo is not None and time.monotonic() > self._echo[0]:
                 self._failure = self._echo[1]
-            elif ranks.have_ended():
-                self._failure = EngineError("the other machine ended the ranks")
+            elif self.config.node_rank > 0 and self.ready is not None and ranks.have_ended():
+                self.ended_in_order = True
+                self._give_up(EngineError("machine 0 has ended"))
             else:
                 dead = ranks.find_dead()
                 self._failure = self._failure or (EngineError(dead) if dead is not None else None)

@@ -21,7 +21,7 @@ from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
 from vlserve.config import SamplingParams, read_options
 from vlserve.engine.messages import Stage
-from vlserve.errors import DeadlineError, EngineError, RequestError
+from vlserve.errors import ConfigError, DeadlineError, EngineError, RequestError
 from vlserve.loader import PictureLoader
 from vlserve.messages import ImagePart, Turn
 from vlserve.observer import AnswerClock, Observer, PreparationClock
@@ -64,6 +64,11 @@ class VLPipeline(Asking):
     def __init__(self, model: str = "demo", *, wait: bool = True, **options: Any) -> None:
         super().__init__()
         self.config, self.media = read_options({"model": model, **options})
+        if self.config.node_rank > 0:
+            raise ConfigError(
+                f"node_rank is {self.config.node_rank}: only machine 0 answers. On the others run "
+                "`vlserve serve --nnodes N --node-rank K` with the same options"
+            )
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         self.client = EngineClient(self.config)
         self.max_at_once = 2 * self.config.max_num_seqs  # prepared pictures take memory
