@@ -30,7 +30,7 @@ bench: $(READY)-test ## time the server on this machine: concurrency and start-u
 	$(BIN)/python benchmarks/bench_server.py
 
 clean: ## remove the virtual environment and caches
-	rm -rf .venv .venv-demo build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-demo .venv-ray build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlserve needs Python 3.10 or newer; this is %s. Set PYTHON=/path/to/python3" % sys.version.split()[0]'
