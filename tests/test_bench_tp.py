@@ -24,7 +24,8 @@ from PIL import Image
 from tests.checkpoints import make_tokenizer
 from tests.test_cli import vlserve
 from tests.test_structure import loaded_by
-from vlserve import Completion, ConfigError, Timing, Usage
+from vlserve import Completion, ConfigError, EngineError, Timing, Usage
+from vlserve.cli import main
 from vlserve.commands import bench, bench_report
 from vlserve.commands.bench_advice import Advice, advise
 from vlserve.commands.bench_measure import Degree, Load, PromptMaker, Repetition, Row, num_answers, summarise
@@ -124,6 +125,12 @@ def test_much_communication_is_named_also_for_a_single_degree() -> None:
 
 def test_memory_is_said_by_degree() -> None:
     assert "16 GiB (tp 1), 8 GiB (tp 2)" in advice(degree(1, 1.0, 1000), degree(2, 0.6, 1500))["memory"].text
+
+
+def test_noisy_figures_are_said_to_be_noisy() -> None:
+    found = advice(degree(1, 1.0, 1000, spread=0.1), degree(2, 0.6, 1500, spread=0.5))
+    assert found["noise"].tp == 2 and "50%" in found["noise"].text
+    assert "noise" not in advice(degree(1, 1.0, 1000, spread=0.1)) and "noise" in advice(degree(1, 1.0, 1000, spread=0.9))
 
 
 def completion(ttft_s: float, total_s: float, tokens: int = 5) -> Completion:
@@ -231,7 +238,7 @@ def test_one_degree_is_measured_as_json_and_drawn(checkpoint: Callable[..., Path
         assert row["tokens_per_s"] == pytest.approx(5 * row["requests_per_s"]) and row["tokens_per_s_per_device"] > 0
         assert 0 < row["ttft_s"] < row["answer_s"] and row["token_s"] > 0
     assert document["load"]["answer_tokens"] == 5 and document["engine"]["dtype"] == "float32" and document["failed"] == {}
-    assert [one["topic"] for one in document["advice"]] == ["comparison"]
+    assert document["advice"][0]["topic"] == "comparison"  # and noise, when the machine is busy
     with Image.open(plot) as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -243,11 +250,32 @@ def test_a_degree_that_cannot_run_is_told_and_the_table_stands(checkpoint: Calla
     assert done.returncode == 0, done.stderr
     header, *rows = done.stdout.split("\n\n")[1].splitlines()
     assert header == bench_report.header() and [row.split()[:2] for row in rows] == [["1", "1"], ["1", "2"]]
-    assert "no picture" in done.stdout and "Only tp 1 was measured" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "each with no picture" in words and "Only tp 1 was measured" in words
     failed = vlserve("bench", "tp", model, "--tp", "1", *SMALL, "--kv-cache-gib", "1e-6")
     assert failed.returncode == 1 and " 1  failed: the KV cache would have 0.00 GiB" in failed.stdout
     too_long = vlserve("bench", "tp", model, "--tp", "1", *SMALL, "--prompt-tokens", "600")
     assert too_long.returncode == 1 and "max_model_len 512" in too_long.stderr
+
+
+def test_a_degree_that_fails_does_not_take_the_others_along(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(engine: dict[str, Any], load: Load) -> Degree:
+        if engine["tp"] == 1:
+            raise EngineError("out of memory")
+        return degree(engine["tp"], 1 / engine["tp"], 500 * engine["tp"])
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    monkeypatch.setattr(bench, "check_degrees", lambda degrees, engine: None)
+    assert main(["bench", "tp", "demo", "--tp", "4,1,2"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.index(" 1  failed: out of memory") < shown.index("\n 2        1 ") < shown.index("\n 4       16 ")
+    assert "Latency: tp 4." in shown and "Throughput per device: tp 2." in shown
+    assert main(["bench", "tp", "demo", "--tp", "1,2,4", "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["failed"] == {"1": "out of memory"} and [one["tp"] for one in document["degrees"]] == [2, 4]
+    assert document["degrees"][1]["rows"][1]["tokens_per_s_per_device"] == 500
 
 
 def test_starting_is_light() -> None:

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_document(options, load, engine, degrees, failed, advice), ensure_ascii=False))
     elif degrees:
-        print("", *bench_report.memory_lines(degrees), "", *(one.text for one in advice), sep="\n")
+        print("", *bench_report.memory_lines(degrees), "", *(bench_report.paragraph(one.text) for one in advice), sep="\n")
     if options.plot and degrees:
         bench_report.draw(degrees, options.model, options.plot)
     return 1 if failed else 0

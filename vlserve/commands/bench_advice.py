@@ -9,13 +9,14 @@ from vlserve.commands.bench_measure import Degree, Row
 
 MARGIN = 0.05  # differences below are taken for noise, however quiet the repetitions were
 HIGH_COMM_SHARE = 0.3
+HIGH_SPREAD = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """`tp` is the degree that it speaks for (or, for slower and communication, of)."""
 
-    topic: str  # comparison, latency, throughput_per_device, replicas, slower, communication, memory
+    topic: str  # comparison, latency, throughput_per_device, replicas, slower, communication, memory, noise
     tp: int | None
     text: str
 
@@ -31,7 +32,7 @@ def advise(degrees: Sequence[Degree], *, devices_are_separate: bool) -> list[Adv
     few, many = [degree.rows[0] for degree in degrees], [degree.rows[-1] for degree in degrees]
     if len(degrees) == 1:
         text = f"Only tp {degrees[0].tp} was measured, so there is nothing to choose between; give several degrees to --tp."
-        return [Advice(topic="comparison", tp=None, text=text), *_communication(degrees)]
+        return [Advice(topic="comparison", tp=None, text=text), *_communication(degrees), *_noise(degrees)]
     advice = [_latency(few)]
     if devices_are_separate:
         best = _smallest_of_the_best(many, _per_device)
@@ -42,7 +43,7 @@ def advise(degrees: Sequence[Degree], *, devices_are_separate: bool) -> list[Adv
             "Give --threads so that the ranks of the largest degree fit into the cores."
         )
         advice.append(Advice(topic="replicas", tp=None, text=text))
-    return [*advice, *_slower(few, many), *_communication(degrees), *_memory(degrees)]
+    return [*advice, *_slower(few, many), *_communication(degrees), *_memory(degrees), *_noise(degrees)]
 
 
 def _latency(few: Sequence[Row]) -> Advice:
@@ -125,6 +126,17 @@ def _memory(degrees: Sequence[Degree]) -> list[Advice]:
         "What a degree saves is room for the KV cache."
     )
     return [Advice(topic="memory", tp=min(degrees, key=most).tp, text=text)]
+
+
+def _noise(degrees: Sequence[Degree]) -> list[Advice]:
+    row = max((row for degree in degrees for row in degree.rows), key=lambda row: row.spread)
+    if row.spread < HIGH_SPREAD:
+        return []
+    text = (
+        f"Noise: between repetitions of tp {row.tp} with {_requests(row)} tokens/s differed by {row.spread:.0%}. Is the machine "
+        "busy with something else? Measure again when it is quiet, or with more --requests and --repetitions."
+    )
+    return [Advice(topic="noise", tp=row.tp, text=text)]
 
 
 def _latency_of(row: Row) -> float:

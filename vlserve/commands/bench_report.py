@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,11 +40,15 @@ def describe(model: str, load: Load) -> str:
     """What is going to be measured."""
     width, height = load.picture_size
     pictures = f"{load.pictures} picture{'s' if load.pictures > 1 else ''} of {width}x{height}" if load.pictures else "no picture"
-    return (
+    return paragraph(
         f"{model}: {load.requests} requests a repetition, each with {pictures}, about {load.prompt_tokens} tokens of text, and "
         f"{load.answer_tokens} tokens of answer; medians of {load.repetitions} repetition{'s' if load.repetitions > 1 else ''}. "
         "The degrees run one after another, each with an engine of its own that is warmed up first."
     )
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def header() -> str:
