@@ -11,28 +11,26 @@ import os
 import signal
 import socket
 import sys
-import types
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import vlserve
 from vlserve.cluster import find_machine
 from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig, read_options
 from vlserve.errors import ConfigError, VLServeError
+from vlserve.flags import Config, add_flags, flag_fields, flag_name, given
 from vlserve.migrating import explain_flags
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
 
-SAMPLING_FLAGS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-Config = type[EngineConfig] | type[MediaConfig] | type[ServerConfig] | type[SamplingParams]
 COMMANDS: dict[str, dict[str, Config]] = {
     "serve": {"server": ServerConfig, "engine": EngineConfig, "media": MediaConfig},
     "chat": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
     "run": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
 }
-TOOLS: tuple[str, ...] = ()  # modules of vlserve.commands
+TOOLS: tuple[str, ...] = ("bench",)  # modules of vlserve.commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,79 +84,32 @@ def _parser() -> argparse.ArgumentParser:
     for name in COMMANDS:
         sub = commands.choices[name]
         for title, config in COMMANDS[name].items():
-            _add_flags(sub, title, config)
+            add_flags(sub, title, config)
     return parser
-
-
-def _flag_fields(config: Config) -> list[Field[Any]]:
-    """The fields that have a flag."""
-    if config is SamplingParams:
-        return [field for field in fields(config) if field.name in SAMPLING_FLAGS]
-    return [field for field in fields(config) if field.name != "model" and field.metadata.get("flag", True)]
-
-
-def _flag(field: Field[Any]) -> str:
-    return "--" + field.name.replace("_", "-")
 
 
 def _flags(command: str) -> list[str]:
     """All flags of a command that are made from fields."""
-    return [_flag(field) for config in COMMANDS[command].values() for field in _flag_fields(config)]
-
-
-def _add_flags(parser: argparse.ArgumentParser, title: str, config: Config) -> None:
-    group = parser.add_argument_group(f"{title} options")
-    hints = get_type_hints(config)
-    for field in _flag_fields(config):
-        kind, several = _flag_type(hints[field.name])
-        flag, text = _flag(field), field.metadata["help"] + _default_text(field)
-        settings: dict[str, Any] = {"dest": field.name, "default": None, "help": text}
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
-        elif several:
-            group.add_argument(flag, type=kind, action="append", metavar="TEXT", **settings)
-        else:
-            choices = field.metadata.get("choices")
-            metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-            group.add_argument(flag, type=kind, choices=choices, metavar=metavar, **settings)
-
-
-def _default_text(field: Field[Any]) -> str:
-    shown = field.default is not MISSING and field.default not in (None, (), "")
-    return f" (default: {field.default})" if shown else ""
-
-
-def _flag_type(hint: Any) -> tuple[type, bool]:
-    """(type of one value, whether the flag may come several times)."""
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(arm for arm in get_args(hint) if arm is not type(None))
-    if get_origin(hint) is tuple:
-        return get_args(hint)[0], True
-    return hint, False
-
-
-def _given(options: argparse.Namespace, *configs: Config) -> dict[str, Any]:
-    values = {field.name: getattr(options, field.name, None) for config in configs for field in fields(config)}
-    return {name: value for name, value in values.items() if value is not None}
+    return [flag_name(field) for config in COMMANDS[command].values() for field in flag_fields(config)]
 
 
 def _serve(options: argparse.Namespace) -> int:
     keys = read_keys(options.api_key_file, os.environ.get(KEYS_VARIABLE))
-    config = ServerConfig(**_given(options, ServerConfig), api_keys=keys)
-    given = _given(options, EngineConfig, MediaConfig)
+    config = ServerConfig(**given(options, ServerConfig), api_keys=keys)
+    settings = given(options, EngineConfig, MediaConfig)
     machine = find_machine(os.environ)
     if machine is not None:
         if machine.local_rank > 0:
             print(f"vlserve: {machine.launcher} started several processes here; the first starts all ranks, this one ends")
             return 0
-        given = {"nnodes": machine.nnodes, "node_rank": machine.node_rank, "rdzv_endpoint": machine.rdzv_endpoint} | given
-    engine, _ = read_options(given)
+        settings = {"nnodes": machine.nnodes, "node_rank": machine.node_rank, "rdzv_endpoint": machine.rdzv_endpoint} | settings
+    engine, _ = read_options(settings)
     if engine.node_rank > 0:
         return _follow(engine, config)
     _check_address(config.host, config.port)
     from vlserve.pipeline import VLPipeline
 
-    pipeline = VLPipeline(wait=False, **given)
+    pipeline = VLPipeline(wait=False, **settings)
     from vlserve.server.serve import serve
 
     return serve(pipeline, config)
@@ -184,10 +135,10 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    sampling = SamplingParams(**_given(options, SamplingParams))
+    sampling = SamplingParams(**given(options, SamplingParams))
     from vlserve.pipeline import VLPipeline
 
-    with VLPipeline(**_given(options, EngineConfig, MediaConfig)) as pipeline:
+    with VLPipeline(**given(options, EngineConfig, MediaConfig)) as pipeline:
         prompt = (options.prompt, options.image) if options.image else options.prompt
         if options.json:
             print(json.dumps(asdict(pipeline(prompt, sampling=sampling)), ensure_ascii=False))
@@ -199,10 +150,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    sampling = SamplingParams(**_given(options, SamplingParams))
+    sampling = SamplingParams(**given(options, SamplingParams))
     from vlserve.pipeline import VLPipeline
 
-    with VLPipeline(**_given(options, EngineConfig, MediaConfig)) as pipeline:
+    with VLPipeline(**given(options, EngineConfig, MediaConfig)) as pipeline:
         print(f"{pipeline.config.model}. /image PATH adds a picture to your next message, /clear starts over, /quit ends.")
         _talk(pipeline, sampling)
     return 0
