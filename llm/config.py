@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlserve.kernels.rotary import RopeConfig
+from vlserve.kernels.rope import RopeConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _OPTIONAL_ROPE_KEYS = (
