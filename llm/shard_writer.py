@@ -1,7 +1,6 @@
 """Writes a checkpoint's tensors cut for tensor parallelism; shards.py says in which form.
 
-The files are written side by side, so that each stored tensor is read once and memory is
-one rank's part of one tensor, read and ready to be written.
+The files are written side by side, so that each stored tensor is read once, and memory holds parts of tensors, never a file.
 safetensors' own writer wants all tensors of a file in memory, hence the header is made here.
 Source of the file format: https://huggingface.co/docs/safetensors (length of the header, header as JSON, data).
 """

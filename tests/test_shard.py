@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import edit_json
 from tests.engine.ranks import tp_engine
-from tests.engine.reference import add, engine, prompt, run
+from tests.engine.reference import add, ask, engine, prompt, run
 from tests.engine.test_laws import SAMPLING, Ties
 from tests.vision.test_preprocess import noise
 from vlserve import ConfigError, ModelError, VLPipeline
@@ -99,13 +99,13 @@ def test_it_answers_as_the_original_and_each_rank_has_the_same_parameters(
 
 
 def test_two_processes_answer_from_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    folder = cut(checkpoint("qwen2"), tmp_path / "out", 2)
-    asked = ("What?", Image.fromarray(noise(60, 30)))
-    options: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 0.01, "device": "cpu", "threads": 1}
-    with VLPipeline(str(folder), tp=2, **options) as pipe:
-        got = pipe(asked, max_tokens=5).token_ids
-    with VLPipeline(str(checkpoint("qwen2")), tp=2, **options) as pipe:
-        assert pipe(asked, max_tokens=5).token_ids == got
+    original = checkpoint("qwen2")
+    folder = cut(original, tmp_path / "out", 2)
+    question, picture = "What?", Image.fromarray(noise(60, 30))
+    with VLPipeline(str(folder), tp=2, dtype="float32", kv_cache_gib=0.01, device="cpu", threads=1) as pipe:
+        got = pipe((question, picture), max_tokens=5)
+    with tp_engine(original, 2) as (ours, _):
+        assert ask(ours, [prompt(original, question, [picture])], 5) == [list(got.token_ids)]
 
 
 def test_a_rank_reads_its_own_files_and_every_byte_of_them_once(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -320,17 +320,15 @@ def test_the_command_ends_on_a_signal_without_a_trace(checkpoint: Callable[..., 
     code = """
 import os, sys, tqdm
 from vlserve.cli import main
-update = tqdm.tqdm.update
 def stop(bar, num_bytes):
     os.kill(os.getpid(), int(sys.argv[1]))
 tqdm.tqdm.update = stop
 sys.exit(main(["shard", *sys.argv[2:]]))
 """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        arguments = [str(int(number)), str(checkpoint("qwen2")), "--tp", "2", str(tmp_path / "out")]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
-        assert not list(tmp_path.iterdir())
+    arguments = [str(int(signal.SIGTERM)), str(checkpoint("qwen2")), "--tp", "2", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_disk_is_asked_before_anything_is_written(
