@@ -8,7 +8,7 @@ model's shape. A name that nobody expects, a wrong shape, and a parameter that w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,25 @@ from safetensors import SafetensorError, safe_open
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Span
 
+Target = torch.Tensor | Slot
+Rename = Callable[[str], str | None]
+Progress = Callable[[int, int], None]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def load_weights(
     folder: Path,
-    targets: Mapping[str, torch.Tensor | Slot],
+    targets: Mapping[str, Target],
     *,
-    rename: Callable[[str], str | None] = lambda name: name,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    files: Sequence[Path] | None = None,
+    rename: Rename = lambda name: name,
+    progress: Progress = lambda done, total: None,
 ) -> int:
     """Fill every target from the checkpoint in `folder`; returns the bytes read.
 
     Args:
         targets: what to write into, by the name that `rename` gives a checkpoint tensor.
+        files: what to read, where it is not `checkpoint_files`.
         rename: checkpoint name to target name; None for a tensor to pass over on purpose.
         progress: called with (files done, files in all).
 
@@ -39,10 +44,25 @@ def load_weights(
         FileNotFoundError: a weight file is missing. ValueError: a tensor is unexpected, missing,
         doubly given, of the wrong shape, or its file is damaged; the message lists the names.
     """
-    files = checkpoint_files(folder)
+    tensors = match_tensors(folder, targets, files=files, rename=rename, progress=progress)
+    return sum(fill(targets[name], stored) for name, stored in tensors)
+
+
+def match_tensors(
+    folder: Path,
+    targets: Mapping[str, Target],
+    *,
+    files: Sequence[Path] | None = None,
+    rename: Rename = lambda name: name,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[tuple[str, Any]]:
+    """(target name, handle on the stored tensor) of each target, in the files' order; arguments and errors as `load_weights`.
+
+    A wrong shape raises at once, unexpected and missing names at the end.
+    """
+    files = checkpoint_files(folder) if files is None else files
     missing = dict(targets)
     unexpected: list[str] = []
-    num_bytes = 0
     for done, path in enumerate(files):
         progress(done, len(files))
         for checkpoint_name, stored in _tensors(path):
@@ -53,13 +73,15 @@ def load_weights(
                 reason = "given twice" if name in targets else "not part of this architecture"
                 unexpected.append(f"{checkpoint_name} ({reason})")
                 continue
-            num_bytes += _fill(missing.pop(name), stored, f"{path.name}: {checkpoint_name}")
+            full = slot_of(missing.pop(name)).full
+            if tuple(stored.get_shape()) != full:
+                raise ValueError(f"{path.name}: {checkpoint_name} is {stored.get_shape()}, config.json asks for {list(full)}")
+            yield name, stored
     progress(len(files), len(files))
     if unexpected:
         raise ValueError(f"unexpected weights in {folder.name}: {_some(unexpected)}")
     if missing:
         raise ValueError(f"weights missing from {folder.name}: {_some(list(missing))}")
-    return num_bytes
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -81,21 +103,14 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
-    """(name, handle on the stored tensor) of each."""
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, file.get_slice(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged or no safetensors file: {error}") from error
+def slot_of(target: Target) -> Slot:
+    """A tensor as the slot that takes all of a stored tensor."""
+    return target if isinstance(target, Slot) else Slot(target, tuple(target.shape), {})
 
 
-def _fill(target: torch.Tensor | Slot, stored: Any, what: str) -> int:
-    """Copy the target's span of a stored tensor; returns the bytes read."""
-    slot = target if isinstance(target, Slot) else Slot(target, tuple(target.shape), {})
-    if tuple(stored.get_shape()) != slot.full:
-        raise ValueError(f"{what} is {stored.get_shape()}, config.json asks for {list(slot.full)}")
+def fill(target: Target, stored: Any) -> int:
+    """Copy the target's span of a stored tensor, which has its shape; returns the bytes read."""
+    slot = slot_of(target)
     spans = [slot.spans.get(dim, Span(0, size, size)) for dim, size in enumerate(slot.full)]
     if any(span.stop - span.start < span.size for span in spans):
         slot.tensor.zero_()
@@ -104,6 +119,16 @@ def _fill(target: torch.Tensor | Slot, stored: Any, what: str) -> int:
     part = stored[tuple(slice(span.start, span.stop) for span in spans)] if spans else stored[...]
     slot.tensor[tuple(slice(span.stop - span.start) for span in spans)].copy_(part)
     return int(part.nbytes)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """(name, handle on the stored tensor) of each."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, file.get_slice(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged or no safetensors file: {error}") from error
 
 
 def _some(names: list[str], limit: int = 8) -> str:

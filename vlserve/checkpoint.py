@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vlserve.architectures import Architecture, find_architecture
-from vlserve.errors import ModelError
+from vlserve.config import EngineConfig
+from vlserve.errors import ConfigError, ModelError
+from vlserve.llm.shards import read_shards
 from vlserve.vision.config import ImageConfig
 
 DEMO = Path(__file__).parent / "demo"
@@ -85,6 +87,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         generation=_read_json(folder / "generation_config.json", optional=True),
         image_config=image_config,
         architecture=architecture,
+    )
+
+
+def check_shards(folder: Path, config: EngineConfig) -> None:
+    """Whether a folder that `vlserve shard` wrote is for this degree; raises ConfigError, and ModelError for a damaged one."""
+    try:
+        shards = read_shards(folder)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if shards is None or (shards.tp, shards.replicate_kv_heads) == (config.tp, config.replicate_kv_heads):
+        return
+    written, asked = (
+        f"--tp {given.tp}" + (" --replicate-kv-heads" if given.replicate_kv_heads else "") for given in (shards, config)
+    )
+    raise ConfigError(
+        f"{folder} was sharded for {written}, and this start is {asked}. Give {written}; or start from the original checkpoint, "
+        f"or shard that again: vlserve shard ORIGINAL OUT {asked}"
     )
 
 

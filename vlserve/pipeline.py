@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vlserve import structured
 from vlserve.answer import AnswerText
 from vlserve.asking import Asking
-from vlserve.checkpoint import find_folder, read_checkpoint
+from vlserve.checkpoint import check_shards, find_folder, read_checkpoint
 from vlserve.client import EngineClient
 from vlserve.config import SamplingParams, read_options
 from vlserve.engine.messages import Stage
@@ -70,6 +70,7 @@ class VLPipeline(Asking):
                 "`vlserve serve --nnodes N --node-rank K` with the same options"
             )
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
+        check_shards(self.checkpoint.folder, self.config)
         self.client = EngineClient(self.config)
         self.max_at_once = 2 * self.config.max_num_seqs  # prepared pictures take memory
         self.observers: list[Observer] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vlserve.checkpoint import Checkpoint
+from vlserve.checkpoint import Checkpoint, check_shards
 from vlserve.config import EngineConfig
 from vlserve.engine.model import Model
 from vlserve.errors import ConfigError, ModelError
@@ -18,17 +18,23 @@ Progress = Callable[[str, int, int], None]
 
 def load_model(checkpoint: Checkpoint, config: EngineConfig, split: Split, device: torch.device, progress: Progress) -> Model:
     """This rank's model with its weights; raises ModelError for a checkpoint that does not fit."""
+    check_shards(checkpoint.folder, config)
     dtype = _dtype(checkpoint, config)
     try:
-        with torch.device("meta"):  # no memory yet, and no time for random initial values
-            model = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, split)
-        if not isinstance(model, Model):
-            origin, kind = checkpoint.architecture.origin, type(model).__name__
-            raise ModelError(f"{origin}: build gave {kind!r}; expected a vlserve.engine.model.Model")
-        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = build_model(checkpoint, split).to(dtype).to_empty(device=device).eval().requires_grad_(False)
         model.load(Path(checkpoint.folder), lambda done, total: progress("weights", done, total))
     except (ValueError, FileNotFoundError) as error:
         raise ModelError(str(error)) from error
+    return model
+
+
+def build_model(checkpoint: Checkpoint, split: Split) -> Model:
+    """A rank's model without weights, on torch's meta device; raises ModelError, and ValueError for a wrong config."""
+    with torch.device("meta"):  # no memory, and no time for random initial values
+        model = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, split)
+    if not isinstance(model, Model):
+        origin, kind = checkpoint.architecture.origin, type(model).__name__
+        raise ModelError(f"{origin}: build gave {kind!r}; expected a vlserve.engine.model.Model")
     return model
 
 

@@ -18,7 +18,8 @@ from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
-from vlserve.llm.weights import load_weights
+from vlserve.llm.shards import read_shards
+from vlserve.llm.weights import load_weights, slot_of
 from vlserve.vision.config import TILES_AT_ONCE, ImageConfig, read_encoder_config
 from vlserve.vision.encoder import build_encoder
 from vlserve.vision.names import encoder_targets
@@ -71,7 +72,11 @@ class Model(nn.Module, ABC):
 
     def load(self, folder: Path, progress: Callable[[int, int], None]) -> int:
         """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""
-        return load_weights(folder, self.targets(), rename=self.rename, progress=progress)
+        shards = read_shards(folder)
+        if shards is None:
+            return load_weights(folder, self.targets(), rename=self.rename, progress=progress)
+        parts = {name: slot_of(target).tensor for name, target in self.targets().items()}  # stored as this rank has them
+        return load_weights(folder, parts, files=shards.files(folder, self.decoder.split.group.rank), progress=progress)
 
 
 class InternVL(Model):
