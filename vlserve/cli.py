@@ -31,7 +31,7 @@ COMMANDS: dict[str, dict[str, Config]] = {
     "chat": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
     "run": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
 }
-TOOLS: tuple[str, ...] = ()  # modules of vlserve.commands
+TOOLS: tuple[str, ...] = ("doctor",)  # modules of vlserve.commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
