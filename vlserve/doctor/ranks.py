@@ -44,20 +44,16 @@ def try_ranks(config: EngineConfig, timeout_s: float, on_stage: OnStage = lambda
 
     `timeout_s` bounds the time without news from any rank, and what ranks do is a short list of steps.
     """
-    folder = Path(tempfile.mkdtemp(prefix="vlserve-"))
-    context = zmq.Context()
+    folder = Path(tempfile.mkdtemp(prefix="vlserve-"))  # mode 0700
     try:
-        return _watch(config, folder, context, timeout_s, on_stage)
+        with zmq.Context() as context, context.socket(zmq.PULL) as events:
+            events.bind(f"ipc://{folder}/events")
+            return _watch(config, folder, events, timeout_s, on_stage)
     finally:
-        context.destroy(linger=0)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(
-    config: EngineConfig, folder: Path, context: zmq.Context[zmq.Socket[bytes]], timeout_s: float, on_stage: OnStage
-) -> Trial:
-    events = context.socket(zmq.PULL)
-    events.bind(f"ipc://{folder}/events")
+def _watch(config: EngineConfig, folder: Path, events: zmq.Socket[bytes], timeout_s: float, on_stage: OnStage) -> Trial:
     decoder = msgspec.msgpack.Decoder(FromRank)
     reports: dict[int, Preflight] = {}
     begun = last_sign = time.monotonic()
