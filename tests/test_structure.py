@@ -14,7 +14,7 @@ import vlserve
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"kernels": {"kernels"}, "llm": {"llm", "kernels"}, "vision": {"vision", "kernels"}}
 FRONT = ("server", "client", "pipeline", "prompt", "tokenizer", "messages", "answer", "observer", "media", "outputs", "cli")
-FRONT += ("loader", "fetch", "sources", "asking", "remote", "flags")
+FRONT += ("loader", "fetch", "sources", "asking", "remote", "flags", "commands", "doctor")
 
 
 def imports(path: Path) -> set[str]:
@@ -47,7 +47,9 @@ def test_the_engine_never_imports_the_front() -> None:
 
 
 def test_the_front_takes_only_the_messages_from_the_engine() -> None:
-    for path in [*(ROOT / "vlserve/server").glob("*.py"), *(ROOT / f"vlserve/{name}.py" for name in FRONT[1:])]:
+    folders = ("server", "commands", "doctor")
+    files = [ROOT / f"vlserve/{name}.py" for name in FRONT if name not in folders]
+    for path in [*files, *(path for folder in folders for path in (ROOT / "vlserve" / folder).glob("*.py"))]:
         engine = {name for name in imports(path) if name.startswith("vlserve.engine.")}
         assert all(name.startswith("vlserve.engine.messages") for name in engine), path
 

@@ -17,7 +17,7 @@ import msgspec
 
 from vlserve.board import Board
 from vlserve.config import EngineConfig
-from vlserve.engine.messages import STAGES, Stage
+from vlserve.engine.messages import STAGES, Stage, Task
 from vlserve.rank import RankArguments
 
 # read by NCCL and by torch's part of it; what the user set stays
@@ -35,8 +35,8 @@ GPU_HINTS = (
 class Ranks:
     """Started by the constructor; `folder` is private to this run and new."""
 
-    def __init__(self, config: EngineConfig, folder: Path, pixel_folders: Sequence[Path]) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: EngineConfig, folder: Path, pixel_folders: Sequence[Path], task: Task = "serve") -> None:
+        self.config, self.folder, self.task = config, folder, task
         self.first = config.node_rank * config.ranks_per_node
         self.numbers = range(self.first, self.first + config.ranks_per_node)
         self.stages = {rank: Stage(name="starting", rank=rank) for rank in self.numbers}
@@ -132,7 +132,12 @@ class Ranks:
             env=settings | os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         )
         arguments = RankArguments(
-            config=self.config, rank=rank, folder=str(self.folder), pixel_folders=pixel_folders, parent=os.getpid()
+            config=self.config,
+            rank=rank,
+            folder=str(self.folder),
+            pixel_folders=pixel_folders,
+            parent=os.getpid(),
+            task=self.task,
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a rank that died already is noticed soon

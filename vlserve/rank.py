@@ -21,7 +21,21 @@ import msgspec
 import zmq
 
 from vlserve.config import EngineConfig
-from vlserve.engine.messages import Abort, Add, Failed, FromRank, Memory, Ready, Shutdown, Stage, Step, TokenEvent, ToRank
+from vlserve.engine.messages import (
+    Abort,
+    Add,
+    Failed,
+    FromRank,
+    Memory,
+    Preflight,
+    Ready,
+    Shutdown,
+    Stage,
+    Step,
+    Task,
+    TokenEvent,
+    ToRank,
+)
 from vlserve.errors import VLServeError
 
 if TYPE_CHECKING:
@@ -39,6 +53,7 @@ class RankArguments(msgspec.Struct, frozen=True):
     folder: str  # private, of this run: sockets, the store, the board
     pixel_folders: list[str]
     parent: int  # process id
+    task: Task = "serve"
 
     @property
     def local_rank(self) -> int:
@@ -85,6 +100,9 @@ class _Rank:
         if config.threads is not None or config.tp > 1:
             torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.ranks_per_node))
         seat = self._sit_down()
+        if self._arguments.task == "preflight":
+            self._try_out(seat)
+            return
         if rank == 0:
             engine = Engine(config, self._enter, seat=seat)
             self._send(Step(events=[], stats=engine.stats()))  # before Ready: whoever sees it ready has figures
@@ -153,6 +171,16 @@ class _Rank:
             group.use_cuda(device)
         group.check(device)
         return Seat(group=group, local_rank=arguments.local_rank, pixels=pixels)
+
+    def _try_out(self, seat: Seat) -> None:
+        from vlserve.engine.loading import resolve_device
+        from vlserve.engine.preflight import time_all_reduce, try_device
+
+        device = resolve_device(self._config, self._arguments.local_rank)
+        try_device(device)
+        times = time_all_reduce(seat.group, device, lambda done, total: self._enter("all-reduce", done, total))
+        self._send(Preflight(rank=self._arguments.rank, device=str(device), all_reduce=times))
+        threading.Event().wait()  # the front ends all ranks; one that went by itself would look as if it had failed
 
     def _ready(self, runner: Runner) -> None:
         self._enter("ready")

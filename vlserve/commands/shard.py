@@ -20,6 +20,7 @@ from vlserve.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.config import DTYPES, EngineConfig
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.shards import Shards, read_shards, write_shards
+from vlserve.plan import check_tp
 
 if TYPE_CHECKING:
     from vlserve.llm.shard_writer import ShardWriter
@@ -75,7 +76,7 @@ def shard(config: EngineConfig, out: Path) -> str:
     out = _check_out(out)
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
     _check_unsharded(checkpoint)
-    _check_tp(checkpoint, config)
+    check_tp(checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads, source=str(checkpoint.folder / "config.json"))
     writer = _writer(checkpoint, config)
     copied = _copied(checkpoint.folder)
     num_bytes = writer.num_bytes + sum(path.stat().st_size for path in copied)
@@ -121,21 +122,6 @@ def _check_unsharded(checkpoint: Checkpoint) -> None:
     if shards is not None:
         raise ConfigError(f"{checkpoint.folder} is sharded for tp {shards.tp} already; shard again from the original checkpoint")
 
-
-def _check_tp(checkpoint: Checkpoint, config: EngineConfig) -> None:
-    """Whether the degree divides the heads, before any weights are looked at."""
-    from vlserve.engine.loading import build_model
-    from vlserve.llm.parallel import Split
-    from vlserve.llm.shard_writer import Place
-
-    try:
-        build_model(checkpoint, Split())
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-    try:
-        build_model(checkpoint, Split(group=Place(0, config.tp), replicate_kv_heads=config.replicate_kv_heads))
-    except ValueError as error:
-        raise ConfigError(f"{error} ({checkpoint.folder}); give another --tp") from error
 
 
 def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:

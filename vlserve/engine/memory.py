@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import gc
 import sys
-from pathlib import Path
 
 import torch
 
 from vlserve.config import EngineConfig
 from vlserve.engine.model import Model
 from vlserve.errors import ConfigError
+from vlserve.host_memory import available_memory
 from vlserve.llm.kv_cache import block_bytes
 
 GIB = 2**30
@@ -64,17 +64,4 @@ def _free_bytes(config: EngineConfig, device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - (1 - config.gpu_memory_utilization) * total
-    return _available_memory() / 4 / config.ranks_per_node
-
-
-def _available_memory() -> float:
-    """Bytes that this process may still take: the machine's, within a container's limit (cgroup v2)."""
-    available: float = 4 * GIB  # where the system does not say
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    return available
+    return available_memory() / 4 / config.ranks_per_node

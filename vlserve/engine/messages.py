@@ -12,6 +12,7 @@ import msgspec
 from vlserve.config import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Task = Literal["serve", "preflight"]  # what ranks are started for; a preflight ends before the weights
 STAGES = ("starting", "imports", "rendezvous", "all-reduce", "weights", "kv cache", "warm-up", "ready")  # of a rank, in order
 
 
@@ -66,6 +67,21 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     device: str
     dtype: str
     device_bytes: dict[str, int]  # by kind
+
+
+class AllReduceTime(msgspec.Struct, frozen=True):
+    """Of one size: seconds, the median of several on this rank."""
+
+    num_bytes: int
+    seconds: float
+
+
+class Preflight(msgspec.Struct, frozen=True, tag=True):
+    """A rank could compute on its device, met the others, and added up with them."""
+
+    rank: int
+    device: str
+    all_reduce: list[AllReduceTime]  # none with one rank
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -130,4 +146,4 @@ class Step(msgspec.Struct, frozen=True, tag=True):
 
 
 ToRank = Add | Abort | Shutdown
-FromRank = Stage | Ready | Failed | Step | Memory
+FromRank = Stage | Ready | Preflight | Failed | Step | Memory
