@@ -158,7 +158,13 @@ class EngineClient:
         stream = Stream(loop=asyncio.get_running_loop(), queue=asyncio.Queue(), request=request)
         if digests:
             tiles = [span.tiles.pixels.contiguous().view(-1).numpy().data for span in prompt.spans]
-            await asyncio.to_thread(self._share_pixels, id, digests, tiles)
+            left = threading.Event()
+            try:
+                await asyncio.to_thread(self._share_pixels, id, digests, tiles, left)
+            except asyncio.CancelledError:  # the thread goes on to its next picture
+                left.set()
+                self._release_pixels([id])
+                raise
             del tiles
         try:
             with self._lock:
@@ -359,7 +365,8 @@ class EngineClient:
             with contextlib.suppress(RuntimeError):  # the loop was closed without waiting for its answers
                 loop.call_soon_threadsafe(_put_all, news)
 
-    def _share_pixels(self, id: int, digests: Sequence[bytes], tiles: Sequence[memoryview]) -> None:
+    def _share_pixels(self, id: int, digests: Sequence[bytes], tiles: Sequence[memoryview], left: threading.Event) -> None:
+        """Put the tiles where the ranks find them, unless the request has `left`."""
         for digest, content in zip(digests, tiles, strict=True):
             try:
                 self._pixels.put(digest, content)
@@ -368,6 +375,9 @@ class EngineClient:
                 raise
             with self._lock:
                 self._pixels_of.setdefault(id, []).append(digest)
+            if left.is_set():
+                self._release_pixels([id])
+                return
 
     def _release_pixels(self, ids: Sequence[int]) -> None:
         for id in ids:

@@ -75,8 +75,9 @@ class PixelFiles:
 
 def _lock(folder: Path) -> int:
     """Held while this process lives; across containers that share the memory but not the process ids, too."""
-    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    file = os.open(folder / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.rename(folder / "new", folder / "lock")  # seen by others only now, so that nobody takes the folder for abandoned
     return file
 
 

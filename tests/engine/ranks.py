@@ -47,7 +47,8 @@ def tp_engine(folder: Path, tp: int, **options: Any) -> Iterator[tuple[Engine, l
 
     def seat(rank: int) -> Seat:
         group = DistributedGroup(store, rank, tp, address="127.0.0.1", timeout_s=60, marker=Marker())
-        return Seat(group=group, local_rank=rank, pixels=tiles)
+        is_here = rank < config.ranks_per_node  # on rank 0's machine; to the others rank 0 must send what they need
+        return Seat(group=group, local_rank=rank % config.ranks_per_node, pixels=tiles if is_here else PixelStore([]))
 
     def follow(rank: int) -> None:
         try:

@@ -102,6 +102,35 @@ class Comparison:
         assert self.ties <= max(1, total // 200), f"{self.ties} ties in {total}"
 
 
+class Ties:
+    """Where two runs part, the gap of the two best logprobs decides: under TIE it counts as a tie."""
+
+    def __init__(self) -> None:
+        self.compared = self.ties = 0
+        self.largest_logprob_difference = 0.0  # of the tokens up to there
+
+    def same(self, got: list[TokenEvent], want: list[TokenEvent]) -> None:
+        self.compared += 1
+        for step, (a, b) in enumerate(zip(got, want, strict=False)):
+            if a.token_id == b.token_id:
+                if a.logprob is not None and b.logprob is not None:
+                    difference = abs(a.logprob.logprob - b.logprob.logprob)
+                    self.largest_logprob_difference = max(self.largest_logprob_difference, difference)
+            else:
+                assert b.logprob is not None
+                gap = b.logprob.top[0][1] - b.logprob.top[1][1]
+                assert gap < TIE, f"step {step}: {a.token_id} for {b.token_id}; gap of the two best {gap:.2e}"
+                self.ties += 1
+                return
+        assert tokens(got) == tokens(want)
+
+    def __str__(self) -> str:
+        return f"{self.compared} compared, {self.ties} ties; logprobs within {self.largest_logprob_difference:.1e}"
+
+    def check(self) -> None:
+        assert self.ties <= max(1, self.compared // 200), f"{self.ties} ties in {self.compared}"
+
+
 class Transformers:
     """The reference model, in float32 on the CPU."""
 

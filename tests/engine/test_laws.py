@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.engine.reference import TIE, add, engine, prompt, run, tokens
+from tests.engine.reference import Ties, add, engine, prompt, run
 from tests.vision.test_preprocess import noise
 from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
@@ -26,27 +26,6 @@ def picture(seed: int, size: tuple[int, int] = (60, 30)) -> Image.Image:
 def answer(engine: Engine, prompt: Prompt, max_tokens: int = 10) -> list[TokenEvent]:
     add(engine, 0, prompt, SAMPLING, max_tokens)
     return run(engine)[0]
-
-
-class Ties:
-    """Where two runs part, the gap of the two best logprobs decides: under TIE it counts as a tie."""
-
-    def __init__(self) -> None:
-        self.compared = self.ties = 0
-
-    def same(self, got: list[TokenEvent], want: list[TokenEvent]) -> None:
-        self.compared += 1
-        for step, (a, b) in enumerate(zip(got, want, strict=False)):
-            if a.token_id != b.token_id:
-                assert b.logprob is not None
-                gap = b.logprob.top[0][1] - b.logprob.top[1][1]
-                assert gap < TIE, f"step {step}: {a.token_id} for {b.token_id}; gap of the two best {gap:.2e}"
-                self.ties += 1
-                return
-        assert tokens(got) == tokens(want)
-
-    def check(self) -> None:
-        assert self.ties <= max(1, self.compared // 200), f"{self.ties} ties in {self.compared}"
 
 
 @pytest.fixture

@@ -153,6 +153,7 @@ class Announcer:
 
     def ended(self, ids: Iterable[int]) -> None:
         for id in ids:
+            self._rows.pop(id, None)  # a request to come may have the same id
             if self._tables.pop(id, None) is not None:
                 self._ended.append(id)
 

@@ -71,7 +71,9 @@ class Runner:
         if isinstance(self.group, DistributedGroup):
             self.group.broadcast_message(self._announcer.step(step, chunks))
         logits = self._compute(step, make_batch(step, self.block_size, self.device))
-        self._announcer.dropped(self.features.trim())
+        dropped = self.features.trim()
+        if self.group.size > 1:  # alone it would keep them for ever: there is no message that takes them
+            self._announcer.dropped(dropped)
         self._share_encode_time(chunks, missing)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if logits is None:

@@ -1,0 +1,139 @@
+"""Measures the memory that a rank takes at its highest while it loads its part of a checkpoint, which is made here.
+
+The figure is the growth of RssAnon, a process's own memory, looked at every millisecond; each rank loads in a process of its own.
+Pages of the mapped weight files belong to the system, which takes them back when it likes: they are in the column "with mapped
+files" (the growth of the highest resident size) and in no other. Linux only. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vlserve.checkpoint import read_checkpoint
+from vlserve.config import EngineConfig
+from vlserve.engine.loading import load_model
+from vlserve.engine.memory import release_leftovers
+from vlserve.llm.formats import Slot
+from vlserve.llm.parallel import Group, Split
+
+TEXT = {
+    "model_type": "qwen2",
+    "vocab_size": 10_001,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": [56, 56],
+    "patch_size": [14, 14],
+}
+LAYER_BYTES, TABLE_BYTES = 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 4096), 2 * 2 * 10_001 * 1024
+FILES = 3
+
+
+class Alone(Group):
+    """A rank whose partners are not there: loading asks nothing of them."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+def make_checkpoint(folder: Path, num_bytes: float) -> int:
+    """Weights in bfloat16, of about `num_bytes` in several files; returns the bytes of the largest tensor."""
+    text = TEXT | {"num_hidden_layers": max(1, round((num_bytes - TABLE_BYTES) / LAYER_BYTES))}
+    config = {"model_type": "internvl", "text_config": text, "vision_config": VISION, "dtype": "bfloat16", "image_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = read_checkpoint(folder)
+    with torch.device("meta"):
+        targets = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, Split()).targets()
+    shapes = {name: t.full if isinstance(t, Slot) else tuple(t.shape) for name, t in targets.items()}
+    where = {name: f"model-{i * FILES // len(shapes)}.safetensors" for i, name in enumerate(shapes)}
+    for file in sorted(set(where.values())):
+        tensors = {name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in shapes if where[name] == file}
+        save_file(tensors, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return max(2 * torch.Size(shape).numel() for shape in shapes.values())
+
+
+def own_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+
+def load(folder: Path, rank: int, tp: int) -> dict[str, int]:
+    """In this process; call it once."""
+    import timm  # noqa: F401  (its memory is not the weights')
+
+    checkpoint, config = read_checkpoint(folder), EngineConfig(model=str(folder), tp=tp, device="cpu")
+    release_leftovers(torch.device("cpu"))
+    before, mapped_before = own_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak, is_done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_done.wait(0.001):
+            peak = max(peak, own_bytes())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    model = load_model(checkpoint, config, Split(group=Alone(rank, tp)), torch.device("cpu"), lambda name, done, total: None)
+    is_done.set()
+    watching.join()
+    return {
+        "tp": tp,
+        "rank": rank,
+        "shard_bytes": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "peak_growth_bytes": max(peak, own_bytes()) - before,
+        "with_mapped_files_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - mapped_before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=1000, help="of the checkpoint that is made")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is made; default: a temporary folder")
+    parser.add_argument("--load", type=int, nargs=2, metavar=("RANK", "TP"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    if args.load:
+        print(json.dumps(load(args.folder, *args.load)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        largest = make_checkpoint(folder, 1e6 * args.megabytes)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        print(f"a checkpoint of {size / 1e6:.0f} MB, its largest tensor {largest / 1e6:.1f} MB; in MB:")
+        print(f"{'tp':>4} {'rank':>5} {'shard':>8} {'highest':>8} {'above the shard':>16} {'with mapped files':>18}")
+        ranks: list[dict[str, Any]] = []
+        for tp in args.tp:
+            for rank in range(tp):
+                command = [sys.executable, __file__, "--folder", name, "--load", str(rank), str(tp)]
+                found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+                ranks.append(found | {"largest_tensor_bytes": largest})
+                shard, peak, mapped = (
+                    found[key] / 1e6 for key in ("shard_bytes", "peak_growth_bytes", "with_mapped_files_bytes")
+                )
+                print(f"{tp:4d} {rank:5d} {shard:8.1f} {peak:8.1f} {peak - shard:16.1f} {mapped:18.1f}")
+    print(json.dumps({"checkpoint_bytes": size, "ranks": ranks}))
+
+
+if __name__ == "__main__":
+    main()
