@@ -7,15 +7,19 @@ import signal
 import threading
 from types import FrameType
 
+from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.client import EngineClient
 from vlserve.config import EngineConfig
 from vlserve.errors import VLServeError
+from vlserve.plan import check_tp
 
 log = logging.getLogger(__name__)
 
 
 def follow(config: EngineConfig) -> int:
     """Run this machine's ranks until machine 0 ends them or a signal comes; returns the exit status."""
+    checkpoint = read_checkpoint(find_folder(config.model, config.revision))
+    check_tp(checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads)
     client = EngineClient(config)
     ended = threading.Event()
     failure: list[VLServeError] = []

@@ -149,8 +149,10 @@ def _plugin_bytes(plugin: Architecture, config: Mapping[str, Any], image_config:
     """All but the decoder of a package's model, built without memory on torch's meta device."""
     import torch  # only here: a plan of what is built in needs no torch
 
+    from vlserve.llm.parallel import Split
+
     with torch.device("meta"):
-        model = plugin.build(config, image_config)
+        model = plugin.build(config, image_config, Split())
     whole, decoder = (sum(t.numel() for t in (*m.parameters(), *m.buffers())) for m in (model, model.decoder))
     return (whole - decoder) * itemsize
 

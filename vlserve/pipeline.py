@@ -26,6 +26,7 @@ from vlserve.loader import PictureLoader
 from vlserve.messages import ImagePart, Turn
 from vlserve.observer import AnswerClock, Observer, PreparationClock
 from vlserve.outputs import Delta
+from vlserve.plan import check_tp
 from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class VLPipeline(Asking):
             )
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         check_shards(self.checkpoint.folder, self.config)
+        check_tp(self.checkpoint.config, self.config.tp, replicate_kv_heads=self.config.replicate_kv_heads)
         self.client = EngineClient(self.config)
         self.max_at_once = 2 * self.config.max_num_seqs  # prepared pictures take memory
         self.observers: list[Observer] = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, EngineError, ModelError
 from vlserve.flags import add_flags, given
+from vlserve.plan import check_tp
 
 if TYPE_CHECKING:
     from vlserve.commands.bench_advice import Advice
@@ -104,19 +105,9 @@ def check_degrees(degrees: tuple[int, ...], engine: dict[str, Any]) -> None:
     from vlserve.checkpoint import find_folder, read_checkpoint
 
     checkpoint = read_checkpoint(find_folder(engine["model"], engine.get("revision")))
-    text = checkpoint.config.get("text_config") or {}
-    heads = text.get("num_attention_heads")
-    if isinstance(heads, int):
-        kv_heads = text.get("num_key_value_heads") or heads
-        possible = [tp for tp in range(1, heads + 1) if heads % tp == 0 and kv_heads % tp == 0]
-        wrong = [tp for tp in degrees if tp not in possible]
-        if wrong:
-            raise ConfigError(
-                f"--tp {_join(wrong)}: {engine['model']} has {heads} query heads and {kv_heads} KV heads, which a degree must "
-                f"divide; degrees that work: {_join(possible)}"
-            )
     for tp in degrees:
-        EngineConfig(**engine, tp=tp)
+        config = EngineConfig(**engine, tp=tp)
+        check_tp(checkpoint.config, tp, replicate_kv_heads=config.replicate_kv_heads)
 
 
 def _measure(options: dict[str, Any], load: Load) -> Degree:
@@ -191,7 +182,3 @@ def _at_least(least: int) -> Any:
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     return _at_least(1)(width), _at_least(1)(height)
-
-
-def _join(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -76,7 +76,9 @@ def shard(config: EngineConfig, out: Path) -> str:
     out = _check_out(out)
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
     _check_unsharded(checkpoint)
-    check_tp(checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads, source=str(checkpoint.folder / "config.json"))
+    check_tp(
+        checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads, source=str(checkpoint.folder / "config.json")
+    )
     writer = _writer(checkpoint, config)
     copied = _copied(checkpoint.folder)
     num_bytes = writer.num_bytes + sum(path.stat().st_size for path in copied)
@@ -121,7 +123,6 @@ def _check_unsharded(checkpoint: Checkpoint) -> None:
         raise ModelError(str(error)) from error
     if shards is not None:
         raise ConfigError(f"{checkpoint.folder} is sharded for tp {shards.tp} already; shard again from the original checkpoint")
-
 
 
 def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:

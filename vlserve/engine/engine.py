@@ -20,6 +20,7 @@ from vlserve.engine.scheduler import Scheduler
 from vlserve.engine.sequence import ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 from vlserve.llm.parallel import ALONE, Group, Split
+from vlserve.plan import check_tp
 
 log = logging.getLogger(__name__)
 COMPILING_PAUSE_S = 0.005  # when grammars are compiled and there is nothing else to do
@@ -38,6 +39,7 @@ def build_runner(
     checkpoint: Checkpoint, config: EngineConfig, seat: Seat, progress: Progress, in_use: Callable[[], set[bytes]] = set
 ) -> Runner:
     """This rank's model with its caches, warmed up; all ranks do it together."""
+    check_tp(checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads)
     progress("weights", 0, 0)
     split = Split(group=seat.group, replicate_kv_heads=config.replicate_kv_heads)
     model = load_model(checkpoint, config, split, resolve_device(config, seat.local_rank), progress)

@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from vlserve.balance import memory_lines
 from vlserve.config import ServerConfig
 from vlserve.errors import VLServeError
 from vlserve.pipeline import VLPipeline
@@ -114,3 +115,5 @@ class _Server(uvicorn.Server):
             "%s is ready (%s, %s, context %d, KV cache for %d tokens)",
             *(self._pipeline.config.model, ready.device, ready.dtype, ready.max_model_len, tokens),
         )
+        for line in memory_lines(self._pipeline.config, self._pipeline.checkpoint.config, self._pipeline.client.ready_ranks):
+            log.info("%s", line)
