@@ -43,6 +43,7 @@ from vlserve.engine.messages import (
     TokenEvent,
 )
 from vlserve.errors import EngineError, VLServeError
+from vlserve.folders import PrivateFolder
 from vlserve.launch import Ranks
 from vlserve.pixels import PixelFiles
 
@@ -92,9 +93,10 @@ class EngineClient:
         self._settled = threading.Event()  # ready or failed
         self._closing = threading.Event()
         self._last_sign = time.monotonic()
+        self._is_owed = False  # the ranks have a message that no step answered yet
         self._encoder = msgspec.msgpack.Encoder()
-        self._folder = Path(tempfile.mkdtemp(prefix="vlserve-"))  # mode 0700
-        self._pixels = PixelFiles(self._folder)
+        self._folder = PrivateFolder(Path(tempfile.gettempdir()))
+        self._pixels = PixelFiles(self._folder.path)
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
@@ -127,14 +129,14 @@ class EngineClient:
         return [(stage, now - ranks.since[rank]) for rank, stage in sorted(ranks.stages.items())]
 
     @property
-    def measured(self) -> dict[int, dict[str, int]]:
-        """Bytes by kind that each rank of this machine held when it was ready."""
-        return {rank: ready.device_bytes for rank, ready in sorted(self._ready_ranks.items())}
+    def ready_ranks(self) -> dict[int, Ready]:
+        """What each rank of this machine said when it was ready."""
+        return dict(self._ready_ranks)
 
     @property
     def is_overdue(self) -> bool:
         """A step has been running for longer than it may."""
-        waits = self.ready is not None and bool(self._streams)
+        waits = self.ready is not None and self._is_owed
         return waits and time.monotonic() - self._last_sign > self.config.step_timeout_s
 
     async def generate(
@@ -169,10 +171,8 @@ class EngineClient:
         try:
             with self._lock:
                 self.check_alive()
-                if not self._streams:
-                    self._last_sign = time.monotonic()
                 self._streams[id] = stream
-                self._outbox.send(self._encoder.encode(request))
+                self._tell(request)
         except BaseException:
             self._release_pixels([id])
             raise
@@ -189,7 +189,7 @@ class EngineClient:
                 timer.cancel()
             with self._lock:
                 if self._streams.pop(id, None) is not None and not self._closing.is_set():
-                    self._outbox.send(self._encoder.encode(Abort(ids=[id])))
+                    self._tell(Abort(ids=[id]))
 
     def fail_all(self, message: str) -> None:
         """End every open request with an error, and refuse new ones."""
@@ -212,6 +212,13 @@ class EngineClient:
         if self.ready is None:
             raise EngineError(f"the engine is still loading (stage: {self.stage.name})")
 
+    def _tell(self, message: Add | Abort) -> None:
+        """Call with the lock held. The watch on a step begins with the first message that it has not answered: requests whose
+        clients left do not hide that the ranks hang."""
+        if not self._is_owed:
+            self._is_owed, self._last_sign = True, time.monotonic()
+        self._outbox.send(self._encoder.encode(message))
+
     def _run(self) -> None:
         """The thread: starts the ranks, moves messages until they end, perhaps starts them again."""
         inbox = self._context.socket(zmq.PULL)
@@ -219,19 +226,22 @@ class EngineClient:
             inbox.set_hwm(0)
             inbox.connect("inproc://outbox")
             for number in itertools.count():
-                failure = self._run_ranks(self._folder / f"run-{number}", inbox)
+                failure = self._run_ranks(self._folder.path / f"run-{number}", inbox)
                 if failure is None or not self._may_restart():
                     break
                 self._prepare_restart(failure)
             if failure is not None:
-                self._give_up(failure)
+                again = (
+                    f"; they were started again {self.num_restarts} time(s), and are not once more" if self.num_restarts else ""
+                )
+                self._give_up(type(failure)(f"{failure}{again}"))
         except Exception as error:
             log.exception("the client's thread failed")
             self._give_up(EngineError(f"the engine cannot be reached: {error}"))
         finally:
             self._context.destroy(linger=0)
             self._pixels.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
 
     def _run_ranks(self, folder: Path, inbox: zmq.Socket[bytes]) -> VLServeError | None:
         """From the start of the ranks to their end; returns why they failed, or None when they were told to end."""
@@ -267,6 +277,7 @@ class EngineClient:
         poller = zmq.Poller()
         poller.register(inbox, zmq.POLLIN)
         poller.register(events, zmq.POLLIN)
+        looked = 0.0
         while self.error is None and self._failure is None:
             readable = dict(poller.poll(POLL_MS))
             if inbox in readable:
@@ -276,16 +287,27 @@ class EngineClient:
                         requests.send(message, zmq.NOBLOCK)
             if events in readable:
                 self._handle(decoder.decode(events.recv()), ranks, requests)
-                continue
-            if self._echo is not None and time.monotonic() > self._echo[0]:
-                self._failure = self._echo[1]
-            elif self.config.node_rank > 0 and self.ready is not None and ranks.have_ended():
-                self.ended_in_order = True
-                self._give_up(EngineError("machine 0 has ended"))
-            else:
-                dead = ranks.find_dead()
-                self._failure = self._failure or (EngineError(dead) if dead is not None else None)
+                if time.monotonic() - looked < POLL_MS / 1000:
+                    continue
+            looked = time.monotonic()
+            self._look_for_dead(ranks)
             self._check_deadlines(ranks)
+
+    def _look_for_dead(self, ranks: Ranks) -> None:
+        """A rank that was killed says all; for one that left by itself, the reason is on its way, from it or from the rank that
+        it lost."""
+        if self._failure is not None:
+            return
+        killed, left = ranks.find_dead()
+        if killed is not None:
+            self._failure = EngineError(killed)
+        elif ranks.have_ended() and self.config.node_rank > 0 and self._echo is None:
+            self.ended_in_order = True
+            self._give_up(EngineError("machine 0 has ended"))
+        elif left is not None and self._echo is None:
+            self._echo = (time.monotonic() + ECHO_S, EngineError(left))
+        elif self._echo is not None and time.monotonic() > self._echo[0]:
+            self._failure = self._echo[1]
 
     def _handle(self, message: FromRank, ranks: Ranks, requests: zmq.Socket[bytes]) -> None:
         self._last_sign = time.monotonic()
@@ -296,6 +318,8 @@ class EngineClient:
                 stats = msgspec.structs.replace(stats, device_bytes=[*stats.device_bytes, *others])
             self.stats = stats
             self._dispatch(message.events)
+            with self._lock:
+                self._is_owed = bool(self._streams)
         elif isinstance(message, Stage):
             before = ranks.stages[message.rank].name
             seconds = ranks.saw(message)
@@ -313,7 +337,8 @@ class EngineClient:
         elif isinstance(message, Failed):
             kind = getattr(errors, message.kind, EngineError)
             if message.is_echo:
-                self._echo = self._echo or (time.monotonic() + ECHO_S, kind(message.message))
+                until = self._echo[0] if self._echo is not None else time.monotonic() + ECHO_S
+                self._echo = (until, kind(message.message))  # says more than that a process ended
             else:
                 self._failure = kind(message.message)
 
@@ -322,7 +347,7 @@ class EngineClient:
         with self._lock:
             for stream in self._streams.values():
                 requests.send(self._encoder.encode(stream.request))
-            self.ready = ready
+            self.ready, self._is_owed = ready, bool(self._streams)
         self._settled.set()
 
     def _may_restart(self) -> bool:
@@ -395,13 +420,15 @@ class EngineClient:
             name = "rendezvous_timeout_s" if stage in ("rendezvous", "all-reduce") else "load_timeout_s"
             limit = getattr(self.config, name) + (5 if stage == "rendezvous" else 0)  # there the ranks themselves know best
             if waited > limit:
+                also = f", and see that machine 0 is what answers at {self.config.rdzv_endpoint}"
                 self._failure = EngineError(
                     f"start-up made no progress for {waited:.0f} s in stage {stage!r}: {ranks.explain_stall()}. "
-                    f"Raise {name} if this machine is slow"
+                    f"Raise {name} if this machine is slow{also if stage == 'rendezvous' and self.config.nnodes > 1 else ''}"
                 )
         elif self.is_overdue:
             self._failure = EngineError(
-                f"the engine took more than step_timeout_s={self.config.step_timeout_s:g} s for one step: {ranks.explain_stall()}"
+                f"the engine took more than step_timeout_s={self.config.step_timeout_s:g} s for one step: "
+                f"{ranks.explain_stall()}. Raise step_timeout_s if steps may take that long here"
             )
 
     def _give_up(self, error: VLServeError) -> None:

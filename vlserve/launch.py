@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,6 +32,9 @@ GPU_HINTS = (
     "On GPUs this comes most often from peer-to-peer access (try NCCL_P2P_DISABLE=1; ACS must be off in the BIOS), too little "
     "shared memory (docker run --shm-size=8g), or a driver that does not fit NCCL. `vlserve doctor` checks all of these"
 )
+KILL_S = 5.0  # more than any process takes to die, unless a driver holds it
+
+log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -54,18 +59,13 @@ class Ranks:
     def pids(self) -> dict[int, int]:
         return {rank: process.pid for rank, process in zip(self.numbers, self._processes, strict=True)}
 
-    def find_dead(self) -> str | None:
-        """What became of the first rank that ended; None while all live."""
+    def find_dead(self) -> tuple[str | None, str | None]:
+        """What became of a rank that was killed by a signal, and of one that ended by itself; None where there is none."""
         dead = [(rank, p.returncode) for rank, p in zip(self.numbers, self._processes, strict=True) if p.poll() is not None]
-        if not dead:
-            return None
-        # one that was killed tells more than those that ended for its sake
-        rank, code = min(dead, key=lambda entry: (entry[1] >= 0, entry[1] == 0))
-        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-        text = f"the process of {self._name(rank)} ended ({how})" + (
-            "" if self._is_ready(rank) else f" in stage {self.stages[rank].name!r}"
-        )
-        return text + ("; the system may have been out of memory (see dmesg)" if code == -9 else "")
+        # NCCL aborts the ranks that lost another one, and a rank that fails has a status above 0: these come last and first
+        killed = sorted((entry for entry in dead if entry[1] < 0), key=lambda entry: entry[1] == -signal.SIGABRT)
+        left = sorted((entry for entry in dead if entry[1] >= 0), key=lambda entry: entry[1] == 0)
+        return (self._tell_end(*killed[0]) if killed else None), (self._tell_end(*left[0]) if left else None)
 
     def have_ended(self) -> bool:
         """All, and in order."""
@@ -104,7 +104,7 @@ class Ranks:
         return culprit + "; ".join(lines) + hint
 
     def end(self, *, wait_s: float) -> None:
-        """Give them so long to go by themselves, then kill them; returns when all are gone."""
+        """Give them so long to go by themselves, then kill them; returns when all are gone, or cannot be killed."""
         deadline = time.monotonic() + wait_s
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -112,8 +112,12 @@ class Ranks:
         for process in self._processes:
             if process.poll() is None:
                 process.kill()  # also when it is stopped
+        deadline = time.monotonic() + KILL_S
         for process in self._processes:
-            process.wait()
+            try:
+                process.wait(timeout=max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.error("process %d does not end, not even by SIGKILL; a driver may hold it (see dmesg)", process.pid)
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
@@ -126,11 +130,12 @@ class Ranks:
         settings = NCCL_SETTINGS | {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(self.folder / "nccl-")}
         if self.config.nnodes == 1:
             settings["NCCL_SOCKET_IFNAME"] = "lo"  # nothing outside this machine need reach them
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vlserve.rank"],
-            stdin=subprocess.PIPE,
-            env=settings | os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-        )
+        with _signals_blocked():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "vlserve.rank"],
+                stdin=subprocess.PIPE,
+                env=settings | os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            )
         arguments = RankArguments(
             config=self.config,
             rank=rank,
@@ -145,11 +150,28 @@ class Ranks:
             process.stdin.flush()
         return process
 
+    def _tell_end(self, rank: int, code: int) -> str:
+        how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+        text = f"the process of {self._name(rank)} ended ({how})" + (
+            "" if self._is_ready(rank) else f" in stage {self.stages[rank].name!r}"
+        )
+        return text + ("; the system may have been out of memory (see dmesg)" if code == -9 else "")
+
     def _is_ready(self, rank: int) -> bool:
         return self.stages[rank].name == "ready"
 
     def _name(self, rank: int) -> str:
         return f"rank {rank}" if self.config.tp > 1 else "the engine"
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process started meanwhile has these signals blocked: they may reach the whole group before it can ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_stopped(pid: int) -> bool:

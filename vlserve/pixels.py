@@ -6,19 +6,17 @@ A file is there while a request that needs it is open. Where shared memory is mi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
 
 from vlserve.engine.messages import pixel_file
 from vlserve.errors import OverloadedError
+from vlserve.folders import PrivateFolder
 
 SHARED = Path("/dev/shm")
-PREFIX = "vlserve-"
 
 
 class PixelFiles:
@@ -27,11 +25,10 @@ class PixelFiles:
     def __init__(self, fallback: Path) -> None:
         self.folders = [fallback / "pixels"]
         self.folders[0].mkdir()
-        self._lock_file: int | None = None
-        if SHARED.is_dir() and os.access(SHARED, os.W_OK):
-            _remove_abandoned()
-            self.folders.insert(0, Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHARED)))  # mode 0700
-            self._lock_file = _lock(self.folders[0])
+        self._shared: PrivateFolder | None = None
+        with contextlib.suppress(OSError):  # missing, read-only or full
+            self._shared = PrivateFolder(SHARED)
+            self.folders.insert(0, self._shared.path)
         self._users: Counter[bytes] = Counter()
         self._lock = threading.Lock()
 
@@ -66,28 +63,6 @@ class PixelFiles:
                     (folder / pixel_file(digest)).unlink(missing_ok=True)
 
     def close(self) -> None:
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
-
-
-def _lock(folder: Path) -> int:
-    """Held while this process lives; across containers that share the memory but not the process ids, too."""
-    file = os.open(folder / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.rename(folder / "new", folder / "lock")  # seen by others only now, so that nobody takes the folder for abandoned
-    return file
-
-
-def _remove_abandoned() -> None:
-    """Folders whose owner was killed: they would hold memory until the machine starts again."""
-    for folder in SHARED.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or in use, or just being made
-            file = os.open(folder / "lock", os.O_RDWR)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(file)
+        shutil.rmtree(self.folders[-1], ignore_errors=True)
+        if self._shared is not None:
+            self._shared.close()

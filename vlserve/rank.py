@@ -63,7 +63,10 @@ class RankArguments(msgspec.Struct, frozen=True):
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the front decides
         signal.signal(number, signal.SIG_IGN)
-    arguments = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankArguments)
+    line = sys.stdin.buffer.readline()
+    if not line:  # the front is gone already
+        os._exit(1)
+    arguments = msgspec.json.decode(line, type=RankArguments)
     _end_with_parent(arguments.parent)
     context = zmq.Context()
     events = context.socket(zmq.PUSH)
@@ -155,8 +158,10 @@ class _Rank:
         device = resolve_device(config, arguments.local_rank)
         self._enter("rendezvous")
         store = open_store(config, Path(arguments.folder), arguments.rank)
-        self._tell_others = lambda message: report_failure(store, message)
+        is_last = config.nnodes > 1 and arguments.rank == 0
+        self._tell_others = lambda message: report_failure(store, message, is_last=is_last)
         meet(store, config, arguments.rank)
+        self._tell_others = None
         group = DistributedGroup(
             *(store, arguments.rank, config.tp),
             address=local_address(config.rdzv_endpoint if config.nnodes > 1 else None),

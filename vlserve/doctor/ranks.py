@@ -76,11 +76,12 @@ def _watch(config: EngineConfig, folder: Path, events: zmq.Socket[bytes], timeou
                 elif isinstance(message, Failed):
                     failure = message.message
                 continue
-            waited, dead = time.monotonic() - last_sign, ranks.find_dead()
-            if echo:
-                failure = "; ".join(filter(None, (dead, echo))) if waited > ECHO_S else ""
-            elif dead is not None:
-                failure = dead
+            waited, (killed, left) = time.monotonic() - last_sign, ranks.find_dead()
+            echo = echo or left or ""
+            if killed is not None:
+                failure = killed
+            elif echo:
+                failure = "; ".join(dict.fromkeys(filter(None, (left, echo)))) if waited > ECHO_S else ""
             elif waited > timeout_s:
                 stall = ranks.explain_stall().removesuffix(f". {GPU_HINTS}")
                 failure = f"no progress for {waited:.0f} s in stage {ranks.slowest.name!r}: {stall}"

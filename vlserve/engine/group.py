@@ -8,6 +8,7 @@ so that a rank that stands still can be named. Shapes: R rows, V columns.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
 from collections import deque
@@ -140,8 +141,10 @@ class DistributedGroup(Group):
         try:
             yield self._device if is_cuda else getattr(self, "_host", None)  # none yet while it connects
         except RuntimeError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CollectiveError(f"rank {self.rank} waited for the other ranks in {kind!r} in vain: {reason}") from error
+            raise CollectiveError(
+                f"rank {self.rank} waited for the other ranks in {kind!r} in vain: {_shorten(error)}; the log of the rank that "
+                "ended or hangs says more"
+            ) from error
         self._marker.leave()
         if events is not None:
             events[1].record()
@@ -161,6 +164,12 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     return begin, end
+
+
+def _shorten(error: RuntimeError) -> str:
+    """Without the place in torch's sources, and without what Gloo says of every error."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S*\] ", "", line).partition(". This is typically")[0]
 
 
 def local_address(endpoint: str | None) -> str:

@@ -17,9 +17,11 @@ import torch.distributed as dist
 import vlserve
 from vlserve.checkpoint import find_folder
 from vlserve.config import EngineConfig
+from vlserve.engine.group import CollectiveError
 from vlserve.errors import ConfigError, EngineError
 
 PAUSE_S = 0.02
+READ_S = 1.0
 SAMPLE_BYTES = 65536  # of a weight file's beginning and of its end, for the fingerprint
 
 
@@ -65,18 +67,24 @@ def meet(store: dist.Store, config: EngineConfig, rank: int) -> None:
     """Wait until every rank is here; raises EngineError naming those that are not, or what they disagree about."""
     deadline = time.monotonic() + config.rendezvous_timeout_s
     per_node = config.ranks_per_node
-    if rank % per_node == 0:  # one for each machine
-        store.set(f"node/{rank // per_node}", json.dumps(_identity(config)))
-    store.set(f"rank/{rank}", "here")
-    for node in range(config.nnodes):
-        _wait(store, [f"node/{node}"], deadline, config, f"machine {node}")
-        _compare(_identity(config), json.loads(store.get(f"node/{node}")), node)
-    _wait(store, [f"rank/{r}" for r in range(config.tp)], deadline, config, "")
+    try:
+        if rank % per_node == 0:  # one for each machine
+            store.set(f"node/{rank // per_node}", json.dumps(_identity(config)))
+        store.set(f"rank/{rank}", "here")
+        for node in range(config.nnodes):
+            _wait(store, [f"node/{node}"], deadline, config, f"machine {node}")
+            _compare(_identity(config), json.loads(store.get(f"node/{node}")), node)
+        _wait(store, [f"rank/{r}" for r in range(config.tp)], deadline, config, "")
+    except RuntimeError as error:  # torch's, when rank 0 is gone, and the store with it
+        raise CollectiveError(
+            f"rank {rank} lost rank 0 in the rendezvous ({str(error).splitlines()[0]}); the log of rank 0's machine says why"
+        ) from error
 
 
-def report_failure(store: dist.Store, message: str) -> None:
-    """Tell the ranks that still wait in `meet`."""
+def report_failure(store: dist.Store, message: str, *, is_last: bool) -> None:
+    """Tell the ranks that still wait in `meet`. `is_last`: the store ends with this rank, so they are given time to read."""
     store.set("failed", message)
+    time.sleep(READ_S if is_last else 0)
 
 
 def _wait(store: dist.Store, keys: list[str], deadline: float, config: EngineConfig, what: str) -> None:
@@ -85,7 +93,7 @@ def _wait(store: dist.Store, keys: list[str], deadline: float, config: EngineCon
         if not absent:
             return
         if store.check(["failed"]):
-            raise EngineError(store.get("failed").decode())
+            raise CollectiveError(store.get("failed").decode())
         if time.monotonic() > deadline:
             who = what or "rank " + ", ".join(key.removeprefix("rank/") for key in absent)
             where = f"rdzv_endpoint {config.rdzv_endpoint}" if config.nnodes > 1 else "start-up"

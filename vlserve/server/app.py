@@ -123,7 +123,9 @@ class _Api:
             return JSONResponse({"status": "failed", "message": str(client.error)}, 503)
         if client.ready is None:
             stage = client.stage
-            return JSONResponse({"status": "loading", "stage": stage.name, "done": stage.done, "total": stage.total}, 503)
+            body = {"status": "loading", "stage": stage.name, "done": stage.done, "total": stage.total}
+            ranks = [{"rank": s.rank, "stage": s.name, "seconds": round(seconds, 1)} for s, seconds in client.rank_stages]
+            return JSONResponse(body | {"ranks": ranks}, 503)
         if client.is_overdue:
             return JSONResponse({"status": "overdue", "message": "the running step takes longer than it may"}, 503)
         if self.admission.is_draining:
