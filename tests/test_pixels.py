@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from vlserve.client import EngineClient
 from vlserve.engine.messages import pixel_file
 from vlserve.engine.pixels import PixelStore
 from vlserve.errors import OverloadedError
+from vlserve.folders import LOCK
 from vlserve.pixels import PixelFiles
 
 RED, BLUE = b"r" * 32, b"b" * 32
@@ -48,7 +48,7 @@ def fallback(tmp_path: Path) -> Path:
 
 def held(files: PixelFiles) -> list[list[str]]:
     """The pictures in each folder."""
-    return [sorted(path.name for path in folder.iterdir() if path.name != "lock") for folder in files.folders]
+    return [sorted(path.name for path in folder.iterdir() if path.name != LOCK) for folder in files.folders]
 
 
 def test_a_rank_reads_what_the_front_wrote_even_when_it_is_removed(fallback: Path) -> None:
@@ -193,25 +193,6 @@ def test_folders_of_the_dead_are_removed_and_those_of_the_living_stay(shared: Pa
     assert folders[1].exists()
     PixelFiles(tmp_path / "mine").close()
     assert not folders[1].exists(), "now its owner is gone, too"
-
-
-def test_a_folder_is_never_seen_with_a_lock_that_nobody_holds(
-    fallback: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another front starts in the very moment in which this one makes its folder."""
-    lock, between = fcntl.flock, []
-
-    def flock(file: int, how: int) -> None:
-        if not between:
-            between.append(True)
-            pixels._remove_abandoned()
-        lock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    files = PixelFiles(fallback)
-    files.put(RED, CONTENT)
-    assert between and held(files)[0] == [pixel_file(RED)]
-    files.close()
 
 
 def test_a_client_that_leaves_while_its_tiles_are_written_leaves_none(fallback: Path) -> None:

@@ -51,6 +51,8 @@ def test_the_front_takes_only_the_messages_from_the_engine() -> None:
     files = [ROOT / f"vlserve/{name}.py" for name in FRONT if name not in folders]
     for path in [*files, *(path for folder in folders for path in (ROOT / "vlserve" / folder).glob("*.py"))]:
         engine = {name for name in imports(path) if name.startswith("vlserve.engine.")}
+        if path.name == "shard.py":  # a tool that builds models itself
+            engine -= {name for name in engine if name.startswith("vlserve.engine.loading")}
         assert all(name.startswith("vlserve.engine.messages") for name in engine), path
 
 
