@@ -2,14 +2,13 @@
 
 The figure is the growth of RssAnon, a process's own memory, looked at every millisecond; each rank loads in a process of its own.
 Pages of the mapped weight files belong to the system, which takes them back when it likes: they are in the column "with mapped
-files" (the growth of the highest resident size) and in no other. Linux only. The last line is one JSON document.
+files" (VmRSS) and in no other. Linux only. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -72,9 +71,10 @@ def make_checkpoint(folder: Path, num_bytes: float) -> int:
     return max(2 * torch.Size(shape).numel() for shape in shapes.values())
 
 
-def own_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+def resident_bytes() -> tuple[int, int]:
+    """This process's own memory, and with the pages of mapped files."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024, int(status["VmRSS"].split()[0]) * 1024
 
 
 def load(folder: Path, rank: int, tp: int) -> dict[str, int]:
@@ -83,13 +83,17 @@ def load(folder: Path, rank: int, tp: int) -> dict[str, int]:
 
     checkpoint, config = read_checkpoint(folder), EngineConfig(model=str(folder), tp=tp, device="cpu")
     release_leftovers(torch.device("cpu"))
-    before, mapped_before = own_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak, is_done = before, threading.Event()
+    before, is_done = resident_bytes(), threading.Event()
+    peak = before
 
     def watch() -> None:
         nonlocal peak
-        while not is_done.wait(0.001):
-            peak = max(peak, own_bytes())
+        while True:
+            is_last = is_done.wait(0.001)
+            now = resident_bytes()
+            peak = max(peak[0], now[0]), max(peak[1], now[1])
+            if is_last:
+                return
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -100,8 +104,8 @@ def load(folder: Path, rank: int, tp: int) -> dict[str, int]:
         "tp": tp,
         "rank": rank,
         "shard_bytes": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        "peak_growth_bytes": max(peak, own_bytes()) - before,
-        "with_mapped_files_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - mapped_before,
+        "peak_growth_bytes": peak[0] - before[0],
+        "with_mapped_files_bytes": peak[1] - before[1],
     }
 
 
