@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach f
 import pytest
 import torch
 
+import vlserve.pixels
 from tests.checkpoints import make_checkpoint
+from tests.faults import MARK, add_path, nothing_left, write_hold
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folders of this test's own for what is temporary; nothing may be left there, and no rank."""
+    temporary, shared = tmp_path / "t", tmp_path / "s"
+    temporary.mkdir(), shared.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(vlserve.pixels, "SHARED", shared)
+    monkeypatch.setenv(MARK, str(tmp_path))
+    yield temporary
+    nothing_left(str(tmp_path), temporary, shared)
+
+
+@pytest.fixture
+def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Keeps a rank in a stage until it is ended."""
+
+    def set_hold(stage: str, *, rank: int = 1, kind: str = "sleep") -> None:
+        add_path(monkeypatch.setenv, write_hold(tmp_path / "hold"))
+        monkeypatch.setenv("VLSERVE_HOLD", f"{kind},{stage},{rank}")
+
+    return set_hold

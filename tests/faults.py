@@ -32,11 +32,11 @@ if sys.orig_argv[-2:] == ["-m", "vlserve.rank"] and "VLSERVE_HOLD" in os.environ
     def send(self, data, *args, **options):
         result = plain(self, data, *args, **options)
         message = msgspec.msgpack.decode(data)
-        if message["type"] == "Stage" and message["name"] == stage and message["rank"] == int(rank):
+        if message["type"] in ("Stage", "Ready") and message.get("name", "Ready") == stage and message["rank"] == int(rank):
             if kind == "memory":
                 import torch
                 torch.empty(2**50, dtype=torch.uint8)
-            time.sleep(3600)
+            time.sleep(3 if kind == "pause" else 3600)
         return result
 
     zmq.Socket.send = send
@@ -73,7 +73,7 @@ ARCHITECTURE = dataclasses.replace(BUILT_IN["internvl"], build=build)
 
 
 def write_hold(folder: Path) -> Path:
-    """A folder for PYTHONPATH; VLSERVE_HOLD=kind,stage,rank says where a rank stays (kind: sleep or memory)."""
+    """A folder for PYTHONPATH; VLSERVE_HOLD=kind,stage,rank says where a rank stays (kind: sleep, pause or memory)."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOLD)
     return folder

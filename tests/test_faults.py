@@ -7,66 +7,33 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import psutil
 import pytest
 from PIL import Image
 
-import vlserve.pixels
 from tests.faults import (
-    MARK,
     Clock,
     add_path,
     has_stage,
-    nothing_left,
-    own_folders,
     pipeline,
     ranks_of,
     wait_for_stage,
-    write_hold,
     write_plugin,
 )
-from tests.server.running import RunningServer, running, tiny, wait_until
-from tests.server.test_life import InFlight
+from tests.server.running import wait_until
 from tests.vision.test_preprocess import noise
 from vlserve import EngineError, VLPipeline
 from vlserve.engine.messages import STAGES
 
 LIMIT_S = 4
-LOADING = STAGES[:-1]
 Hold = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Folders of this test's own for what is temporary; nothing may be left there, and no rank."""
-    temporary, shared = tmp_path / "t", tmp_path / "s"
-    temporary.mkdir(), shared.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(vlserve.pixels, "SHARED", shared)
-    monkeypatch.setenv(MARK, str(tmp_path))
-    yield temporary
-    nothing_left(str(tmp_path), temporary, shared)
-
-
-@pytest.fixture
-def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hold:
-    """Keeps a rank in a stage until it is ended."""
-
-    def set_hold(stage: str, *, rank: int = 1, kind: str = "sleep") -> None:
-        add_path(monkeypatch.setenv, write_hold(tmp_path / "hold"))
-        monkeypatch.setenv("VLSERVE_HOLD", f"{kind},{stage},{rank}")
-
-    return set_hold
+pytestmark = pytest.mark.usefixtures("places")
 
 
 @pytest.fixture
@@ -93,7 +60,7 @@ def check_refused(pipe: VLPipeline, text: str) -> None:
         pipe("hi")
 
 
-@pytest.mark.parametrize("stage", LOADING)
+@pytest.mark.parametrize("stage", STAGES[:-1])
 def test_a_rank_killed_while_loading(stage: str, hold: Hold, checkpoint: Callable[..., Path]) -> None:
     hold(stage)
     with pipeline(checkpoint("qwen2")) as pipe:
@@ -176,6 +143,13 @@ def test_a_rank_stopped_in_a_step(checkpoint: Callable[..., Path]) -> None:
             list(deltas)
         text = clock.stop(str(error.value), limit_s=LIMIT_S)
         assert f"more than step_timeout_s={LIMIT_S} s" in text and "rank 1 is stopped" in text
+
+
+def test_a_request_sent_before_rank_0_listens_is_not_lost(hold: Hold, checkpoint: Callable[..., Path]) -> None:
+    hold("Ready", rank=0, kind="pause")
+    with pipeline(checkpoint("qwen2"), step_timeout_s=60) as pipe:
+        pipe.wait_ready()
+        assert len(pipe("hi", max_tokens=2, ignore_eos=True).token_ids) == 2
 
 
 def test_requests_that_leave_do_not_hide_a_rank_that_hangs(checkpoint: Callable[..., Path]) -> None:
@@ -266,78 +240,6 @@ def test_a_machine_that_is_killed(checkpoint: Callable[..., Path]) -> None:
             list(deltas)
         assert "rank 0 waited for the other ranks in" in clock.stop(str(error.value), limit_s=2)
         clock.wait_error(second, limit_s=0)
-
-
-@pytest.fixture
-def command(checkpoint: Callable[..., Path]) -> tuple[str, ...]:
-    return (*tiny(checkpoint("qwen2")), "--tp", "2", "--device", "cpu", "--threads", "1")
-
-
-def check_end(server: RunningServer, clock: Clock, number: int, folders: list[Path]) -> None:
-    status = server.wait()
-    clock.stop(f"exit status {status}", limit_s=0)
-    server.kill()  # all of its output has been read then
-    assert status in (0, -number, 128 + number)
-    assert not any("Traceback" in line or "KeyboardInterrupt" in line for line in server.lines), "".join(server.lines)
-    assert len(folders) == 2 and not any(folder.exists() for folder in folders)
-
-
-@pytest.mark.parametrize("stage", LOADING)
-def test_ctrl_c_while_loading(stage: str, hold: Hold, command: tuple[str, ...]) -> None:
-    def in_stage() -> bool:
-        ranks = httpx2.get(server.base + "/health").json()["ranks"]
-        return any(entry["rank"] == 1 and entry["stage"] == stage and entry["seconds"] >= 0 for entry in ranks)
-
-    hold(stage)
-    with running(*command) as server:
-        wait_until(in_stage, stage)
-        folders = own_folders(server.process.pid)
-        clock = Clock(f"Ctrl-C in stage {stage!r}")
-        os.killpg(server.process.pid, signal.SIGINT)
-        check_end(server, clock, signal.SIGINT, folders)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_a_step(number: int, command: tuple[str, ...]) -> None:
-    with running(*command, "--drain-seconds", "0") as server:
-        server.wait_ready()
-        folders, client = own_folders(server.process.pid), InFlight(server)
-        client.begun.wait(30)
-        clock = Clock(f"{signal.Signals(number).name} in decoding")
-        os.killpg(server.process.pid, number)
-        told = client.last()
-        assert told == "data: [DONE]" or "the server is shutting down" in told
-        check_end(server, clock, number, folders)
-
-
-def test_the_front_killed(command: tuple[str, ...], tmp_path: Path) -> None:
-    with running(*command) as server:
-        server.wait_ready()
-        ranks, folders = ranks_of(server.process.pid), own_folders(server.process.pid)
-        client = InFlight(server)
-        client.begun.wait(30)
-        ranks[1].suspend()  # a rank that cannot end by itself
-        clock = Clock("kill -9 of the front")
-        os.kill(server.process.pid, signal.SIGKILL)
-        psutil.wait_procs(ranks, timeout=30)
-        assert not any(rank.is_running() for rank in ranks)
-        clock.stop("the ranks are gone; " + client.last(), limit_s=0)
-    assert len(folders) == 2 and all(folder.exists() for folder in folders)
-    with running(*command) as server:
-        assert server.base and not any(folder.exists() for folder in folders), "the next start removes them"
-        server.process.send_signal(signal.SIGTERM)
-        server.wait()
-
-
-def test_only_the_http_port_is_open_and_only_on_loopback(command: tuple[str, ...]) -> None:
-    with running(*command) as server:
-        server.wait_ready()
-        front = psutil.Process(server.process.pid)
-        listening = [c.laddr for p in (front, *ranks_of(front.pid)) for c in p.net_connections() if c.status == "LISTEN"]
-        assert int(server.base.rpartition(":")[2]) in [address.port for address in listening]
-        assert {address.ip for address in listening} == {"127.0.0.1"}
-        server.process.send_signal(signal.SIGTERM)
-        server.wait()
 
 
 def test_starts_and_stops_leave_nothing(checkpoint: Callable[..., Path], places: Path) -> None:

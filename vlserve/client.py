@@ -253,9 +253,10 @@ class EngineClient:
                 inbox.recv(zmq.NOBLOCK)
         self._last_sign = time.monotonic()
         try:
-            for socket, name in ((requests, "requests"), (events, "events")):
+            for socket in (requests, events):
                 socket.set_hwm(0)
-                socket.bind(f"ipc://{folder}/{name}")
+            requests.connect(f"ipc://{folder}/requests")  # rank 0 binds it: what is sent before it does so waits, and is not lost
+            events.bind(f"ipc://{folder}/events")
             self._ranks = Ranks(self.config, folder, self._pixels.folders)
             self._move_messages(self._ranks, inbox, requests, events)
         finally:
@@ -283,8 +284,7 @@ class EngineClient:
             if inbox in readable:
                 message = inbox.recv()
                 if self.ready is not None:  # requests made before are sent again when the ranks are ready
-                    with contextlib.suppress(zmq.Again):  # no peer: the rank is gone, which is noticed below
-                        requests.send(message, zmq.NOBLOCK)
+                    requests.send(message)  # never blocks: it has a queue without limit from the start
             if events in readable:
                 self._handle(decoder.decode(events.recv()), ranks, requests)
                 if time.monotonic() - looked < POLL_MS / 1000:

@@ -95,11 +95,15 @@ class _Rank:
 
     def run(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._enter("imports")
+        rank, requests = self._arguments.rank, context.socket(zmq.PULL)
+        requests.set_hwm(0)
+        if rank == 0:
+            requests.bind(f"ipc://{self._arguments.folder}/requests")
         import torch
 
         from vlserve.engine.engine import Engine, build_runner
 
-        config, rank = self._config, self._arguments.rank
+        config = self._config
         if config.threads is not None or config.tp > 1:
             torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.ranks_per_node))
         seat = self._sit_down()
@@ -110,7 +114,7 @@ class _Rank:
             engine = Engine(config, self._enter, seat=seat)
             self._send(Step(events=[], stats=engine.stats()))  # before Ready: whoever sees it ready has figures
             self._ready(engine.runner)
-            self._serve(engine, context)
+            self._serve(engine, requests)
             engine.runner.idle(is_last=True)
             return
         from vlserve.checkpoint import find_folder, read_checkpoint
@@ -202,10 +206,7 @@ class _Rank:
             )
         )
 
-    def _serve(self, engine: Engine, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        requests = context.socket(zmq.PULL)
-        requests.set_hwm(0)
-        requests.connect(f"ipc://{self._arguments.folder}/requests")
+    def _serve(self, engine: Engine, requests: zmq.Socket[bytes]) -> None:
         decoder = msgspec.msgpack.Decoder(ToRank)
         tile_size = engine.runner.model.image_config.tile_size
         while True:
