@@ -56,7 +56,7 @@ def test_every_flag_said_to_be_ours_is_one() -> None:
         ("serve --server-port 8 somewhere", "--server-port is LMDeploy's; here it is --port"),
         (
             "serve demo --tensor-parallel-size=2",
-            "--tensor-parallel-size is vLLM's; here it is --tp: this version runs on one device",
+            "--tensor-parallel-size is vLLM's; here it is --tp",
         ),
         (
             "run --prompt x --quantization awq",
@@ -77,7 +77,7 @@ def test_the_command_line_names_ours(arguments: str, message: str) -> None:
 @pytest.mark.parametrize(
     "name,message",
     [
-        ("tensor_parallel_size", r"\(vLLM's; here it is tp: this version runs on one device\); options: "),
+        ("tensor_parallel_size", r"\(vLLM's; here it is tp\); options: "),
         ("session_len", r"\(LMDeploy's; here it is max_model_len\); options: "),
         ("disable_radix_cache", r"\(SGLang's; here it is prefix_caching=False\); options: "),
         ("server_port", r"\(LMDeploy's; here it is port of vlserve serve\); options: "),

@@ -21,7 +21,7 @@ class Foreign(NamedTuple):
     note: str = ""
 
 
-ONE_DEVICE = "this version runs on one device"
+ONE_BY_HEADS = "devices share every layer; there are no pipeline stages"
 NO_QUANTISED = "this version reads no quantised checkpoints; use the original one"
 NO_KV_TYPES = "the KV cache always has the type of --dtype"
 NAMED_FIRST = "the model comes without a flag: vlserve serve MODEL"
@@ -45,8 +45,8 @@ FLAGS: Mapping[str, Foreign] = {
     "--model-format": Foreign((LMDEPLOY,), "", NO_QUANTISED),
     "--ssl": Foreign((LMDEPLOY,), "--ssl-certfile", "with --ssl-keyfile"),
     "--allow-origins": Foreign((LMDEPLOY,), "--cors-origins"),
-    "--tensor-parallel-size": Foreign((VLLM,), "--tp", ONE_DEVICE),
-    "--pipeline-parallel-size": Foreign((VLLM,), "", ONE_DEVICE),
+    "--tensor-parallel-size": Foreign((VLLM,), "--tp"),
+    "--pipeline-parallel-size": Foreign((VLLM,), "--tp", ONE_BY_HEADS),
     "--data-parallel-size": Foreign((VLLM,), "", "start several servers behind a proxy"),
     "--limit-mm-per-prompt": Foreign((VLLM,), "--limit-images-per-prompt", "a number, since pictures are the one kind of media"),
     "--allowed-media-domains": Foreign((VLLM,), "--allowed-media-hosts"),
@@ -66,7 +66,7 @@ FLAGS: Mapping[str, Foreign] = {
     "--model": Foreign((VLLM,), "", NAMED_FIRST),
     "--allowed-origins": Foreign((VLLM,), "--cors-origins"),
     "--model-path": Foreign((SGLANG,), "", NAMED_FIRST),
-    "--tp-size": Foreign((SGLANG,), "--tp", ONE_DEVICE),
+    "--tp-size": Foreign((SGLANG,), "--tp"),
     "--dp-size": Foreign((SGLANG,), "", "start several servers behind a proxy"),
     "--mem-fraction-static": Foreign((SGLANG,), "--gpu-memory-utilization", ALL_MEMORY),
     "--context-length": Foreign((SGLANG,), "--max-model-len"),
