@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-import vlserve.client
+import vlserve.supervisor
 from tests.faults import MARK, Clock, add_path, nothing_left, own_folders, pipeline, ranks_of, write_plugin
 from tests.server.running import RunningServer, chat, running, tiny, wait_until
 from tests.server.test_life import InFlight
@@ -64,7 +64,7 @@ def test_ranks_that_fail_again_and_again_are_given_up(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
-    monkeypatch.setattr(vlserve.client, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(vlserve.supervisor, "MAX_RESTARTS", 1)
     with pipeline(checkpoint("qwen2"), on_rank_failure="restart") as pipe:
         pipe.wait_ready()
         ranks_of(os.getpid())[1].kill()

@@ -14,7 +14,21 @@ import vlserve
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"kernels": {"kernels"}, "llm": {"llm", "kernels"}, "vision": {"vision", "kernels"}}
 FRONT = ("server", "client", "pipeline", "prompt", "tokenizer", "messages", "answer", "observer", "media", "outputs", "cli")
-FRONT += ("loader", "fetch", "sources", "asking", "remote", "flags", "commands", "doctor")
+FRONT += (
+    "launch",
+    "supervisor",
+    "follow",
+    "pixels",
+    "balance",
+    "loader",
+    "fetch",
+    "sources",
+    "asking",
+    "remote",
+    "flags",
+    "commands",
+    "doctor",
+)
 
 
 def imports(path: Path) -> set[str]:

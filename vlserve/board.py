@@ -12,14 +12,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-_SLOT = struct.Struct("<qqd24s")  # steps begun, collectives entered, when (monotonic seconds), kind or ""
+_SLOT = struct.Struct("<qd24s")  # collectives entered, when (monotonic seconds), kind or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where a rank is; `kind` is the collective that it waits in, "" when it computes."""
 
-    step: int
     number: int  # collectives entered so far
     since_s: float  # seconds since it entered or left
     kind: str
@@ -29,16 +28,12 @@ class Marker:
     """A rank's pen. Without a file it writes nowhere."""
 
     def __init__(self, path: Path | None = None, slot: int = 0) -> None:
-        self._step = self._number = 0
+        self._number = 0
         self._offset = slot * _SLOT.size
         self._map: mmap.mmap | None = None
         if path is not None:
             with path.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), 0)
-
-    def begin_step(self) -> None:
-        self._step += 1
-        self._write("")
 
     def enter(self, kind: str) -> None:
         self._number += 1
@@ -49,7 +44,7 @@ class Marker:
 
     def _write(self, kind: str) -> None:
         if self._map is not None:
-            _SLOT.pack_into(self._map, self._offset, self._step, self._number, time.monotonic(), kind.encode()[:24])
+            _SLOT.pack_into(self._map, self._offset, self._number, time.monotonic(), kind.encode()[:24])
 
 
 class Board:
@@ -63,6 +58,6 @@ class Board:
         data, now = self.path.read_bytes(), time.monotonic()
         slots = [_SLOT.unpack_from(data, i * _SLOT.size) for i in range(self._num_ranks)]
         return [
-            Place(step=step, number=number, since_s=now - when if when else 0.0, kind=kind.rstrip(b"\0").decode(errors="replace"))
-            for step, number, when, kind in slots
+            Place(number=number, since_s=now - when if when else 0.0, kind=kind.rstrip(b"\0").decode(errors="replace"))
+            for number, when, kind in slots
         ]

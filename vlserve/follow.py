@@ -8,10 +8,10 @@ import threading
 from types import FrameType
 
 from vlserve.checkpoint import find_folder, read_checkpoint
-from vlserve.client import EngineClient
 from vlserve.config import EngineConfig
 from vlserve.errors import VLServeError
 from vlserve.plan import check_tp
+from vlserve.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def follow(config: EngineConfig) -> int:
     """Run this machine's ranks until machine 0 ends them or a signal comes; returns the exit status."""
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
     check_tp(checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads)
-    client = EngineClient(config)
+    ranks = Supervisor(config)
     ended = threading.Event()
     failure: list[VLServeError] = []
 
@@ -32,7 +32,7 @@ def follow(config: EngineConfig) -> int:
         log.info("ending this machine's ranks (signal %d); those of the other machines end with them", number)
         ended.set()
 
-    client.on_failure = on_failure
+    ranks.on_failure = on_failure
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     log.info(
         "machine %d of %d, ranks %d to %d, meeting at %s",
@@ -40,16 +40,15 @@ def follow(config: EngineConfig) -> int:
         *((config.node_rank + 1) * config.ranks_per_node - 1, config.rdzv_endpoint),
     )
     try:
-        if client.error is not None:
-            on_failure(client.error)
+        ranks.start()
         while not ended.wait(0.2):  # in steps, so that a signal is seen
             pass
-        if failure and not client.ended_in_order:
+        if failure and not ranks.ended_in_order:
             log.error("%s", failure[0])
             return 1
         log.info("machine 0 has ended" if failure else "ended")
         return 0
     finally:
-        client.close()
+        ranks.close()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -14,9 +14,9 @@ import zmq
 from vlserve.config import EngineConfig
 from vlserve.engine.messages import Failed, FromRank, Preflight, Stage
 from vlserve.launch import GPU_HINTS, Ranks
+from vlserve.supervisor import ECHO_S
 
 POLL_MS = 100
-ECHO_S = 2.0  # so long a rank that only lost its peers waits for the one that knows why
 
 OnStage = Callable[[Ranks, Stage], None]
 
