@@ -164,7 +164,7 @@ def test_requests_that_leave_do_not_hide_a_rank_that_hangs(checkpoint: Callable[
 @pytest.mark.parametrize(
     "kind,limit,message",
     [
-        ("memory", 0, "rank 1, stage 'ready': out of memory; try"),
+        ("memory", 0, "rank 1, in a step: out of memory; try"),
         ("hang", LIMIT_S, "rank 1 is furthest behind.*rank 0.*waits in the collective 'features'.*rank 1.* computes"),
     ],
 )

@@ -135,7 +135,8 @@ class _Rank:
                 message = "out of memory; try a smaller kv_cache_gib, max_model_len or a 16-bit dtype, or a larger tp"
         is_echo = kind == "CollectiveError"
         if self._config.tp > 1 and not is_echo and (kind == "EngineError" or not isinstance(error, VLServeError)):
-            message = f"rank {self._arguments.rank}, stage {self._stage!r}: {message}"
+            where = "in a step" if self._stage == "ready" else f"stage {self._stage!r}"
+            message = f"rank {self._arguments.rank}, {where}: {message}"
         if self._tell_others is not None and not is_echo:
             with contextlib.suppress(RuntimeError):  # their store may be gone
                 self._tell_others(message)
@@ -225,6 +226,7 @@ class _Rank:
                     store = engine.runner.pixels
                     engine.add(message, [store.open(i.digest, i.num_tiles, tile_size) for i in message.images])
             ended += engine.step()
+            engine.runner.keep_alive(TICK_S)
             self._send(Step(events=ended, stats=engine.stats()))
 
     def _follow(self, runner: Runner) -> None:

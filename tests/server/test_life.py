@@ -164,7 +164,7 @@ def test_a_broken_checkpoint_is_explained_in_one_line(
     "arguments,message",
     [
         (("nowhere/at/all",), "no such folder"),
-        (("--tp", "3"), "tp is 3"),
+        (("--tp", "3"), "tp=3 does not work: num_key_value_heads 2 is not divisible by 3"),
         (("--kv-cache-gib", "0.00001"), "one request of max_model_len"),
         (("--max-model-len", "9999999"), "max_position_embeddings 512"),
         (("--gpu-memory-utilization", "3"), "gpu_memory_utilization is 3"),

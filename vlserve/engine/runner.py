@@ -54,6 +54,7 @@ class Runner:
         self.image_queries = self.image_hits = 0  # pictures
         self.encode_s = self.step_s = self.comm_s = 0.0  # seconds in `_encode`, in `run`, and there in collectives
         self._encoding_s = 0.0  # of this step
+        self._told = time.monotonic()  # when the other ranks last heard something
         self._announcer, self._listener = Announcer(), Listener()
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._fixed_bytes = weight_bytes(model) | {
@@ -70,6 +71,7 @@ class Runner:
         self.pixels.lend({image.digest: image.pixels for chunk in chunks for image in chunk.images if image.digest in missing})
         if isinstance(self.group, DistributedGroup):
             self.group.broadcast_message(self._announcer.step(step, chunks))
+            self._told = time.monotonic()
         logits = self._compute(step, make_batch(step, self.block_size, self.device))
         dropped = self.features.trim()
         if self.group.size > 1:  # alone it would keep them for ever: there is no message that takes them
@@ -91,6 +93,12 @@ class Runner:
         """Tell the other ranks that there is nothing to do, or nothing any more."""
         if isinstance(self.group, DistributedGroup):
             self.group.broadcast_message(self._announcer.idle(is_last=is_last))
+            self._told = time.monotonic()
+
+    def keep_alive(self, after_s: float) -> None:
+        """The other ranks hear something when there was nothing to compute for so long, as while grammars are compiled."""
+        if time.monotonic() - self._told > after_s:
+            self.idle()
 
     def forget(self, ids: list[int]) -> None:
         """Sequences that ended."""
