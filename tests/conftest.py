@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a network
+# one thread of torch's a process, here and in ranks: models are tiny, and threads that wait for one another spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -16,7 +16,8 @@ import psutil
 from tests.checkpoints import edit_json
 from tests.server.running import wait_until
 from tests.test_prompt import copy_of
-from vlserve import VLPipeline
+from vlserve import EngineConfig, VLPipeline
+from vlserve.supervisor import Supervisor
 
 GRACE_S = 10  # beyond its deadline, for a fault to be noticed and everything to end
 MARK = "VLSERVE_TEST"  # in the environment of all processes of one test
@@ -129,10 +130,30 @@ class Clock:
         assert seconds < limit_s + GRACE_S, f"{self.fault}: {seconds:.1f} s, allowed are {limit_s} + {GRACE_S}"
         return text
 
-    def wait_error(self, pipe: VLPipeline, *, limit_s: float) -> str:
+    def wait_error(self, pipe: VLPipeline | OtherMachine, *, limit_s: float) -> str:
         """Until the pipeline has failed for good."""
         wait_until(lambda: pipe.client.error is not None, f"an error after {self.fault}")
         return self.stop(str(pipe.client.error), limit_s=limit_s)
+
+
+class OtherMachine:
+    """A machine above 0: ranks and no answers."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.client = Supervisor(config)
+        self.client.start()
+
+    def wait_ready(self) -> None:
+        self.client.wait_ready()
+
+
+@contextmanager
+def other_machine(folder: Path, **options: Any) -> Iterator[OtherMachine]:
+    machine = OtherMachine(EngineConfig(model=str(folder), **{**PAIR, **options}))
+    try:
+        yield machine
+    finally:
+        machine.client.close()
 
 
 @contextmanager

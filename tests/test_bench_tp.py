@@ -61,7 +61,7 @@ def degree(
         kv_tokens=1000,
         prompt_tokens=300,
         image_tokens=256,
-        device_bytes=[{"weights": 2**34 // tp, "kv_cache": 2**33}] * tp,
+        device_bytes=[{"decoder": 2**34 // tp, "kv_cache": 2**33}] * tp,
         rows=[row(1), row(16)],
     )
 
@@ -124,7 +124,7 @@ def test_much_communication_is_named_also_for_a_single_degree() -> None:
 
 
 def test_memory_is_said_by_degree() -> None:
-    assert "16 GiB (tp 1), 8 GiB (tp 2)" in advice(degree(1, 1.0, 1000), degree(2, 0.6, 1500))["memory"].text
+    assert "16,384 MiB (tp 1), 8,192 MiB (tp 2)" in advice(degree(1, 1.0, 1000), degree(2, 0.6, 1500))["memory"].text
 
 
 def test_noisy_figures_are_said_to_be_noisy() -> None:
@@ -192,11 +192,11 @@ def test_a_plot_that_cannot_be_made_is_refused_first(tmp_path: Path, monkeypatch
         bench_report.check_plot(tmp_path / "plot.png")
 
 
-@pytest.mark.parametrize("degrees,wrong", [((1, 3), "3"), ((2, 4, 5), "4, 5")])
+@pytest.mark.parametrize("degrees,wrong", [((1, 3), "3"), ((2, 4, 5), "4")])
 def test_degrees_that_the_model_cannot_have_are_named(
     checkpoint: Callable[..., Path], degrees: tuple[int, ...], wrong: str
 ) -> None:
-    message = f"--tp {wrong}: .* 6 query heads and 2 KV heads, .* degrees that work: 1, 2$"
+    message = f"tp={wrong} does not work: .*6 query heads, 2 KV heads.*Degrees that work: 1, 2"
     with pytest.raises(ConfigError, match=message):
         bench.check_degrees(degrees, {"model": str(checkpoint("qwen2"))})
 
@@ -210,7 +210,7 @@ def test_wrong_usage_is_explained_before_anything_runs(checkpoint: Callable[...,
         (["dp", model, "--tp", "1"], 2, "invalid choice: 'dp'"),
         (["tp", model, "--tp", "1", "--picture-size", "60"], 2, "argument --picture-size"),
         (["tp", model, "--tp", "1", "--requests", "8"], 1, "--requests 8 cannot be 16 at once"),
-        (["tp", model, "--tp", "1,3"], 1, "degrees that work: 1, 2"),
+        (["tp", model, "--tp", "1,3"], 1, "Degrees that work: 1, 2"),
         (["tp", "/no/where", "--tp", "1"], 1, "no such folder"),
     ):
         done = vlserve("bench", *arguments)
@@ -232,7 +232,7 @@ def test_one_degree_is_measured_as_json_and_drawn(checkpoint: Callable[..., Path
     (measured,) = document["degrees"]
     assert measured["tp"] == 1 and measured["device"] == "cpu" and measured["dtype"] == "float32"
     assert measured["prompt_tokens"] >= 20 + measured["image_tokens"] > 20
-    assert set(measured["device_bytes"][0]) >= {"weights", "kv_cache", "vision_cache"}
+    assert set(measured["device_bytes"][0]) >= {"decoder", "kv_cache", "vision_cache"}
     assert [row["concurrency"] for row in measured["rows"]] == [1, 2]
     for row in measured["rows"]:
         assert row["tokens_per_s"] == pytest.approx(5 * row["requests_per_s"]) and row["tokens_per_s_per_device"] > 0

@@ -19,8 +19,10 @@ from PIL import Image
 
 from tests.faults import (
     Clock,
+    OtherMachine,
     add_path,
     has_stage,
+    other_machine,
     pipeline,
     ranks_of,
     wait_for_stage,
@@ -186,10 +188,11 @@ def free_port() -> int:
 
 def machine(folder: Path, number: int, port: int, **options: Any) -> Any:
     several = {"nnodes": 2, "node_rank": number, "rdzv_endpoint": f"127.0.0.1:{port}"}
-    return pipeline(folder, **{**several, "rendezvous_timeout_s": 60, **options})
+    start = pipeline if number == 0 else other_machine
+    return start(folder, **{**several, "rendezvous_timeout_s": 60, **options})
 
 
-def wait_rendezvous(*pipes: VLPipeline) -> None:
+def wait_rendezvous(*pipes: VLPipeline | OtherMachine) -> None:
     """Until every machine's ranks have met, or given up; importing torch is no part of a fault."""
     for pipe in pipes:
         wait_until(lambda pipe=pipe: pipe.client.error is not None or pipe.client.stage.name == "rendezvous")

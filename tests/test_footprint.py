@@ -18,10 +18,13 @@ from torch.utils._pytree import tree_leaves
 from tests.engine.reference import add, engine, prompt, run
 from vlserve import architectures
 from vlserve.config import SamplingParams
+from vlserve.engine.memory import weight_bytes
 from vlserve.engine.model import InternVL
 from vlserve.footprint import FLOAT32
 from vlserve.kernels.paged_attention import plan_attention
 from vlserve.llm.kv_cache import KVCache
+from vlserve.llm.parallel import Split
+from vlserve.llm.shard_writer import Place
 from vlserve.plan import make_plan
 from vlserve.vision.config import TILES_AT_ONCE, read_encoder_config, read_image_config
 
@@ -38,6 +41,9 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
+WHOLE = Split()
+
+
 def config(encoder: str = "layer_norm", decoder: str = "qwen2", **text: Any) -> dict[str, Any]:
     vision = {"hidden_size": 80, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 5}
     sizes = {"vocab_size": 1001, "hidden_size": 96, "intermediate_size": 250, "num_hidden_layers": 3}
@@ -49,8 +55,8 @@ def config(encoder: str = "layer_norm", decoder: str = "qwen2", **text: Any) -> 
     }
 
 
-def build(settings: dict[str, Any]) -> InternVL:
-    return InternVL(settings, read_image_config({}, read_encoder_config(settings)))
+def build(settings: dict[str, Any], split: Split = WHOLE) -> InternVL:
+    return InternVL(settings, read_image_config({}, read_encoder_config(settings)), split)
 
 
 def num_bytes(module: torch.nn.Module) -> int:
@@ -65,40 +71,29 @@ def test_weights_are_those_of_the_modules(encoder: str, decoder: str) -> None:
         model = build(settings)
     rank = make_plan(settings, tp=1).ranks[0]
     assert rank.vision_bytes == num_bytes(model.encoder) + num_bytes(model.projector)
-    heads = [t for t in (model.decoder.embed_tokens, model.decoder.lm_head) if t is not None]
-    assert rank.embedding_bytes == sum(t.nbytes for t in heads)
-    assert rank.decoder_bytes == num_bytes(model.decoder) - rank.embedding_bytes
+    held = weight_bytes(model)
+    assert (rank.decoder_bytes, rank.embedding_bytes) == (held["decoder"], held["embedding"])
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("tp,replicate", [(2, False), (6, True)])
 def test_a_rank_holds_its_rows_and_columns(decoder: str, tp: int, replicate: bool) -> None:
-    """Each tensor of the whole decoder, cut by its name."""
     settings = config(decoder=decoder)
-    with torch.device("meta"):
-        whole = build(settings).decoder
-    shape = whole.config
-    kv_ranks = min(tp, shape.num_key_value_heads)
-    layers = embeddings = 0
-    for name, tensor in whole.targets().items():
-        kind = name.split(".")[-2]
-        cut = {"k_proj": kv_ranks, "v_proj": kv_ranks, "q_proj": tp, "gate_proj": tp, "up_proj": tp}.get(kind, 1)
-        if kind in ("o_proj", "down_proj") and tensor.ndim == 2:
-            layers += tensor.shape[0] * -(-tensor.shape[1] // tp)
-        elif kind in ("embed_tokens", "lm_head"):
-            embeddings += -(-tensor.shape[0] // tp) * tensor.shape[1]
-        else:
-            layers += -(-tensor.shape[0] // cut) * (tensor.numel() // tensor.shape[0])
     plan = make_plan(settings, tp=tp, replicate_kv_heads=replicate)
     for rank in plan.ranks:
-        assert rank.decoder_bytes == layers * FLOAT32 and rank.embedding_bytes == embeddings * FLOAT32
+        with torch.device("meta"):
+            model = build(settings, Split(group=Place(rank.rank, tp), replicate_kv_heads=replicate))
+        held = weight_bytes(model)
+        assert (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes) == tuple(held.values())
 
 
 def test_kv_bytes_are_the_caches() -> None:
     settings = config(decoder="qwen3")
     with torch.device("meta"):
-        shape = build(settings).decoder.config
-    cache = KVCache(shape, num_blocks=3, block_size=16, dtype=torch.float32, device=torch.device("meta"))
+        decoder = build(settings).decoder
+    cache = KVCache(
+        decoder.config, decoder.num_kv_heads, num_blocks=3, block_size=16, dtype=torch.float32, device=torch.device("meta")
+    )
     held = sum(t.nbytes for layer in cache.layers for t in layer)
     assert make_plan(settings, tp=1).ranks[0].kv_bytes_per_token * 3 * 16 == held
 
@@ -171,7 +166,9 @@ def test_a_decoders_peak(decoder: str, dtype: torch.dtype, length: int) -> None:
     model = build(settings).to(dtype).eval().decoder
     model.prepare(length, torch.device("cpu"))
     num_blocks = length // 16
-    cache = KVCache(model.config, num_blocks=num_blocks, block_size=16, dtype=dtype, device=torch.device("cpu"))
+    cache = KVCache(
+        model.config, model.num_kv_heads, num_blocks=num_blocks, block_size=16, dtype=dtype, device=torch.device("cpu")
+    )
     cache.clear(list(range(num_blocks)))
     with torch.no_grad(), LiveBytes() as live:
         positions = torch.arange(length - tokens, length)
@@ -201,7 +198,7 @@ def test_the_peak_of_sampling(checkpoint: Callable[..., Path]) -> None:
     with LiveBytes() as live:
         run(ours)
     plan = planned(json.loads((folder / "config.json").read_text()), dtype="float32", **options)
-    assert live.peak <= plan <= 1.02 * live.peak
+    assert live.peak <= plan <= 1.04 * live.peak
 
 
 def test_a_packages_encoder_is_counted_by_building_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +212,7 @@ def test_a_packages_encoder_is_counted_by_building_it(monkeypatch: pytest.Monkey
     model_class = sys.modules["vlserve_llava.model"].Llava
     image_config = architectures.find_architecture(settings).read_image_config(settings, {})
     with torch.device("meta"):
-        model = model_class(settings, image_config)
+        model = model_class(settings, image_config, Split())
     assert plan.ok and plan.supported and plan.image_tokens == 16
     assert plan.ranks[1].vision_bytes == num_bytes(model.encoder) + num_bytes(model.projector)
     broken = make_plan(settings | {"vision_config": settings["vision_config"] | {"num_attention_heads": 3}}, tp=2)

@@ -230,8 +230,8 @@ def test_a_damaged_list_of_files_is_named(folder: Path) -> None:
 def test_what_cannot_be_done_is_refused_and_leaves_nothing(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     model, out = checkpoint("qwen2"), tmp_path / "out"
     for tp, options, message in (
-        (4, {}, "num_attention_heads 6 is not divisible by tp 4"),
-        (3, {}, "num_key_value_heads 2 is not divisible by tp 3"),
+        (4, {}, "tp=4 does not work: num_attention_heads 6 is not divisible by 4"),
+        (3, {}, "num_key_value_heads 2 is not divisible by 3"),
         (0, {}, "tp is 0; expected a whole number of 1 or more"),
         (4, {"replicate_kv_heads": True}, "num_attention_heads 6"),
     ):

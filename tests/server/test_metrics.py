@@ -43,6 +43,8 @@ COUNTERS = {
     "mm_cache_hits": (),
     "num_preemptions": (),
     "image_encoder_seconds": (),
+    "step_seconds": (),
+    "communication_seconds": (),
 }
 GAUGES = {"num_requests_running": (), "num_requests_waiting": (), "kv_cache_usage_perc": (), "device_bytes": ("rank", "kind")}
 GPU_GAUGES = dict.fromkeys(("gpu_utilization_perc", "gpu_memory_used_bytes", "gpu_memory_total_bytes"), ("gpu",))
@@ -106,7 +108,7 @@ def test_every_series_is_there_before_the_first_request(server: RunningServer) -
     assert {name: labels for name, labels in label_names(found).items() if not name.endswith("_created")} == want
     reasons = {dict(labels)["finished_reason"] for name, labels in found if name == "request_success_total"}
     assert reasons == {"stop", "length", "abort", "error"}
-    assert value(found, "device_bytes", rank="0", kind="kv_cache") > value(found, "device_bytes", rank="0", kind="weights") > 0
+    assert value(found, "device_bytes", rank="0", kind="kv_cache") > value(found, "device_bytes", rank="0", kind="decoder") > 0
 
 
 def ask(server: RunningServer, *images: Image.Image, **fields: Any) -> dict[str, int]:
@@ -327,7 +329,9 @@ def test_the_engines_figures_as_they_are_and_when_it_failed() -> None:
         image_hits=6,
         num_preemptions=1,
         encode_s=1.5,
-        device_bytes=[{"weights": 10}, {"weights": 11, "other": 12}],
+        step_s=9.5,
+        comm_s=2.5,
+        device_bytes=[{"decoder": 10}, {"decoder": 11, "other": 12}],
     )
     pipeline = FakePipeline(stats)
     metrics = Metrics(pipeline, "tiny")  # type: ignore[arg-type]
@@ -339,7 +343,7 @@ def test_the_engines_figures_as_they_are_and_when_it_failed() -> None:
 
     device = {
         ("device_bytes", frozenset({("rank", rank), ("kind", kind)})): v
-        for rank, kind, v in (("0", "weights", 10), ("1", "weights", 11), ("1", "other", 12))
+        for rank, kind, v in (("0", "decoder", 10), ("1", "decoder", 11), ("1", "other", 12))
     }
     counters = {
         "prefix_cache_queries_total": 100,
@@ -348,6 +352,8 @@ def test_the_engines_figures_as_they_are_and_when_it_failed() -> None:
         "mm_cache_hits_total": 6,
         "num_preemptions_total": 1,
         "image_encoder_seconds_total": 1.5,
+        "step_seconds_total": 9.5,
+        "communication_seconds_total": 2.5,
     }
     gauges = {"num_requests_running": 3, "num_requests_waiting": 2, "kv_cache_usage_perc": 0.25}
     assert engines() == {(name, frozenset()): v for name, v in (counters | gauges).items()} | device

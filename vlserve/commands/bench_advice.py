@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vlserve.commands.bench_measure import Degree, Row
 
 MARGIN = 0.05  # differences below are taken for noise, however quiet the repetitions were
+WEIGHTS = ("vision", "decoder", "embedding")  # of the kinds of device bytes
 HIGH_COMM_SHARE = 0.3
 HIGH_SPREAD = 0.25
 
@@ -118,9 +119,9 @@ def _communication(degrees: Sequence[Degree]) -> list[Advice]:
 
 def _memory(degrees: Sequence[Degree]) -> list[Advice]:
     def most(degree: Degree) -> float:
-        return max(rank.get("weights", 0) for rank in degree.device_bytes) / 2**30
+        return max(sum(rank.get(kind, 0) for kind in WEIGHTS) for rank in degree.device_bytes) / 2**20
 
-    figures = ", ".join(f"{most(degree):.3g} GiB (tp {degree.tp})" for degree in degrees)
+    figures = ", ".join(f"{most(degree):,.0f} MiB (tp {degree.tp})" for degree in degrees)
     text = (
         f"Memory: the weights on one device take {figures}; the vision encoder is whole on each. "
         "What a degree saves is room for the KV cache."

@@ -233,6 +233,8 @@ class _EngineCollector:
             ("mm_cache_hits", "Pictures whose features were cached.", stats.image_hits),
             ("num_preemptions", "Requests sent back to wait because the KV cache was full.", stats.num_preemptions),
             ("image_encoder_seconds", "Seconds that the vision encoder ran.", stats.encode_s),
+            ("step_seconds", "Seconds in the engine's steps.", stats.step_s),
+            ("communication_seconds", "Of these, seconds in collectives with the other ranks.", stats.comm_s),
         ):
             counter = CounterMetricFamily(f"vlserve:{name}", help, labels=["model_name"])
             counter.add_metric([self._model_name], value)
