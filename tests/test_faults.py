@@ -207,6 +207,15 @@ def test_machines_with_different_sizes(checkpoint: Callable[..., Path]) -> None:
         assert "tp is 4 here and 2 there" in clock.wait_error(second, limit_s=0)
 
 
+def test_two_machines_with_the_same_number(checkpoint: Callable[..., Path]) -> None:
+    port, folder = free_port(), checkpoint("qwen2")
+    with machine(folder, 0, port), machine(folder, 1, port) as second, machine(folder, 1, port) as third:
+        clock = Clock("two machines with the same node_rank")
+        wait_until(lambda: (second.client.error or third.client.error) is not None, "one of them fails")
+        text = clock.stop(str(second.client.error or third.client.error), limit_s=60)
+        assert "rank 1 was started twice: give each machine a node_rank of its own, 0 to 1" in text
+
+
 def test_machines_with_different_checkpoints(checkpoint: Callable[..., Path]) -> None:
     port = free_port()
     with machine(checkpoint("qwen2"), 0, port) as first, machine(checkpoint("qwen2", seed=7), 1, port) as second:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -35,7 +37,7 @@ from vlserve.engine.messages import (
     Step,
     TokenEvent,
 )
-from vlserve.errors import EngineError, VLServeError
+from vlserve.errors import ConfigError, EngineError, VLServeError
 from vlserve.folders import PrivateFolder
 from vlserve.launch import Ranks
 
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 POLL_MS = 200  # how soon a dead rank is noticed
 ECHO_S = 2.0  # so long a rank that only lost its peers waits for the one that knows why
 MAX_RESTARTS, RESTARTS_WITHIN_S = 3, 600.0
+MAX_FOLDER_BYTES = 91 if sys.platform == "linux" else 87  # a socket's path has 107 or 103; the name in the folder takes 16
 
 
 class Supervisor:
@@ -70,6 +73,11 @@ class Supervisor:
         self._is_owed = False  # the ranks have a message that no step answered yet
         self._encoder = msgspec.msgpack.Encoder()
         self._folder = PrivateFolder(Path(tempfile.gettempdir()))
+        if len(os.fsencode(self._folder.path)) > MAX_FOLDER_BYTES:
+            self._folder.close()
+            raise ConfigError(
+                f"the temporary folder {tempfile.gettempdir()} has too long a name for sockets; set TMPDIR to a shorter one"
+            )
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)

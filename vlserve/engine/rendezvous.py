@@ -67,6 +67,8 @@ def meet(store: dist.Store, config: EngineConfig, rank: int) -> None:
     """Wait until every rank is here; raises EngineError naming those that are not, or what they disagree about."""
     deadline = time.monotonic() + config.rendezvous_timeout_s
     per_node = config.ranks_per_node
+    if store.add(f"claimed/{rank}", 1) > 1:
+        raise EngineError(f"rank {rank} was started twice: give each machine a node_rank of its own, 0 to {config.nnodes - 1}")
     try:
         if rank % per_node == 0:  # one for each machine
             store.set(f"node/{rank // per_node}", json.dumps(_identity(config)))
