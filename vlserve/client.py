@@ -111,7 +111,6 @@ class EngineClient(Supervisor):
 
     def close(self) -> None:
         super().close()
-        self._pixels.close()
         atexit.unregister(self.close)
 
     def check_alive(self) -> None:

@@ -70,12 +70,14 @@ def meet(store: dist.Store, config: EngineConfig, rank: int) -> None:
     if store.add(f"claimed/{rank}", 1) > 1:
         raise EngineError(f"rank {rank} was started twice: give each machine a node_rank of its own, 0 to {config.nnodes - 1}")
     try:
-        if rank % per_node == 0:  # one for each machine
-            store.set(f"node/{rank // per_node}", json.dumps(_identity(config)))
         store.set(f"rank/{rank}", "here")
-        for node in range(config.nnodes):
-            _wait(store, [f"node/{node}"], deadline, config, f"machine {node}")
-            _compare(_identity(config), json.loads(store.get(f"node/{node}")), node)
+        if config.nnodes > 1:  # the ranks of one machine were started by one front, with the same files
+            identity = _identity(config)
+            if rank % per_node == 0:  # one for each machine
+                store.set(f"node/{rank // per_node}", json.dumps(identity))
+            for node in range(config.nnodes):
+                _wait(store, [f"node/{node}"], deadline, config, f"machine {node}")
+                _compare(identity, json.loads(store.get(f"node/{node}")), node)
         _wait(store, [f"rank/{r}" for r in range(config.tp)], deadline, config, "")
     except RuntimeError as error:  # torch's, when rank 0 is gone, and the store with it
         raise CollectiveError(
