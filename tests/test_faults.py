@@ -256,10 +256,11 @@ def test_a_machine_that_is_killed(checkpoint: Callable[..., Path]) -> None:
 
 
 def test_starts_and_stops_leave_nothing(checkpoint: Callable[..., Path], places: Path) -> None:
-    files = psutil.Process().num_fds()
+    files = []
     for _ in range(3):
         with pipeline(checkpoint("qwen2")) as pipe:
             pipe.wait_ready()
             assert pipe("hi", max_tokens=2).token_ids
         assert not ranks_of(os.getpid()) and not list(places.glob("vlserve-*"))
-    assert psutil.Process().num_fds() <= files + 2
+        files.append(psutil.Process().num_fds())
+    assert files[2] <= files[1] <= files[0] + 1, files  # the first may open what the whole process keeps
