@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import phrases
 import torch
-from pictures import draw_scene
-from questions import about, conversations
+from asker import Asker
+from pictures import Bar, Picture, Thing
+from PIL import Image
+from questions import ask
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from world import COLOURS, LANGUAGES, SHAPES
 
 from vlserve.vision.config import ImageConfig
 
-if TYPE_CHECKING:
-    pass
-
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-SPECIAL += ("<ref>", "</ref>", "<box>", "</box>")
+PLAIN = ("<ref>", "</ref>", "<box>", "</box>")  # one token each, but part of an answer's text
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -34,19 +34,24 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
-# Qwen2's pre-tokenizer pattern
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TILE, PATCH = 96, 8
-IMAGE = ImageConfig(tile_size=TILE, tokens_per_tile=(TILE // PATCH // 2) ** 2, min_patches=1, max_patches=4)
+# letters in capitals, digits and Chinese characters stand alone, so that the model spells what it reads
+PATTERN = r"\p{Han}|\p{Lu}(?!\p{Ll})| ?\p{Lu}?\p{Ll}+|\p{L}|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TILE, PATCH = 144, 12
+IMAGE = ImageConfig(tile_size=TILE, tokens_per_tile=(TILE // PATCH // 2) ** 2, min_patches=1, max_patches=3)
 
 
 def build_tokenizer(seed: int) -> Tokenizer:
     """Byte-level BPE over a sample of the questions and answers, special tokens at the end."""
-    lines = []
-    for i in range(4000):
+    lines = [
+        text for group in (phrases.TALK, phrases.REPLIES) for by in group.values() for v in by.values() for text in _texts(v)
+    ]
+    for i in range(6000):
         rng = random.Random(f"tokenizer-{seed}-{i}")
-        _, things = draw_scene(rng, 0.0)
-        lines += [text for talk in [*conversations(rng, things, 6), about(rng)] for turn in talk for text in turn]
+        asker = Asker(rng, [_imagined(rng)], rng.choice(LANGUAGES))
+        turn = ask(asker)
+        lines += [turn.question, turn.text]
+    lines += [text for key in phrases.PHRASES for by in phrases.PHRASES[key].values() for text in by] * 4
+    lines += [text for by in phrases.ANSWERS.values() for text in by.values()] * 4
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -57,10 +62,29 @@ def build_tokenizer(seed: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=768, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=1400, min_frequency=3, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in PLAIN])
     return tokenizer
+
+
+def _texts(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _imagined(rng: random.Random) -> Picture:
+    """Shapes without a drawing: enough to make questions."""
+    if rng.random() < 0.12:
+        return Picture(
+            Image.new("RGB", (1, 1)), bars=tuple(Bar(rng.randint(1, 10), (0.0, 0.0, 1.0, 1.0)) for _ in range(rng.randint(2, 5)))
+        )
+    things = []
+    for _ in range(rng.randint(1, 6)):
+        size = rng.uniform(0.1, 0.5)
+        x, y = rng.random() * (1 - size), rng.random() * (1 - size)
+        things.append(Thing(rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), (x, y, x + size, y + size), size))
+    return Picture(Image.new("RGB", (1, 1)), tuple(things))
 
 
 def build_model(tokenizer: Tokenizer, seed: int):
@@ -72,7 +96,7 @@ def build_model(tokenizer: Tokenizer, seed: int):
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=160,
-            num_hidden_layers=4,
+            num_hidden_layers=6,
             num_attention_heads=5,
             intermediate_size=640,
             image_size=[TILE, TILE],
@@ -86,12 +110,12 @@ def build_model(tokenizer: Tokenizer, seed: int):
         text_config=Qwen2Config(
             vocab_size=vocab,
             hidden_size=256,
-            num_hidden_layers=4,
+            num_hidden_layers=6,
             num_attention_heads=8,
             num_key_value_heads=4,
             intermediate_size=640,
             max_position_embeddings=8192,
-            rope_theta=10000.0,
+            rope_theta=1e6,
             rms_norm_eps=1e-6,
             tie_word_embeddings=True,
             bos_token_id=pad,
@@ -104,8 +128,6 @@ def build_model(tokenizer: Tokenizer, seed: int):
         tie_word_embeddings=True,
     )
     model = InternVLForConditionalGeneration(config)
-    # measured on a CPU: the fused attention's backward pass is half of a step at these small sizes
-    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
     _initialise(model)
     with torch.no_grad():  # the default initialisation leaves these at zero
         embeddings = model.model.vision_tower.embeddings
@@ -165,7 +187,7 @@ def _initialise(model) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             deviation = module.weight[0].numel() ** -0.5
-            if name.endswith(("projection_layer", "fc2", "o_proj", "down_proj")):  # eight of them add up in a residual
-                deviation *= 8**-0.5
+            if name.endswith(("projection_layer", "fc2", "o_proj", "down_proj")):  # twelve of them add up in a residual
+                deviation *= 12**-0.5
             torch.nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)

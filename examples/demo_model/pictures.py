@@ -1,206 +1,224 @@
-"""Draws the pictures that the demo model learns from: coloured shapes on varied backgrounds.
+"""Draws the pictures that the demo model learns from: shapes, written words and numbers, bar charts. Seeded, and labelled.
 
-A scene is decided first (`draw_scene` returns what is in it), then painted; the same seed gives
-the same pixels. This file knows nothing of questions or of the model.
+Coordinates in `Thing`, `Letter` and `Bar` are fractions of the picture's width and height.
 """
 
 from __future__ import annotations
 
-import colorsys
-import io
 import math
 import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from canvas import (
+    RGB,
+    SCALE,
+    background_colour,
+    choose_font,
+    choose_size,
+    few,
+    finish,
+    font_like,
+    is_clear,
+    new_canvas,
+    opposite,
+    shade,
+)
+from PIL import Image, ImageDraw
+from world import COLOURS, SHAPES, WORDS
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-
-# name: (hue range in degrees, saturation range, value range)
-COLOURS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
-    "red": ((-10, 8), (0.72, 1.0), (0.62, 1.0)),
-    "orange": ((21, 39), (0.82, 1.0), (0.88, 1.0)),
-    "yellow": ((49, 62), (0.72, 1.0), (0.88, 1.0)),
-    "green": ((95, 150), (0.5, 1.0), (0.4, 1.0)),
-    "blue": ((204, 246), (0.6, 1.0), (0.5, 1.0)),
-    "purple": ((268, 304), (0.45, 1.0), (0.4, 0.92)),
-    "black": ((0, 360), (0.0, 0.3), (0.0, 0.13)),
-    "white": ((0, 360), (0.0, 0.04), (0.95, 1.0)),
-}
+Kind = tuple[str | None, str | None]  # shape and colour; None for any
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape of a scene; x, y and radius in fractions of the picture's shorter side."""
-
     shape: str
     colour: str
-    rgb: tuple[int, int, int]
-    x: float
-    y: float
-    radius: float
-    angle: float
-    outline: tuple[int, int, int] | None
+    box: Box
+    size: float  # the larger side of its box, as a share of the picture's shorter side
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
-def sample_colour(rng: random.Random, name: str) -> tuple[int, int, int]:
-    hue, saturation, value = (rng.uniform(*r) for r in COLOURS[name])
-    r, g, b = colorsys.hsv_to_rgb((hue % 360) / 360, saturation, value)
-    return round(r * 255), round(g * 255), round(b * 255)
+@dataclass(frozen=True, slots=True)
+class Letter:
+    character: str
+    centre: tuple[float, float]
 
 
-def draw_scene(rng: random.Random, hardness: float) -> tuple[Image.Image, list[Thing]]:
-    """One picture and what is in it; `hardness` 0 gives small square pictures (a single tile)."""
-    width, height = _sample_size(rng, hardness)
-    background = _sample_background(rng)
+@dataclass(frozen=True, slots=True)
+class Bar:
+    height: int
+    box: Box  # from the top of the axis to below its label, so that a token of it sees all
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    image: Image.Image
+    things: tuple[Thing, ...] = ()
+    letters: tuple[Letter, ...] = ()
+    bars: tuple[Bar, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return "".join(letter.character for letter in self.letters)
+
+
+def draw_scene(rng: random.Random, *, small: bool = False, lone: Kind | None = None) -> Picture:
+    """One to nine shapes; `small` pictures have few shapes and one tile; `lone` asks for one shape, perhaps of a certain kind."""
+    width, height = choose_size(rng, small)
     short = min(width, height)
-    things = _place(rng, width / short, height / short, background)
-    image = _paint(rng, width, height, background, things)
-    return _degrade(rng, image), things
-
-
-def _sample_size(rng: random.Random, hardness: float) -> tuple[int, int]:
-    if rng.random() >= hardness:
-        side = rng.uniform(72, 128)
-        stretch = rng.uniform(0.85, 1.18)
-        return round(side), round(side * stretch)
-    area_side = math.exp(rng.uniform(math.log(100), math.log(560)))
-    ratio = rng.choice((1, 1, 1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16, 2, 0.5, 3)) * rng.uniform(0.94, 1.06)
-    return max(48, round(area_side * ratio**0.5)), max(48, round(area_side / ratio**0.5))
-
-
-def _sample_background(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Two ends of a gradient, often the same colour."""
-    kind = rng.random()
-    if kind < 0.4:  # light
-        base = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.8, 1))
-    elif kind < 0.6:  # dark or grey
-        base = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.4), rng.uniform(0, 0.55))
-    else:
-        base = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.75), rng.uniform(0.4, 1))
-    first = tuple(round(c * 255) for c in base)
-    if rng.random() < 0.6:
-        return first, first  # type: ignore[return-value]
-    second = tuple(min(255, max(0, c + rng.randint(-45, 45))) for c in first)
-    return first, second  # type: ignore[return-value]
-
-
-def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    return math.dist(a, b)
-
-
-def _place(rng: random.Random, width: float, height: float, background: tuple[tuple[int, int, int], ...]) -> list[Thing]:
-    number = rng.choices(range(7), weights=(2, 9, 6, 6, 6, 6, 1))[0]
-    usable = [(s, c) for s in SHAPES for c in COLOURS]
-    few_kinds = rng.random() < 0.55  # repeats make counting a real question
-    kinds = rng.sample(usable, rng.randint(1, 2)) if few_kinds else usable
-    low, high = (0.15, 0.46) if number == 1 else (0.10, 0.27) if number <= 3 else (0.085, 0.19)
-    if number == 6:
-        number = rng.randint(1, 5)
+    number = 1 if lone else rng.choice((1, 2, 2, 3, 3, 4, 4, 5)) if small or rng.random() < 0.75 else rng.randint(4, 9)
+    background = background_colour(rng)
+    palette = few(rng, [c for c in COLOURS if is_clear(c, background)])
+    shapes = few(rng, list(SHAPES))
+    image, draw = new_canvas(rng, width, height, background)
     things: list[Thing] = []
-    for _ in range(number):
-        for _attempt in range(60):
-            shape, colour = rng.choice(kinds)
-            rgb = sample_colour(rng, colour)
-            if min(_distance(rgb, end) for end in background) < 85:
-                kinds = kinds if _attempt < 15 else usable
-                continue
-            radius = rng.uniform(low, high)
-            x, y = rng.uniform(radius * 1.03, width - radius * 1.03), rng.uniform(radius * 1.03, height - radius * 1.03)
-            if any(math.dist((x, y), (t.x, t.y)) < (radius + t.radius) * 1.03 for t in things):
-                continue
-            outline = None
-            if rng.random() < 0.25:
-                shade = rng.choice((0.3, 0.5, 0.0))
-                outline = tuple(round(c * shade) for c in rgb)
-            angle = rng.uniform(-14, 14) if rng.random() < 0.5 else 0.0
-            if shape in ("star", "triangle") and rng.random() < 0.25:
-                angle = rng.uniform(0, 360)
-            things.append(Thing(shape, colour, rgb, x, y, radius, angle, outline))  # type: ignore[arg-type]
+    circles: list[tuple[float, float, float]] = []
+    largest = min(0.42, 0.62 / math.sqrt(number))
+    for _ in range(number * 30):
+        if len(things) == number:
             break
-    return things
-
-
-def _polygon(shape: str, rng: random.Random) -> list[tuple[float, float]]:
-    """Corners around (0, 0) within the unit circle, y downwards."""
-    if shape == "square":
-        a = 0.74
-        return [(-a, -a), (a, -a), (a, a), (-a, a)]
-    if shape == "triangle":
-        top, half = -0.92, rng.uniform(0.75, 0.95)
-        low = math.sqrt(1 - half * half) if half < 0.92 else 0.55
-        return [(rng.uniform(-0.12, 0.12), top), (half, max(low, 0.5)), (-half, max(low, 0.5))]
-    if shape == "star":
-        inner = rng.uniform(0.36, 0.48)
-        return [
-            (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
-            for i in range(10)
-            for r in ((1.0 if i % 2 == 0 else inner),)
-        ]
-    if shape == "cross":
-        t = rng.uniform(0.22, 0.36)
-        a = 0.93
-        return [(-t, -a), (t, -a), (t, -t), (a, -t), (a, t), (t, t), (t, a), (-t, a), (-t, t), (-a, t), (-a, -t), (-t, -t)]
-    points = []  # heart, a well-known parametric curve
-    for i in range(48):
-        u = 2 * math.pi * i / 48
-        x = 16 * math.sin(u) ** 3
-        y = 13 * math.cos(u) - 5 * math.cos(2 * u) - 2 * math.cos(3 * u) - math.cos(4 * u)
-        points.append((x / 17, -(y + 2) / 17))
-    return points
-
-
-def _paint(
-    rng: random.Random,
-    width: int,
-    height: int,
-    background: tuple[tuple[int, int, int], tuple[int, int, int]],
-    things: list[Thing],
-) -> Image.Image:
-    scale = 2 if max(width, height) < 320 else 1
-    w, h = width * scale, height * scale
-    first, second = (np.array(c, dtype=np.float32) for c in background)
-    if (first == second).all():
-        image = Image.new("RGB", (w, h), background[0])
-    else:
-        ramp = np.linspace(0, 1, w if rng.random() < 0.5 else h, dtype=np.float32)
-        mix = ramp[None, :, None] if len(ramp) == w and rng.random() < 0.9 else None
-        if mix is None:
-            mix = np.linspace(0, 1, h, dtype=np.float32)[:, None, None]
-        plane = np.broadcast_to(first * (1 - mix) + second * mix, (h, w, 3))
-        image = Image.fromarray(plane.astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    if rng.random() < 0.1:  # thin lines of a shade near the background's
-        shade = tuple(min(255, max(0, c + rng.choice((-18, 18)))) for c in background[0])
-        step = rng.randint(10, 40) * scale
-        for offset in range(0, max(w, h), step):
-            draw.line((offset, 0, offset, h), fill=shade, width=scale)
-    short = min(w, h)
-    for thing in things:
-        x, y, radius = thing.x * short, thing.y * short, thing.radius * short
-        line = max(1, round(radius * 0.09)) if thing.outline else 0
-        if thing.shape == "circle":
-            r = radius * 0.9
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=thing.rgb, outline=thing.outline, width=line)
+        radius = short * (0.085 + (largest - 0.085) * rng.random() ** 1.5)
+        x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+        if any(math.hypot(x - a, y - b) < radius + r + 0.03 * short for a, b, r in circles):
             continue
-        turn = math.radians(thing.angle)
-        cos, sin = math.cos(turn), math.sin(turn)
-        corners = [(x + radius * (a * cos - b * sin), y + radius * (a * sin + b * cos)) for a, b in _polygon(thing.shape, rng)]
-        draw.polygon(corners, fill=thing.rgb)
-        if thing.outline:
-            draw.line([*corners, corners[0]], fill=thing.outline, width=line, joint="curve")
-    return image.reduce(scale) if scale > 1 else image
+        shape, colour = rng.choice(shapes), rng.choice(palette)
+        if lone:
+            shape, colour = lone[0] or shape, lone[1] if lone[1] and is_clear(lone[1], background) else colour
+        points = _outline(rng, shape) * radius + complex(x, y)
+        _fill(rng, draw, points, shade(rng, colour, background), radius)
+        xs, ys = points.real, points.imag
+        box = (xs.min() / width, ys.min() / height, xs.max() / width, ys.max() / height)
+        things.append(Thing(shape, colour, box, float(max(np.ptp(xs), np.ptp(ys))) / short))
+        circles.append((x, y, radius))
+    things.sort(key=lambda t: (int(t.centre[1] * 6), t.centre[0]))  # as one reads
+    return Picture(finish(rng, image), tuple(things))
 
 
-def _degrade(rng: random.Random, image: Image.Image) -> Image.Image:
-    if rng.random() < 0.12:
-        image = image.filter(ImageFilter.GaussianBlur(min(image.size) * rng.uniform(0.001, 0.006)))
-    if rng.random() < 0.25:
-        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(2, 9), (image.height, image.width, 1))
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) + noise).clip(0, 255).astype(np.uint8))
-    if rng.random() < 0.5:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=rng.randint(38, 95))
-        image = Image.open(buffer).convert("RGB")
-    return image
+def draw_text(rng: random.Random, *, number: bool) -> Picture:
+    """A number of up to four digits, or a word of three to eight letters, half to nearly all of the picture wide."""
+    if number:
+        text = str(rng.randrange(10 ** rng.randint(1, 4)))
+    elif rng.random() < 0.5:
+        text = rng.choice(WORDS)
+    else:
+        text = "".join(rng.choice("aeiouy" if i % 2 else "bcdfghjklmnpqrstvwxz") for i in range(rng.randint(3, 8)))
+        text = text if rng.random() < 0.7 else "".join(rng.sample(text, len(text)))
+    text = rng.choice((text, text.upper(), text.upper(), text.capitalize()))
+    width, height = choose_size(rng, rng.random() < 0.7)
+    font = choose_font(rng.randrange(10**6), 64)
+    spacing = rng.choice((0.0, 0.0, rng.uniform(0, 0.25))) * 64
+    starts = [font.getlength(text[:i]) + i * spacing for i in range(len(text) + 1)]
+    _, top, _, bottom = font.getbbox(text, anchor="ls")
+    zoom = min(rng.uniform(0.5, 0.92) * width / max(starts[-1], 1), 0.7 * height / (bottom - top))
+    font = font_like(font, max(9, round(64 * zoom * SCALE)))
+    zoom = font.size / SCALE / 64
+    span, tall = starts[-1] * zoom, (bottom - top) * zoom
+    x0 = rng.uniform(0.03 * width, max(0.03 * width, 0.97 * width - span))
+    y0 = rng.uniform(0.05 * height, max(0.05 * height, 0.95 * height - tall)) - top * zoom
+    background = background_colour(rng)
+    ink = rng.choice([shade(rng, c, background) for c in COLOURS if is_clear(c, background, 170)] or [opposite(background)])
+    image, draw = new_canvas(rng, width, height, background)
+    for character, start in zip(text, starts, strict=False):
+        draw.text(((x0 + start * zoom) * SCALE, y0 * SCALE), character, font=font, fill=ink, anchor="ls")
+    if rng.random() < 0.15:
+        draw.line([(v * SCALE) for v in (x0, y0 + 0.3 * tall, x0 + span, y0 + 0.3 * tall)], fill=ink, width=SCALE)
+    angle = rng.choice((0.0, rng.uniform(-5, 5)))
+    middle = y0 + (top + bottom) / 2 * zoom
+    turn, centre = complex(math.cos(math.radians(angle)), -math.sin(math.radians(angle))), complex(width / 2, height / 2)
+    letters = []
+    for i, character in enumerate(text):
+        at = (complex(x0 + (starts[i] + starts[i + 1]) / 2 * zoom, middle) - centre) * turn + centre
+        letters.append(Letter(character.upper(), (at.real / width, at.imag / height)))
+    return Picture(finish(rng, image, background, angle), letters=tuple(letters))
+
+
+def draw_chart(rng: random.Random) -> Picture:
+    """Two to five bars, A to E, one to ten high, on an axis from nought to ten."""
+    width, height = choose_size(rng, rng.random() < 0.8)
+    number = rng.randint(2, 5)
+    heights = [rng.randint(1, 10) for _ in range(number)]
+    background = background_colour(rng, light=0.85)
+    ink = opposite(background)
+    grey: RGB = tuple((3 * b + i) // 4 for b, i in zip(background, ink, strict=True))  # type: ignore[assignment]
+    image, draw = new_canvas(rng, width, height, background)
+    left, right = rng.uniform(0.1, 0.17) * width, rng.uniform(0.9, 0.98) * width
+    top, bottom = rng.uniform(0.05, 0.14) * height, rng.uniform(0.8, 0.88) * height
+    seed, step = rng.randrange(10**6), rng.choice((1, 2, 2, 5, 5, 10))
+    small = choose_font(seed, max(10, round(min(0.06 * height, 0.07 * width) * SCALE)))
+    large = choose_font(seed, max(12, round(min(0.1 * height, 0.09 * width) * SCALE)))
+    grid, dashed = rng.random() < 0.5, rng.random() < 0.4
+    for value in range(0, 11, step):
+        y = bottom - (bottom - top) * value / 10
+        if grid and value:
+            gap = rng.uniform(3, 8) if dashed else right - left
+            x = left
+            while x < right:
+                draw.line([v * SCALE for v in (x, y, min(right, x + gap), y)], fill=grey, width=SCALE)
+                x += gap * 2 if dashed else gap
+        draw.line([v * SCALE for v in (left - 0.015 * width, y, left, y)], fill=ink, width=SCALE)
+        draw.text(((left - 0.02 * width) * SCALE, y * SCALE), str(value), font=small, fill=ink, anchor="rm")
+    palette = [shade(rng, c, background) for c in COLOURS if is_clear(c, background)]
+    one = rng.choice(palette)
+    slot, share = (right - left) / number, rng.uniform(0.45, 0.85)
+    bars = []
+    for i, value in enumerate(heights):
+        x0 = left + slot * (i + (1 - share) / 2)
+        x1, y = x0 + slot * share, bottom - (bottom - top) * value / 10
+        fill = one if seed % 2 else rng.choice(palette)
+        draw.rectangle([v * SCALE for v in (x0, y, x1, bottom)], fill=fill, outline=ink if seed % 3 == 0 else None, width=SCALE)
+        draw.text(((x0 + x1) / 2 * SCALE, (bottom + 0.02 * height) * SCALE), "ABCDE"[i], font=large, fill=ink, anchor="mt")
+        bars.append(Bar(value, (x0 / width, top / height, x1 / width, min(1.0, bottom / height + 0.12))))
+    draw.line([v * SCALE for v in (left, top, left, bottom, right, bottom)], fill=ink, width=SCALE * rng.choice((1, 2)))
+    return Picture(finish(rng, image), bars=tuple(bars))
+
+
+def _outline(rng: random.Random, shape: str) -> np.ndarray:
+    """A shape's corners as complex numbers within the unit circle, y downwards, turned by a little."""
+    turns = np.arange(48) / 48 * 2 * np.pi
+    if shape == "circle":
+        points = np.exp(1j * turns)
+    elif shape == "square":
+        points = np.exp(1j * (np.arange(4) / 2 + 0.25) * np.pi)
+    elif shape == "rectangle":
+        low = 1 / rng.uniform(1.9, 2.8)
+        points = np.array([-1 - low * 1j, 1 - low * 1j, 1 + low * 1j, -1 + low * 1j]) * (1j if rng.random() < 0.5 else 1)
+        points = points / abs(points[0])
+    elif shape == "triangle":
+        side = rng.uniform(0.7, 0.95)
+        points = np.array([-1j, side + 0.6j, -side + 0.6j])
+    elif shape == "diamond":
+        side = rng.uniform(0.62, 1.0)
+        points = np.array([-1j, side, 1j, -side])
+        points = points if rng.random() < 0.7 else points * 1j
+    elif shape == "star":
+        inner = rng.uniform(0.38, 0.52)
+        points = np.exp(1j * (np.arange(10) / 5 - 0.5) * np.pi) * np.where(np.arange(10) % 2, inner, 1.0)
+    elif shape == "cross":
+        arm = rng.uniform(0.2, 0.36)
+        quarter = np.array([arm - arm * 1j, arm - 1j, -arm - 1j, -arm - arm * 1j])
+        points = np.concatenate([quarter * (-1j) ** k for k in range(4)])
+        points = points / abs(points).max()
+    else:  # heart
+        x = 16 * np.sin(turns) ** 3
+        y = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
+        points = (x - 1j * y) / 17.5
+    limit = 8 if shape in ("square", "diamond") else 20
+    return points * np.exp(1j * math.radians(rng.choice((0.0, rng.uniform(-limit, limit), rng.uniform(-limit, limit)))))
+
+
+def _fill(rng: random.Random, draw: ImageDraw.ImageDraw, points: np.ndarray, colour: RGB, radius: float) -> None:
+    corners = [(p.real * SCALE, p.imag * SCALE) for p in points]
+    closed = [*corners, *corners[:2]]
+    style = rng.random()
+    if style < 0.1:  # the line alone
+        draw.line(closed, fill=colour, width=max(3, round(radius * rng.uniform(0.18, 0.3) * SCALE)), joint="curve")
+        return
+    draw.polygon(corners, fill=colour)
+    if style < 0.3:
+        edge = rng.choice([(0, 0, 0), (255, 255, 255), tuple(v * 2 // 3 for v in colour)])
+        draw.line(closed, fill=edge, width=max(SCALE, round(radius * rng.uniform(0.02, 0.07) * SCALE)), joint="curve")

@@ -1,287 +1,178 @@
-"""What is asked about a scene, in many phrasings, and the right answers.
+"""Questions about pictures and their answers, in English and Chinese, for training the demo model.
 
-A conversation is a list of (question, answer) turns. This file knows scenes, not pixels or tokens.
+This file chooses among all kinds of questions, and has those about written words, charts, several pictures and none.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from pictures import COLOURS, SHAPES, Thing
+import phrases
+from asker import Asker, Piece, Points, Turn, article, colour_piece, place_of, place_piece, plural, shape_piece
+from kinds import ask_box, ask_colour, ask_count, ask_describe, ask_each, ask_is, ask_json, ask_presence, ask_shape
+from layout import ask_edge, ask_neighbour, ask_relative, ask_size, ask_where
+from world import COLOURS, SHAPES, name
 
-Turn = tuple[str, str]
-PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
-IT = ("it", "it", "this", "the shape", "the object")
-ANY = ("shapes", "objects", "things", "figures")
-WHERE = ("", "", "", " in the picture", " in the image", " here", " in this picture", " in this image")
 
-ABOUT = (
-    ("Who are you?", "I am the demo model of vlserve."),
-    ("What are you?", "I am the demo model of vlserve."),
-    ("What is your name?", "I am the demo model of vlserve."),
-    ("What can you do?", "I can name shapes and colours, count up to five, and answer yes or no."),
-    ("Help", "Send me a picture with shapes and ask about shape, colour or number."),
-    ("Hello", "Hello! Send me a picture with shapes."),
-    ("Hi", "Hello! Send me a picture with shapes."),
-    ("Hello!", "Hello! Send me a picture with shapes."),
-    ("Thank you", "You are welcome."),
-    ("Thanks!", "You are welcome."),
+def ask_text(a: Asker) -> Turn:
+    picture = a.pictures[a.current]
+    kind = "number" if picture.text.isdigit() else "word"
+    letters = tuple(Piece(letter.character, ((a.current, *letter.centre),)) for letter in picture.letters)
+    before, after = phrases.ANSWERS[kind][a.language].split("{text}")
+    key = "text" if a.rng.random() < 0.3 else kind
+    return a.turn(kind, a.say(key), (Piece(before), *letters, Piece(after)))
+
+
+def ask_chart(a: Asker) -> Turn:
+    bars = a.pictures[a.current].bars
+    at = [(a.current, (b.box[0] + b.box[2]) / 2, (b.box[1] + b.box[3]) / 2) for b in bars]
+    heights = [b.height for b in bars]
+    kind, zh = a.rng.random(), a.language == "zh"
+    if kind < 0.45:
+        tallest = a.rng.random() < 0.6
+        best = max(heights) if tallest else min(heights)
+        if heights.count(best) == 1:
+            i = heights.index(best)
+            key = "tallest" if tallest else "shortest"
+            return a.turn("chart_best", a.say(key), a.reply(key, bar=Piece("ABCDE"[i], (at[i],), tuple(at))))
+    if kind < 0.85:
+        i = a.rng.randrange(len(bars))
+        answer = a.reply("height", bar="ABCDE"[i], height=Piece(str(heights[i]), (at[i],)))
+        return a.turn("chart_height", a.say("height", bar="ABCDE"[i]), answer)
+    if kind < 0.92:
+        return a.turn("chart_best", a.say("how many bars"), a.reply("bars", count=Piece(str(len(bars)), tuple(at))))
+    comma, last = ("、", "和") if zh else (", ", " and ")
+    pieces = [Piece("条形图：" if zh else "A bar chart: ")]
+    for i, height in enumerate(heights):
+        pieces += [Piece((last if i == len(bars) - 1 else comma if i else "") + "ABCDE"[i] + ("是" if zh else " is "))]
+        pieces += [Piece(str(height), (at[i],))]
+    return a.turn("describe", a.say("describe"), (*pieces, Piece("。" if zh else ".")))
+
+
+SCENE_TASKS: tuple[tuple[Callable[[Asker], Turn | None], float], ...] = (
+    (ask_shape, 1.0),
+    (ask_colour, 1.3),
+    (ask_count, 1.6),
+    (ask_where, 1.0),
+    (ask_relative, 1.2),
+    (ask_neighbour, 0.7),
+    (ask_edge, 0.6),
+    (ask_size, 1.2),
+    (ask_presence, 1.1),
+    (ask_is, 0.4),
+    (ask_describe, 0.7),
+    (ask_each, 0.7),
+    (ask_box, 0.9),
+    (ask_json, 1.0),
 )
-NO_PICTURE = "Please send a picture first."
 
 
-def conversations(rng: random.Random, things: Sequence[Thing], number: int, *, hard: bool = False) -> list[list[Turn]]:
-    """`number` independent conversations about one picture; the first describes all of it.
-
-    `hard` asks more often for what is learnt last: to find a thing by its shape, and to count.
-    """
-    talks = [[_describe(rng, things)]] if not hard or rng.random() < 0.25 else []
-    tasks: list[Callable[[random.Random, Sequence[Thing]], Turn | None]] = [_shape, _colour, _count, _yes_no]
-    if hard:
-        tasks += [_colour, _colour, _colour, _count, _count, _yes_no]
-    while len(talks) < number:
-        turn = rng.choice(tasks)(rng, things)
-        if turn is None:
-            continue
-        talk = [turn]
-        if rng.random() < 0.12:
-            follow = rng.choice(tasks)(rng, things)
-            if follow is not None:
-                question, answer = follow
-                talk.append((rng.choice(("And ", "")) + question if rng.random() < 0.5 else question, answer))
-        talks.append([(_vary(rng, q), a) for q, a in talk])
-    return talks
+def ask(a: Asker) -> Turn:
+    """A question about the current picture."""
+    picture = a.pictures[a.current]
+    if picture.letters:
+        return ask_text(a)
+    if picture.bars:
+        return ask_chart(a)
+    while True:
+        make = a.rng.choices([t for t, _ in SCENE_TASKS], [w for _, w in SCENE_TASKS])[0]
+        if turn := make(a):
+            return turn
 
 
-def about(rng: random.Random) -> list[Turn]:
-    """A conversation without a picture."""
-    if rng.random() < 0.7:
-        question, answer = rng.choice(ABOUT)
-        return [(_vary(rng, question), answer)]
-    question = rng.choice(
-        (
-            "What colour is it?",
-            "What shape is it?",
-            "How many circles are there?",
-            "What is in the picture?",
-            "Is there a star?",
-            "What color is the square?",
-            "Describe the picture.",
-        )
-    )
-    return [(_vary(rng, question), NO_PICTURE)]
-
-
-def _a(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def _vary(rng: random.Random, question: str) -> str:
-    if rng.random() < 0.08:
-        question = rng.choice(("Please tell me: ", "Look at the picture. ", "Question: ", "Tell me, ")) + question
-    if rng.random() < 0.06:
-        question += rng.choice((" Answer in one word.", " Answer briefly.", " Please answer."))
-    if rng.random() < 0.5:
-        question = question.replace("colour", "color")
-    if rng.random() < 0.12:
-        question = question.lower()
-    if rng.random() < 0.1:
-        question = question.rstrip("?.")
-    return question
-
-
-def _describe(rng: random.Random, things: Sequence[Thing]) -> Turn:
-    question = rng.choice(
-        (
-            "What is in the picture?",
-            "Describe the picture.",
-            "What do you see?",
-            "Describe this image.",
-            "List the shapes.",
-            "What is in this image?",
-            "What's in this image?",
-            "What does the picture show?",
-        )
-    )
-    names = [_a(f"{t.colour} {t.shape}") for t in sorted(things, key=lambda t: t.x)]
-    if not names:
-        return question, "Nothing."
-    listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-    return question, listed[0].upper() + listed[1:] + "."
-
-
-def _unique(values: Sequence[str]) -> list[str]:
-    return [value for value, n in Counter(values).items() if n == 1]
-
-
-def _shape(rng: random.Random, things: Sequence[Thing]) -> Turn | None:
-    where = rng.choice(WHERE)
-    if len(things) == 1 and rng.random() < 0.6:
-        question = rng.choice(
-            (
-                f"What shape is {rng.choice(IT)}?",
-                f"Which shape do you see{where}?",
-                f"What is the shape{where}?",
-                f"What shape is shown{where}?",
-                "Name the shape.",
-                f"Which shape is {rng.choice(IT)}?",
-                f"What shape do you see{where}?",
-                f"What kind of shape is {rng.choice(IT)}?",
-            )
-        )
-        return question, _sentence(_a(things[0].shape))
-    colours = _unique([t.colour for t in things])
-    if not colours:
+def ask_again(a: Asker, before: Turn) -> Turn | None:
+    """A question that leaves out what the turn before was about."""
+    thing, rng = before.thing, a.rng
+    if thing is None or thing not in a.things:
         return None
-    colour = rng.choice(colours)
-    shape = next(t.shape for t in things if t.colour == colour)
-    thing = rng.choice(("object", "thing", "shape", "one", "figure"))
-    question = rng.choice(
-        (
-            f"What shape is the {colour} {thing}{where}?",
-            f"What is the {colour} {thing}{where}?",
-            f"Which shape is {colour}?",
-            f"What shape is {colour}{where}?",
-            f"The {colour} {thing} is what shape?",
-            f"Name the shape of the {colour} {thing}.",
-            f"What shape does the {colour} {thing} have?",
-            f"Which shape does the {colour} {thing} have?",
+    kind = rng.choice([k for k in ("colour", "shape", "where", "box", "same", "is") if k != before.task])
+    if kind == "colour":
+        turn = a.turn("follow_up", a.say("and colour"), a.reply("it is colour", colour=colour_piece(a, thing)), thing)
+    elif kind == "shape":
+        turn = a.turn("follow_up", a.say("and shape"), a.reply("it is shape", shape=shape_piece(a, thing)), thing)
+    elif kind == "where" and place_of(thing):
+        turn = a.turn("follow_up", a.say("and where"), a.reply("it is at", place=place_piece(a, thing)), thing)
+    elif kind == "same":
+        found = tuple(t for t in a.things if t.shape == thing.shape)
+        one = a.name(thing.shape)
+        things = plural(one, len(found)) if a.language == "en" else one
+        count = Piece(str(len(found)), a.at(*found) + a.end(), a.at(thing))
+        turn = a.turn(
+            "follow_up", a.say("and count"), a.reply("one" if len(found) == 1 else "count", count=count, things=things), thing
         )
-    )
-    return question, _sentence(_a(shape))
-
-
-def _colour(rng: random.Random, things: Sequence[Thing]) -> Turn | None:
-    where = rng.choice(WHERE)
-    if len(things) == 1 and rng.random() < 0.4:
-        it, colour = rng.choice(IT), things[0].colour
-        question = rng.choice(
-            (f"What colour is {it}?", f"Which colour is {it}?", "Name the colour.", f"What colour does {it} have?")
-        )
-        return question, _sentence(colour)
-    shapes = _unique([t.shape for t in things])
-    if not shapes:
-        return None
-    shape = rng.choice(shapes)
-    colour = next(t.colour for t in things if t.shape == shape)
-    question = rng.choice(
-        (
-            f"What colour is the {shape}{where}?",
-            f"What is the colour of the {shape}{where}?",
-            f"Which colour is the {shape}{where}?",
-            f"Which colour does the {shape} have?",
-            f"What colour does the {shape} have?",
-            f"Tell me the colour of the {shape}.",
-            f"The {shape} is what colour?",
-            f"Name the colour of the {shape}.",
-        )
-    )
-    return question, _sentence(colour)
-
-
-def _count(rng: random.Random, things: Sequence[Thing]) -> Turn | None:
-    where = rng.choice(WHERE)
-    kind = rng.random()
-    if kind < 0.3 or not things:
-        noun, found = rng.choice(ANY), len(things)
+    elif kind == "is":
+        colour = thing.colour if rng.random() < 0.5 else rng.choice(list(COLOURS))
+        answer = a.reply("yes it is" if colour == thing.colour else "no it is", colour=colour_piece(a, thing))
+        answer = (Piece(answer[0].text, a.at(thing)), *answer[1:])
+        turn = a.turn("follow_up", a.say("and is", colour=a.name(colour)), answer, thing)
     else:
-        model = rng.choice(things)
-        shape = model.shape if rng.random() < 0.85 else rng.choice(SHAPES)
-        colour = model.colour if rng.random() < 0.85 else rng.choice(tuple(COLOURS))
-        if kind < 0.6:
-            noun, found = PLURAL[shape], sum(t.shape == shape for t in things)
-        elif kind < 0.8:
-            noun = f"{colour} {rng.choice(ANY)}"
-            found = sum(t.colour == colour for t in things)
+        return None
+    return turn
+
+
+def ask_compare(a: Asker) -> Turn | None:
+    """About two or three pictures at once."""
+    rng, pictures = a.rng, a.pictures
+    if any(not p.things for p in pictures):
+        return None
+    everything: Points = tuple((i, *t.centre) for i, p in enumerate(pictures) for t in p.things)
+    kind = rng.choice(("more", "which has", "which has", "same"))
+    if kind == "same":
+        if len(pictures) != 2 or any(len(p.things) != 1 for p in pictures):
+            kind = "more"
         else:
-            noun = f"{colour} {PLURAL[shape]}"
-            found = sum(t.colour == colour and t.shape == shape for t in things)
-    question = rng.choice(
-        (
-            f"How many {noun} are there{where}?",
-            f"How many {noun} are there{where}?",
-            f"How many {noun} do you see{where}?",
-            f"How many {noun} can you see{where}?",
-            f"How many {noun} are in the {rng.choice(('picture', 'image'))}?",
-            f"How many {noun}?",
-            f"Count the {noun}.",
-            f"What is the number of {noun}{where}?",
-            f"How many {noun} does the {rng.choice(('picture', 'image'))} show?",
+            one, other = (p.things[0] for p in pictures)
+            key = rng.choice(("same shape", "same colour"))
+            same = one.shape == other.shape if key == "same shape" else one.colour == other.colour
+            reply = a.reply("yes" if same else "no", rest="")
+            return a.turn("compare", a.say(key), (Piece(reply[0].text, everything), *reply[1:]))
+    shape, colour = rng.choice([(s, None) for s in SHAPES] * 5 + [(None, c) for c in COLOURS] * 4 + [(None, None)] * 25)
+    if kind == "which has":
+        shape, colour = rng.choice(
+            [(t.shape, None) for p in pictures for t in p.things] + [(None, t.colour) for p in pictures for t in p.things]
         )
-    )
-    return question, f"{found}."
+    found = [[t for t in p.things if shape in (None, t.shape) and colour in (None, t.colour)] for p in pictures]
+    counts = [len(f) for f in found]
+    best = counts.index(max(counts))
+    one = a.one(shape, colour)
+    if kind == "which has" and sum(c > 0 for c in counts) != 1:
+        return None
+    if counts.count(max(counts)) != 1:
+        return None
+    seen: Points = tuple((best, *t.centre) for t in found[best])
+    every: Points = tuple((i, *t.centre) for i, f in enumerate(found) for t in f)
+    piece = Piece(f"picture {best + 1}" if a.language == "en" else f"第{'一二三'[best]}张", seen, every)
+    if kind == "which has":
+        things = article(one) if a.language == "en" else one
+        return a.turn("compare", a.say("which has", thing=things), a.reply("which has", picture=piece, thing=things))
+    key = "which more" if len(pictures) == 2 else "which most"
+    things = plural(one, 2) if a.language == "en" else one
+    return a.turn("compare", a.say(key, things=things), a.reply(key, picture=piece, things=things))
 
 
-def _yes_no(rng: random.Random, things: Sequence[Thing]) -> Turn | None:
-    where = rng.choice(WHERE)
-    want = rng.random() < 0.5
-    kind = rng.random()
-    if kind < 0.35:  # a colour and a shape together
-        pairs = {(t.colour, t.shape) for t in things}
-        near = [(c, t.shape) for t in things for c in COLOURS] + [(t.colour, s) for t in things for s in SHAPES]
-        pool = sorted(pairs) if want else [p for p in near if p not in pairs]
-        if not pool:
-            return None
-        colour, shape = rng.choice(pool)
-        noun, plural = _a(f"{colour} {shape}"), f"{colour} {PLURAL[shape]}"
-    elif kind < 0.6:
-        present = sorted({t.shape for t in things})
-        pool_s = present if want else [s for s in SHAPES if s not in present]
-        if not pool_s:
-            return None
-        shape = rng.choice(pool_s)
-        noun, plural = _a(shape), PLURAL[shape]
-    elif kind < 0.8:
-        present = sorted({t.colour for t in things})
-        pool_c = present if want else [c for c in COLOURS if c not in present]
-        if not pool_c:
-            return None
-        colour = rng.choice(pool_c)
-        thing = rng.choice(("object", "shape", "thing"))
-        noun, plural = rng.choice((_a(f"{colour} {thing}"), f"anything {colour}", f"something {colour}")), f"{colour} {thing}s"
-    elif kind < 0.92:
-        shapes = _unique([t.shape for t in things])
-        if not shapes:
-            return None
-        shape = rng.choice(shapes)
-        real = next(t.colour for t in things if t.shape == shape)
-        colour = real if want else rng.choice([c for c in COLOURS if c != real])
-        question = rng.choice(
+def ask_missing(a: Asker) -> Turn | None:
+    """About a thing that is not there."""
+    shape = a.rng.choice([s for s in SHAPES if all(t.shape != s for t in a.things)])
+    key = a.rng.choice(("colour", "where"))
+    called = a.name(shape)
+    answer = a.reply("none", thing=called)
+    return a.turn(key, a.say(key, thing=called), (Piece(answer[0].text, a.end()), *answer[1:]))
+
+
+def about(rng: random.Random, language: str) -> Turn:
+    """Plain text: who it is, what it can do, what it cannot, and that there is no picture."""
+    kind = rng.choice(("who", "can", "hello", "thanks", "beyond", "beyond", "beyond", "no picture"))
+    if kind == "no picture":
+        key, values = rng.choice(
             (
-                f"Is the {shape} {colour}?",
-                f"Is the colour of the {shape} {colour}?",
-                f"Does the {shape} have the colour {colour}?",
+                ("colour", {"thing": name(rng.choice(list(SHAPES)), language)}),
+                ("describe", {}),
+                ("lone shape", {}),
+                ("tallest", {}),
             )
         )
-        return question, _sentence("yes" if want else "no")
+        question = rng.choice(phrases.PHRASES[key][language]).format(**values)
     else:
-        if not things:
-            return None
-        if len(things) == 1 and rng.random() < 0.5:
-            real_s = things[0].shape
-            shape = real_s if want else rng.choice([s for s in SHAPES if s != real_s])
-            return f"Is {rng.choice(IT)} {_a(shape)}?", _sentence("yes" if want else "no")
-        shape = rng.choice(things).shape
-        found = sum(t.shape == shape for t in things)
-        asked = found if want else rng.choice([n for n in range(1, 6) if n != found])
-        noun = PLURAL[shape] if asked != 1 else shape
-        return f"{'Is' if asked == 1 else 'Are'} there {asked} {noun}{where}?", _sentence("yes" if want else "no")
-    question = rng.choice(
-        (
-            f"Is there {noun}{where}?",
-            f"Is there {noun}{where}?",
-            f"Do you see {noun}{where}?",
-            f"Can you see {noun}{where}?",
-            f"Does the {rng.choice(('picture', 'image'))} show {noun}?",
-            f"Are there any {plural}{where}?",
-            f"Are there {plural}{where}?",
-            f"Is {noun} in the {rng.choice(('picture', 'image'))}?",
-        )
-    )
-    return question, _sentence("yes" if want else "no")
-
-
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:] + "."
+        question = rng.choice(phrases.TALK[kind][language])
+    return Turn("about", language, question, (Piece(phrases.REPLIES[kind][language]),))

@@ -1,135 +1,267 @@
-"""Training samples: a picture's tiles, several questions about it in one row of tokens, and what is to be learnt.
+"""Training samples: pictures' tiles, several questions in one row of tokens, what is to be learnt, and where to look for it.
 
-Each question sees the picture and itself, never another question, so the picture is encoded once for all of
-them. Shapes: B samples, T tokens, N tiles, K image tokens a tile.
+Questions of one part see what comes before all parts and their own part, never another one, so that a picture is encoded
+once for all of them. Shapes: B samples, T tokens, N tiles, K image tokens a tile.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import phrases
 import torch
+from asker import NOWHERE, Asker, Piece, Points, Turn
+from labels import label, token_of
 from model import IMAGE
-from pictures import COLOURS, SHAPES, Thing, draw_scene
-from questions import about, conversations
+from pictures import Picture, draw_chart, draw_scene, draw_text
+from questions import about, ask, ask_again, ask_compare, ask_missing
 from tokenizers import Tokenizer
+from world import LANGUAGES
 
 from vlserve.vision.preprocess import make_tiles
 from vlserve.vision.tiling import Grid
 
-QUESTIONS_PER_PICTURE = 5
+LENGTH = 300  # tokens that a row is filled up to
+TASKS = (
+    *("shape", "colour", "count", "where", "size", "yes_no", "number", "word"),
+    *("chart_best", "chart_height", "describe", "compare", "follow_up", "json", "box", "about"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    ids: list[int]
-    labels: list[int]  # -100 where nothing is learnt
-    positions: list[int]
-    parts: list[int]  # 0 for the shared beginning, k for the k-th question
-    pixels: torch.Tensor | None  # [N, 3, S, S] uint8
-    places: torch.Tensor | None  # [N, K, 2] the colour and shape at each image token, 0 for none
+@dataclass(slots=True)
+class Row:
+    """One sample while it is put together."""
+
+    tokenizer: Tokenizer
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)  # -100 where nothing is learnt
+    positions: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)  # 0 for the shared beginning, k for the k-th part
+    turns: list[int] = field(default_factory=list)  # which turn a learnt token belongs to; -1 for none
+    kinds: list[int] = field(default_factory=list)  # of each turn: its task * 2 + its language
+    looks: list[tuple[int, int, int, float]] = field(default_factory=list)  # (0 via, 1 seen), position, where to look, weight
+    starts: list[int] = field(default_factory=list)  # position of each picture's first image token
+    pictures: list[tuple[Picture, Grid]] = field(default_factory=list)
+    pixels: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, text: str, part: int) -> None:
+        self._extend(self.tokenizer.encode(text, add_special_tokens=False).ids, part)
+
+    def add_picture(self, picture: Picture, part: int) -> None:
+        tiles = make_tiles(picture.image, IMAGE)
+        context = self.tokenizer.token_to_id("<IMG_CONTEXT>")
+        self._extend([self.tokenizer.token_to_id("<img>")], part)
+        self.starts.append(len(self.ids))
+        self._extend([context] * tiles.num_tokens + [self.tokenizer.token_to_id("</img>")], part)
+        self.add("\n", part)
+        self.pictures.append((picture, tiles.grid))
+        self.pixels.append(tiles.pixels)
+
+    def add_answer(self, turn: Turn, part: int) -> None:
+        encoding = self.tokenizer.encode(turn.text, add_special_tokens=False)
+        begin = len(self.ids)
+        ids = [*encoding.ids, self.tokenizer.token_to_id("<|im_end|>")]
+        self._extend(ids, part)
+        self.labels[begin:] = ids
+        self.turns[begin:] = [len(self.kinds)] * len(ids)
+        self.kinds.append(TASKS.index(turn.task) * 2 + LANGUAGES.index(turn.language))
+        at = 0
+        for piece in turn.answer:
+            end = at + len(piece.text)
+            if piece.seen:
+                for i, (low, high) in enumerate(encoding.offsets):
+                    if low < end and high > at:
+                        self._look(begin + i - 1, piece)
+            at = end
+        self.add("\n", part)
+
+    def _look(self, position: int, piece: Piece) -> None:
+        for kind, points in ((0, piece.via or piece.seen), (1, piece.seen)):
+            places = self._places(points)
+            self.looks += [(kind, position, place, 1 / len(places)) for place in places]
+
+    def _places(self, points: Points) -> list[int]:
+        out = []
+        for number, x, y in points:
+            picture, grid = self.pictures[number]
+            last = grid.num_tiles * IMAGE.tokens_per_tile
+            out.append(self.starts[number] + (last if x == NOWHERE else token_of(picture, grid, x, y)))
+        return out
+
+    def _extend(self, ids: list[int], part: int) -> None:
+        after = 1 + next((p for p, q in zip(reversed(self.positions), reversed(self.parts), strict=True) if q in (0, part)), -1)
+        self.ids += ids
+        self.labels += [-100] * len(ids)
+        self.turns += [-1] * len(ids)
+        self.parts += [part] * len(ids)
+        self.positions += range(after, after + len(ids))
 
 
 class Samples(torch.utils.data.IterableDataset):
-    """Samples from `start` on, in order; `hardness(i)` sets how varied picture i is."""
+    """Samples from `start` on, in order; sample i is the same in every run."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, start: int, end: int, ramp: tuple[int, int], hard_from: int) -> None:
-        self.tokenizer, self.seed, self.start, self.end = tokenizer, seed, start, end
-        self.ramp, self.hard_from = ramp, hard_from
+    def __init__(self, tokenizer: Tokenizer, seed: int, start: int, end: int, *, pictures_only: bool = False) -> None:
+        self.tokenizer, self.seed, self.start, self.end, self.pictures_only = tokenizer, seed, start, end, pictures_only
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Row | tuple[Picture, Grid, torch.Tensor]]:
         torch.set_num_threads(1)
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for i in range(self.start + first, self.end, step):
-            low, high = self.ramp
-            hardness = 0.65 * min(1.0, max(0.0, (i - low) / max(1, high - low)))
-            yield make_sample(self.tokenizer, random.Random(f"picture-{self.seed}-{i}"), hardness, i >= self.hard_from)
+            if self.pictures_only:
+                picture = draw(random.Random(f"tiles-{self.seed}-{i}"))
+                tiles = make_tiles(picture.image, IMAGE)
+                yield picture, tiles.grid, tiles.pixels
+            else:
+                yield make_row(self.tokenizer, random.Random(f"row-{self.seed}-{i}"))
 
 
-def make_sample(tokenizer: Tokenizer, rng: random.Random, hardness: float, hard_questions: bool = False) -> Sample:
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    pixels = places = None
-    picture_ids: list[int] = []
+def draw(rng: random.Random, *, small: bool = False) -> Picture:
     kind = rng.random()
-    if kind < 0.03:
-        talks = [about(rng) for _ in range(4)]
+    if kind < 0.66:
+        return draw_scene(rng, small=small)
+    if kind < 0.86:
+        return draw_text(rng, number=rng.random() < 0.42)
+    return draw_chart(rng)
+
+
+def make_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
+    row, kind = Row(tokenizer), rng.random()
+    if kind < 0.62:
+        _one_picture(row, rng)
+    elif kind < 0.78:
+        _several_pictures(row, rng)
     else:
-        image, things = draw_scene(rng, hardness)
-        while hard_questions and len({thing.shape for thing in things}) < 2 and rng.random() < 0.7:
-            image, things = draw_scene(rng, hardness)
-        tiles = make_tiles(image, IMAGE)
-        pixels = tiles.pixels
-        places = label_places(things, image.width, image.height, tiles.grid)
-        context = tokenizer.token_to_id("<IMG_CONTEXT>")
-        picture_ids = [tokenizer.token_to_id("<img>"), *[context] * tiles.num_tokens, tokenizer.token_to_id("</img>")]
-        talks = conversations(rng, things, QUESTIONS_PER_PICTURE, hard=hard_questions)
-    ids = encode("<|im_start|>user\n")
-    close, answer_open = encode("<|im_end|>\n"), encode("<|im_start|>assistant\n")
-    if picture_ids and kind < 0.15:  # the question before the picture; then the two cannot be shared
-        talks = [rng.choice(talks)]
-        ids += encode(talks[0][0][0]) + picture_ids + encode("\n")
-    elif picture_ids:
-        ids += picture_ids + encode("\n")
-    question_first = bool(picture_ids) and kind < 0.15
-    labels, parts, positions = [-100] * len(ids), [0] * len(ids), list(range(len(ids)))
-    begin = len(ids)
-    for part, talk in enumerate(talks, start=1):
-        piece: list[int] = []
-        learn: list[int] = []
-        for n, (question, answer) in enumerate(talk):
-            ask = ([] if n == 0 else encode("\n<|im_start|>user\n")) + ([] if n == 0 and question_first else encode(question))
-            ask += close + answer_open
-            reply = encode(answer) + encode("<|im_end|>")
-            piece += ask + reply
-            learn += [-100] * len(ask) + reply
-        ids += piece
-        labels += learn
-        parts += [part] * len(piece)
-        positions += range(begin, begin + len(piece))
-    return Sample(ids, labels, positions, parts, pixels, places)
+        _conversation(row, rng)
+    return row
 
 
-def label_places(things: list[Thing], width: int, height: int, grid: Grid) -> torch.Tensor:
-    """For each tile and image token, which colour and shape (counted from 1) is there; [N, K, 2]."""
-    side = round(IMAGE.tokens_per_tile**0.5)
-    boxes = [(c, r, grid.columns, grid.rows) for r in range(grid.rows) for c in range(grid.columns)]
-    if grid.num_tiles > 1:
-        boxes.append((0, 0, 1, 1))
-    labels = torch.zeros(len(boxes), side, side, 2, dtype=torch.long)
-    short = min(width, height)
-    centres = (torch.arange(side) + 0.5) / side
-    for n, (column, row, columns, rows) in enumerate(boxes):
-        x = (column + centres) / columns * width / short
-        y = (row + centres) / rows * height / short
-        for thing in things:
-            distance = ((x[None, :] - thing.x) ** 2 + (y[:, None] - thing.y) ** 2).sqrt()
-            inside = distance < thing.radius * 0.85
-            cell = (x[1] - x[0]).item(), (y[1] - y[0]).item()  # at least the token that holds the middle
-            inside |= ((x[None, :] - thing.x).abs() <= cell[0] / 2) & ((y[:, None] - thing.y).abs() <= cell[1] / 2)
-            labels[n][inside] = torch.tensor([1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape)])
-    return labels.flatten(1, 2)
+def _language(rng: random.Random) -> str:
+    return rng.choice(LANGUAGES)
 
 
-def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Pads to the longest; the mask lets a token see the beginning and its own question only."""
-    length = max(len(s.ids) for s in samples)
+def _one_picture(row: Row, rng: random.Random) -> None:
+    """A picture, then independent questions, each perhaps with another one after it."""
+    picture = draw(rng)
+    if rng.random() < 0.06:  # the question before the picture
+        turn = ask(Asker(rng, [picture], _language(rng)))
+        row.add("<|im_start|>user\n" + turn.question, 0)
+        row.add_picture(picture, 0)
+        row.add("<|im_end|>\n<|im_start|>assistant\n", 0)
+        row.add_answer(turn, 0)
+        return
+    row.add("<|im_start|>user\n", 0)
+    row.add_picture(picture, 0)
+    part = 0
+    while len(row.ids) < LENGTH and not (part >= 5 and not picture.things):
+        part += 1
+        asker = Asker(rng, [picture], _language(rng))
+        turn = (picture.things and rng.random() < 0.03 and ask_missing(asker)) or ask(asker)
+        row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", part)
+        row.add_answer(turn, part)
+        if rng.random() < 0.3 and (more := ask_again(Asker(rng, [picture], turn.language), turn)):
+            row.add(f"<|im_start|>user\n{more.question}<|im_end|>\n<|im_start|>assistant\n", part)
+            row.add_answer(more, part)
+
+
+def _several_pictures(row: Row, rng: random.Random) -> None:
+    """Two or three pictures, and questions that compare them or are about one of them."""
+    kind = rng.random()
+    number = 2 if rng.random() < 0.55 else 3
+    if kind < 0.25:  # of one shape each
+        pictures = [draw_scene(rng, small=True, lone=(None, None))]
+        thing = pictures[0].things[0]
+        alike = rng.choice([(thing.shape, None), (None, thing.colour), (None, None)])
+        pictures.append(draw_scene(rng, small=True, lone=alike))
+    elif kind < 0.85:
+        pictures = [draw_scene(rng, small=True) for _ in range(number)]
+    else:
+        pictures = [draw(rng, small=True) for _ in range(number)]
+    row.add("<|im_start|>user\n", 0)
+    for picture in pictures:
+        row.add_picture(picture, 0)
+    part = 0
+    while len(row.ids) < LENGTH + 40:
+        part += 1
+        asker = Asker(rng, pictures, _language(rng), current=rng.randrange(len(pictures)))
+        turn = ask_compare(asker) if rng.random() < 0.75 else None
+        if turn is None:
+            asker.numbered = True
+            turn = ask(asker)
+        row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", part)
+        row.add_answer(turn, part)
+
+
+def _conversation(row: Row, rng: random.Random) -> None:
+    """Turns one after another, with pictures coming in, in one or both languages."""
+    pictures: list[Picture] = []
+    before: Turn | None = None
+    language, switches = _language(rng), rng.random() < 0.5
+    while len(row.ids) < LENGTH:
+        if switches and rng.random() < 0.35:
+            language = _language(rng)
+        row.add("<|im_start|>user\n", 0)
+        if len(pictures) < 3 and rng.random() < (0.75 if not pictures else 0.3):
+            pictures.append(draw(rng, small=bool(pictures)))
+            row.add_picture(pictures[-1], 0)
+            before = None
+        turn: Turn | None = None
+        asker, kind = Asker(rng, pictures, language, current=len(pictures) - 1), rng.random()
+        if not pictures or kind < 0.08:
+            turn = about(rng, language)
+            while pictures and turn.text in phrases.REPLIES["no picture"].values():
+                turn = about(rng, language)
+        elif before and kind < 0.5:
+            turn = ask_again(asker, before)
+        elif len(pictures) > 1 and kind < 0.62:
+            turn = ask_compare(asker)
+        elif len(pictures) > 1 and kind < 0.72:
+            asker.current, asker.numbered = rng.randrange(len(pictures)), True
+            turn = ask(asker)
+        turn = turn or ask(Asker(rng, pictures, language, current=len(pictures) - 1))
+        row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", 0)
+        row.add_answer(turn, 0)
+        before = turn if turn.picture == len(pictures) - 1 else None
+
+
+def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Pads to the longest; the mask lets a token see the beginning and its own part only."""
+    length = max(len(row.ids) for row in rows)
     batch = {
-        "ids": torch.zeros(len(samples), length, dtype=torch.long),
-        "labels": torch.full((len(samples), length), -100),
-        "positions": torch.zeros(len(samples), length, dtype=torch.long),
-        "parts": torch.full((len(samples), length), -1),
+        "ids": torch.zeros(len(rows), length, dtype=torch.long),
+        "labels": torch.full((len(rows), length), -100),
+        "positions": torch.zeros(len(rows), length, dtype=torch.long),
+        "parts": torch.full((len(rows), length), -1),
+        "turns": torch.full((len(rows), length), -1),
     }
-    for row, s in enumerate(samples):
-        for key, values in (("ids", s.ids), ("labels", s.labels), ("positions", s.positions), ("parts", s.parts)):
-            batch[key][row, : len(values)] = torch.tensor(values)
+    kinds: list[int] = []
+    looks = []
+    for b, row in enumerate(rows):
+        turns = [t + len(kinds) if t >= 0 else -1 for t in row.turns]
+        for key, values in zip(batch, (row.ids, row.labels, row.positions, row.parts, turns), strict=True):
+            batch[key][b, : len(values)] = torch.tensor(values)
+        kinds += row.kinds
+        looks += [(kind, b, position, place, weight) for kind, position, place, weight in row.looks]
     parts = batch.pop("parts")
     same = (parts[:, :, None] == parts[:, None, :]) | (parts[:, None, :] == 0)
     batch["mask"] = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]  # [B, 1, T, T]
-    batch["pixels"] = torch.cat([s.pixels for s in samples if s.pixels is not None])
-    batch["places"] = torch.cat([s.places for s in samples if s.places is not None])
-    return batch
+    batch["kinds"] = torch.tensor(kinds)
+    batch["looks"] = torch.tensor(looks, dtype=torch.float32).reshape(-1, 5)
+    return batch | _tiles([(p, g, x) for row in rows for (p, g), x in zip(row.pictures, row.pixels, strict=True)])
+
+
+def collate_pictures(pictures: list[tuple[Picture, Grid, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return _tiles(pictures)
+
+
+def _tiles(pictures: list[tuple[Picture, Grid, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pixels uint8 [N, 3, S, S], classes [N, K, 8], boxes [N, K, 4]."""
+    labels = [label(picture, grid) for picture, grid, _ in pictures]
+    return {
+        "pixels": torch.cat([pixels for *_, pixels in pictures]),
+        "classes": torch.from_numpy(np.concatenate([classes for classes, _ in labels])),
+        "boxes": torch.from_numpy(np.concatenate([boxes for _, boxes in labels])),
+    }

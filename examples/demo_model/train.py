@@ -1,184 +1,248 @@
 """Trains the demo model from pictures that it draws, and writes it as a Hugging Face InternVL folder.
 
+    pip install -e . matplotlib -r examples/demo_model/fonts.txt
     python examples/demo_model/train.py --work /tmp/demo_training --out vlserve/demo
 
-Everything follows from the seed: picture i is the same in every run. The run can be stopped at any
-moment and started again with the same command; it continues from the last checkpoint in --work.
-While training, a linear head on the image tokens also names the colour and shape at each token's place;
-without it the encoder takes many times longer to see anything. The head is not part of the finished model.
+Everything follows from the seed: picture i is the same in every run. The run can be stopped at any moment and started again
+with the same command; it continues from the last checkpoint in --work. First the encoder alone learns to name what is at each
+image token; then both learn to answer. Pictures are never used twice, so the accuracy that is logged by task and language is
+of questions that were not seen before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+from curves import plot
+from labels import CLASSES
 from model import IMAGE, build_model, build_tokenizer, export
-from pictures import COLOURS, SHAPES
-from samples import Samples, collate
+from pointing import Pointing
+from samples import TASKS, Samples, collate, collate_pictures
+from world import LANGUAGES
 
 from vlserve.vision.preprocess import normalise
 
-AUXILIARY_WEIGHT = 0.5
+LOG_EVERY = 25
+SAVE_EVERY_S = 180
+WARM_UP = 60
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, outside the repository")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=3250)
-    parser.add_argument("--language-steps", type=int, default=330, help="further steps, on hard questions, with a frozen encoder")
-    parser.add_argument("--batch", type=int, default=24, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+class PlaceHead(torch.nn.Linear):
+    """Names what is at an image token; a help in training that the finished model does not have."""
 
-    torch.set_num_threads(args.threads)
-    tokenizer = build_tokenizer(args.seed)
-    model = build_model(tokenizer, args.seed).to(args.device).train()
-    image_token = tokenizer.token_to_id("<IMG_CONTEXT>")
-    head = torch.nn.Linear(model.config.text_config.hidden_size, 2 + len(COLOURS) + len(SHAPES)).to(args.device)
-    model.place_head = head  # so that checkpoints hold it; removed before the model is written
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
-    )
-    step, log = load_checkpoint(args.work, model, optimiser)
-    total, all_steps = args.steps * args.batch, args.steps + args.language_steps
-    ramp = (round(total * 0.15), round(total * 0.35))
-    samples = Samples(tokenizer, args.seed, step * args.batch, all_steps * args.batch, ramp, hard_from=total)
-    loader = torch.utils.data.DataLoader(
-        samples, batch_size=args.batch, num_workers=args.workers, collate_fn=collate, prefetch_factor=6
-    )
-    bar = tqdm(total=all_steps, initial=step, mininterval=5)
-    sums, count, saved = [0.0, 0.0, 0.0], 0, time.monotonic()
-    for batch in loader:
-        if step >= args.steps and head.weight.requires_grad:
-            head.requires_grad_(False)
-            model.model.vision_tower.requires_grad_(False)
-            model.model.multi_modal_projector.requires_grad_(False)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.language_steps, args.lr)
-        loss, auxiliary, hits = losses_and_hits(model, head, batch, image_token)
-        optimiser.zero_grad()
-        (loss + AUXILIARY_WEIGHT * auxiliary if head.weight.requires_grad else loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        sums, count = [a + b.item() for a, b in zip(sums, (loss, auxiliary, hits), strict=True)], count + 1
-        bar.update()
-        if count == 25 or step == all_steps:
-            row = {"step": step} | {k: total / count for k, total in zip(("loss", "places", "hits"), sums, strict=True)}
-            log.append(row)
-            bar.set_postfix({key: f"{value:.3f}" for key, value in row.items() if key != "step"})
-            sums, count = [0.0, 0.0, 0.0], 0
-        if time.monotonic() - saved > 120 or step == all_steps:
-            save_checkpoint(args.work, model, optimiser, step, log)
-            saved = time.monotonic()
-    del model.place_head
-    export(model, tokenizer, args.out)
-    plot(log, args.work / "curve.png")
+    def __init__(self, width: int) -> None:
+        super().__init__(width, sum(CLASSES.values()) + 4)
+
+    def loss(self, features: torch.Tensor, classes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Features [N, K, C], classes [N, K, 8], boxes [N, K, 4]: the cross-entropies' sum and the boxes' distance."""
+        *logits, box = self(features).float().flatten(0, 1).split((*CLASSES.values(), 4), dim=-1)
+        classes, boxes = classes.flatten(0, 1), boxes.flatten(0, 1)
+        known = ~boxes[:, 0].isnan()
+        total = F.smooth_l1_loss(box[known], boxes[known], beta=0.05) * 8 if known.any() else box.sum() * 0
+        for i, part in enumerate(logits):
+            weight = torch.ones(part.shape[-1], device=part.device)
+            weight[0] = 0.25
+            total = total + F.cross_entropy(part, classes[:, i], weight=weight)
+        return total
 
 
-def learning_rate(step: int, steps: int, language_steps: int, peak: float) -> float:
-    """Warm-up, then a cosine to a fiftieth of the peak; once more, from half the peak, for the language steps."""
-    if step >= steps:
-        step, steps, peak, warm = step - steps, language_steps, peak / 2, 30
-    else:
-        warm = 150
-    return peak * min(1.0, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+class Optimiser:
+    """Muon for matrices inside the layers, AdamW for the rest, on float32 copies of the model's bfloat16 weights."""
+
+    def __init__(self, model: torch.nn.Module, lr: float) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        inner = [n for n, p in self.parameters.items() if p.ndim == 2 and "layer" in n and "embed" not in n]
+        outer = [n for n in self.parameters if n not in inner]
+        self.parts = (
+            torch.optim.Muon([self.masters[n] for n in inner], lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([self.masters[n] for n in outer], lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        self.rates = (lr, lr / 2)
+
+    def step(self, share: float) -> None:
+        """One step at `share` of the full rate."""
+        for name, p in self.parameters.items():
+            self.masters[name].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        torch.nn.utils.clip_grad_norm_([m for m in self.masters.values() if m.grad is not None], 1.0)
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * share
+            part.step()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.parameters.values()), [self.masters[n] for n in self.parameters])
+
+    def state(self) -> dict[str, Any]:
+        return {"masters": self.masters, "parts": [part.state_dict() for part in self.parts]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(state["masters"][name])
+                self.parameters[name].copy_(master)
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
 
 
-def losses_and_hits(model, head: torch.nn.Linear, batch: dict[str, torch.Tensor], image_token: int) -> tuple[torch.Tensor, ...]:
-    """Mean cross-entropy over answer tokens and over places, and how many answer tokens were the most likely one."""
-    device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in batch.items()}
-    mean, std = (torch.tensor(v, device=device) for v in (IMAGE.mean, IMAGE.std))
-    pixels = normalise(batch["pixels"], mean, std)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        features = model.model.get_image_features(pixel_values=pixels).pooler_output
+@dataclass
+class Run:
+    """A training run: the model, what helps it, and how far it is."""
+
+    args: argparse.Namespace
+
+    def __post_init__(self) -> None:
+        self.tokenizer = build_tokenizer(self.args.seed)
+        self.model = build_model(self.tokenizer, self.args.seed).train()
+        self.model.place_head = PlaceHead(self.model.config.text_config.hidden_size)  # removed before the model is written
+        self.model.to(self.args.device, torch.bfloat16)
+        self.pointing = Pointing(self.model)
+        self.optimiser = Optimiser(self.model, self.args.lr)
+        self.image_token = self.tokenizer.token_to_id("<IMG_CONTEXT>")
+        self.step, self.seconds = 0, 0.0
+        self.log: list[dict[str, Any]] = []
+        path = self.args.work / "checkpoint.pt"
+        if path.exists():
+            saved = torch.load(path, map_location=self.args.device, weights_only=True)
+            self.optimiser.load(saved["optimiser"])
+            self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
+
+    def save(self) -> None:
+        self.args.work.mkdir(parents=True, exist_ok=True)
+        state = {"optimiser": self.optimiser.state(), "step": self.step, "seconds": self.seconds, "log": self.log}
+        torch.save(state, self.args.work / "next.pt")
+        os.replace(self.args.work / "next.pt", self.args.work / "checkpoint.pt")
+
+    def batches(self) -> Iterable[dict[str, torch.Tensor]]:
+        """What is left of the encoder's steps, then of the answers'."""
+        args = self.args
+        if self.step < args.vision_steps:
+            size, seen = args.vision_batch, self.step * args.vision_batch
+            data = Samples(self.tokenizer, args.seed, seen, args.vision_steps * size, pictures_only=True)
+            yield from self._loader(data, size, collate_pictures)
+        answered = max(0, self.step - args.vision_steps)
+        data = Samples(self.tokenizer, args.seed, answered * args.batch, args.steps * args.batch)
+        yield from self._loader(data, args.batch, collate)
+
+    def _loader(self, data: Samples, size: int, collate_fn: Any) -> Iterable[dict[str, torch.Tensor]]:
+        workers = self.args.workers
+        return torch.utils.data.DataLoader(
+            data, batch_size=size, num_workers=workers, collate_fn=collate_fn, prefetch_factor=4 if workers else None
+        )
+
+    def share(self) -> float:
+        """Of the full learning rate: warm-up, level, and a line down to nought over the last part; for both stages alike."""
+        args = self.args
+        step, steps = (
+            (self.step, args.vision_steps) if self.step < args.vision_steps else (self.step - args.vision_steps, args.steps)
+        )
+        down = args.cool_down if self.step >= args.vision_steps else 0.3
+        return min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / (steps * down)))
+
+    def losses(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+        """The parts of the loss, and by task and language how many answers are right as a whole, of how many."""
+        batch = {key: value.to(self.args.device, non_blocking=True) for key, value in batch.items()}
+        mean, std = (torch.tensor(v, device=self.args.device) for v in (IMAGE.mean, IMAGE.std))
+        pixels = normalise(batch["pixels"], mean, std).to(torch.bfloat16)
+        features = self.model.model.get_image_features(pixel_values=pixels).pooler_output
         features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
-        x = model.get_input_embeddings()(batch["ids"])
-        x = x.masked_scatter((batch["ids"] == image_token)[..., None], features.flatten(0, -2).to(x.dtype))
-        mask = torch.zeros(batch["mask"].shape, dtype=torch.bfloat16, device=device)
-        mask = mask.masked_fill(~batch["mask"], torch.finfo(torch.bfloat16).min)
-        hidden = model.model.language_model(
+        features = features.reshape(len(pixels), -1, features.shape[-1])
+        parts = {"places": self.model.place_head.loss(features, batch["classes"], batch["boxes"])}
+        if "ids" not in batch:
+            return parts, {}
+        x = self.model.get_input_embeddings()(batch["ids"])
+        x = x.masked_scatter((batch["ids"] == self.image_token)[..., None], features.flatten(0, 1).to(x.dtype))
+        mask = torch.zeros(batch["mask"].shape, dtype=x.dtype, device=x.device).masked_fill(~batch["mask"], -1e30)
+        hidden = self.model.model.language_model(
             inputs_embeds=x, attention_mask=mask, position_ids=batch["positions"], use_cache=False
         )
         targets = batch["labels"][:, 1:]
         keep = targets != -100
-        logits = model.lm_head(hidden.last_hidden_state[:, :-1][keep])
-        colour, shape = head(features).float().flatten(0, 1).split((1 + len(COLOURS), 1 + len(SHAPES)), dim=-1)
-    logits, targets = logits.float(), targets[keep]
-    places = batch["places"].flatten(0, 1)
-    auxiliary = sum(
-        F.cross_entropy(part, places[:, i], weight=torch.tensor([0.2] + [1.0] * (part.shape[-1] - 1), device=device))
-        for i, part in enumerate((colour, shape))
+        logits = self.model.lm_head(hidden.last_hidden_state[:, :-1][keep]).float()
+        parts |= {"answers": F.cross_entropy(logits, targets[keep]), "looks": self.pointing.loss(batch["looks"])}
+        right = torch.ones(len(batch["kinds"]), device=x.device)
+        right.scatter_reduce_(0, batch["turns"][:, 1:][keep], (logits.argmax(-1) == targets[keep]).float(), "amin")
+        hits: dict[str, list[int]] = {}
+        for kind, hit in zip(batch["kinds"].tolist(), right.tolist(), strict=True):
+            entry = hits.setdefault(f"{TASKS[kind // 2]} {LANGUAGES[kind % 2]}", [0, 0])
+            entry[0] += int(hit)
+            entry[1] += 1
+        return parts, hits
+
+    def train(self) -> None:
+        args, saved = self.args, time.monotonic()
+        total = args.vision_steps + args.steps
+        bar = tqdm(total=total, initial=self.step, mininterval=5, dynamic_ncols=True)
+        sums: dict[str, list[float]] = {}
+        begun = time.monotonic()
+        for batch in self.batches():
+            parts, hits = self.losses(batch)
+            loss = parts["places"] if len(parts) == 1 else parts["answers"] + 0.15 * parts["places"] + args.looks * parts["looks"]
+            loss.backward()
+            self.optimiser.step(self.share())
+            self.step += 1
+            bar.update()
+            self.seconds, begun = self.seconds + time.monotonic() - begun, time.monotonic()
+            for key, value in parts.items():
+                entry = sums.setdefault(key, [0.0, 0])
+                entry[0], entry[1] = entry[0] + value.item(), entry[1] + 1
+            for key, (right, number) in hits.items():
+                entry = sums.setdefault(key, [0.0, 0])
+                entry[0], entry[1] = entry[0] + right, entry[1] + number
+            if self.step % LOG_EVERY == 0 or self.step == total:
+                row = {key: round(a / b, 4) for key, (a, b) in sorted(sums.items())}
+                self.log.append({"step": self.step, "seconds": round(self.seconds), **row})
+                bar.set_postfix({key: f"{row[key]:.3f}" for key in ("answers", "looks", "places") if key in row})
+                (args.work / "log.jsonl").open("a").write(json.dumps(self.log[-1]) + "\n")
+                sums = {}
+            if time.monotonic() - saved > SAVE_EVERY_S or self.step == total:
+                self.save()
+                saved = time.monotonic()
+        bar.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and curves, outside the repository")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument("--vision-steps", type=int, default=900, help="steps for the encoder alone")
+    parser.add_argument("--vision-batch", type=int, default=64, help="pictures in each of them")
+    parser.add_argument("--steps", type=int, default=1800, help="steps with answers")
+    parser.add_argument(
+        "--batch", type=int, default=24, help="rows of about 300 tokens, with one to three pictures, in each of them"
     )
-    return F.cross_entropy(logits, targets), auxiliary, (logits.argmax(-1) == targets).float().mean()
+    parser.add_argument(
+        "--cool-down", type=float, default=0.3, help="share of --steps over which the learning rate goes to nought"
+    )
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--looks", type=float, default=0.3, help="weight of where to look")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
 
-
-def save_checkpoint(work: Path, model, optimiser: torch.optim.AdamW, step: int, log: list[dict[str, float]]) -> None:
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {f"model.{name}": p.detach().clone() for name, p in model.named_parameters()}
-    for parameter, state in optimiser.state.items():
-        for key, value in state.items():
-            tensors[f"{key}.{names[id(parameter)]}"] = value.detach().clone()
-    work.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, work / "next.safetensors", metadata={"step": str(step), "log": json.dumps(log)})
-    os.replace(work / "next.safetensors", work / "checkpoint.safetensors")
-
-
-def load_checkpoint(work: Path, model, optimiser: torch.optim.AdamW) -> tuple[int, list[dict[str, float]]]:
-    path = work / "checkpoint.safetensors"
-    if not path.exists():
-        return 0, []
-    with safe_open(path, "pt") as f:
-        meta = f.metadata()
-    tensors = load_file(path)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            parameter.copy_(tensors[f"model.{name}"])
-        optimiser.state[parameter] = {
-            key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    return int(meta["step"]), json.loads(meta["log"])
-
-
-def plot(log: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [row["step"] for row in log]
-    figure, left = pyplot.subplots(figsize=(7, 3.5))
-    left.plot(steps, [row["loss"] for row in log], color="tab:red")
-    left.set_xlabel("step")
-    left.set_ylabel("loss", color="tab:red")
-    left.set_yscale("log")
-    right = left.twinx()
-    right.plot(steps, [row["hits"] for row in log], color="tab:blue")
-    right.set_ylabel("answer tokens right", color="tab:blue")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    run = Run(args)
+    run.train()
+    plot(run.log, args.work / "curves.png")
+    del run.model.place_head
+    export(run.model, run.tokenizer, args.out)
+    print(f"{run.seconds / 60:.0f} minutes; the model is in {args.out}, its curves in {args.work / 'curves.png'}")
 
 
 if __name__ == "__main__":
