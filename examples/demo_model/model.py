@@ -129,11 +129,22 @@ def build_model(tokenizer: Tokenizer, seed: int):
     )
     model = InternVLForConditionalGeneration(config)
     _initialise(model)
-    with torch.no_grad():  # the default initialisation leaves these at zero
+    with torch.no_grad():
         embeddings = model.model.vision_tower.embeddings
         embeddings.cls_token.normal_(0, 0.02)
-        embeddings.position_embeddings.normal_(0, 0.02)
+        embeddings.position_embeddings[0, 1:] = _waves(TILE // PATCH, embeddings.position_embeddings.shape[-1])
+        for layer in model.model.vision_tower.encoder.layer:  # so that a patch first looks at its neighbours (arXiv 2305.09828)
+            layer.attention.k_proj.weight.copy_(layer.attention.q_proj.weight)
     return model
+
+
+def _waves(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of a patch's column and row, [side * side, width]: near patches are alike from the beginning."""
+    rates = torch.logspace(math.log10(2 * math.pi / (4 * side)), math.log10(math.pi / 1.5), width // 4)
+    angles = torch.arange(side)[:, None] * rates
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 def export(model, tokenizer: Tokenizer, out: Path) -> None:

@@ -89,8 +89,8 @@ def draw_scene(rng: random.Random, *, small: bool = False, lone: Kind | None = N
         shape, colour = rng.choice(shapes), rng.choice(palette)
         if lone:
             shape, colour = lone[0] or shape, lone[1] if lone[1] and is_clear(lone[1], background) else colour
-        points = _outline(rng, shape) * radius + complex(x, y)
-        _fill(rng, draw, points, shade(rng, colour, background), radius)
+        points = outline(rng, shape) * radius + complex(x, y)
+        fill(rng, draw, points, shade(rng, colour, background), radius)
         xs, ys = points.real, points.imag
         box = (xs.min() / width, ys.min() / height, xs.max() / width, ys.max() / height)
         things.append(Thing(shape, colour, box, float(max(np.ptp(xs), np.ptp(ys))) / short))
@@ -177,7 +177,7 @@ def draw_chart(rng: random.Random) -> Picture:
     return Picture(finish(rng, image), bars=tuple(bars))
 
 
-def _outline(rng: random.Random, shape: str) -> np.ndarray:
+def outline(rng: random.Random, shape: str) -> np.ndarray:
     """A shape's corners as complex numbers within the unit circle, y downwards, turned by a little."""
     turns = np.arange(48) / 48 * 2 * np.pi
     if shape == "circle":
@@ -211,7 +211,7 @@ def _outline(rng: random.Random, shape: str) -> np.ndarray:
     return points * np.exp(1j * math.radians(rng.choice((0.0, rng.uniform(-limit, limit), rng.uniform(-limit, limit)))))
 
 
-def _fill(rng: random.Random, draw: ImageDraw.ImageDraw, points: np.ndarray, colour: RGB, radius: float) -> None:
+def fill(rng: random.Random, draw: ImageDraw.ImageDraw, points: np.ndarray, colour: RGB, radius: float) -> None:
     corners = [(p.real * SCALE, p.imag * SCALE) for p in points]
     closed = [*corners, *corners[:2]]
     style = rng.random()

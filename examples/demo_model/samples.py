@@ -18,6 +18,7 @@ from labels import label, token_of
 from model import IMAGE
 from pictures import Picture, draw_chart, draw_scene, draw_text
 from questions import about, ask, ask_again, ask_compare, ask_missing
+from sheets import draw_letters, draw_shapes
 from tokenizers import Tokenizer
 from world import LANGUAGES
 
@@ -103,8 +104,11 @@ class Row:
 class Samples(torch.utils.data.IterableDataset):
     """Samples from `start` on, in order; sample i is the same in every run."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, start: int, end: int, *, pictures_only: bool = False) -> None:
-        self.tokenizer, self.seed, self.start, self.end, self.pictures_only = tokenizer, seed, start, end, pictures_only
+    def __init__(
+        self, tokenizer: Tokenizer, seed: int, start: int, end: int, *, pictures_only: bool = False, crowded: float = 0.0
+    ) -> None:
+        self.tokenizer, self.seed, self.start, self.end = tokenizer, seed, start, end
+        self.pictures_only, self.crowded = pictures_only, crowded  # crowded: share of `sheets` among pictures for the encoder alone
 
     def __iter__(self) -> Iterator[Row | tuple[Picture, Grid, torch.Tensor]]:
         torch.set_num_threads(1)
@@ -112,11 +116,19 @@ class Samples(torch.utils.data.IterableDataset):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for i in range(self.start + first, self.end, step):
             if self.pictures_only:
-                picture = draw(random.Random(f"tiles-{self.seed}-{i}"))
+                picture = draw_lesson(random.Random(f"tiles-{self.seed}-{i}"), self.crowded)
                 tiles = make_tiles(picture.image, IMAGE)
                 yield picture, tiles.grid, tiles.pixels
             else:
                 yield make_row(self.tokenizer, random.Random(f"row-{self.seed}-{i}"))
+
+
+def draw_lesson(rng: random.Random, crowded: float) -> Picture:
+    """For the encoder alone."""
+    if rng.random() >= crowded:
+        return draw(rng)
+    kind = rng.random()
+    return draw_shapes(rng) if kind < 0.42 else draw_letters(rng) if kind < 0.84 else draw_chart(rng)
 
 
 def draw(rng: random.Random, *, small: bool = False) -> Picture:

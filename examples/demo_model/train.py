@@ -36,7 +36,7 @@ from world import LANGUAGES
 from vlserve.vision.preprocess import normalise
 
 LOG_EVERY = 25
-SAVE_EVERY_S = 180
+SAVE_EVERY_S = 60
 WARM_UP = 60
 
 
@@ -53,9 +53,10 @@ class PlaceHead(torch.nn.Linear):
         known = ~boxes[:, 0].isnan()
         total = F.smooth_l1_loss(box[known], boxes[known], beta=0.05) * 8 if known.any() else box.sum() * 0
         for i, part in enumerate(logits):
-            weight = torch.ones(part.shape[-1], device=part.device)
-            weight[0] = 0.25
-            total = total + F.cross_entropy(part, classes[:, i], weight=weight)
+            losses, something = F.cross_entropy(part, classes[:, i], reduction="none"), classes[:, i] > 0
+            total = total + 0.5 * losses[~something].mean()
+            if something.any():  # by itself, since most tokens hold nothing
+                total = total + losses[something].mean()
         return total
 
 
@@ -69,9 +70,9 @@ class Optimiser:
         outer = [n for n in self.parameters if n not in inner]
         self.parts = (
             torch.optim.Muon([self.masters[n] for n in inner], lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([self.masters[n] for n in outer], lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW([self.masters[n] for n in outer], lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
         )
-        self.rates = (lr, lr / 2)
+        self.rates = (lr, lr / 4)
 
     def step(self, share: float) -> None:
         """One step at `share` of the full rate."""
@@ -131,7 +132,7 @@ class Run:
         args = self.args
         if self.step < args.vision_steps:
             size, seen = args.vision_batch, self.step * args.vision_batch
-            data = Samples(self.tokenizer, args.seed, seen, args.vision_steps * size, pictures_only=True)
+            data = Samples(self.tokenizer, args.seed, seen, args.vision_steps * size, pictures_only=True, crowded=args.crowded)
             yield from self._loader(data, size, collate_pictures)
         answered = max(0, self.step - args.vision_steps)
         data = Samples(self.tokenizer, args.seed, answered * args.batch, args.steps * args.batch)
@@ -219,7 +220,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and curves, outside the repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--vision-steps", type=int, default=900, help="steps for the encoder alone")
-    parser.add_argument("--vision-batch", type=int, default=64, help="pictures in each of them")
+    parser.add_argument("--vision-batch", type=int, default=40, help="pictures in each of them")
+    parser.add_argument("--crowded", type=float, default=0.8, help="share of crowded pictures among them")
     parser.add_argument("--steps", type=int, default=1800, help="steps with answers")
     parser.add_argument(
         "--batch", type=int, default=24, help="rows of about 300 tokens, with one to three pictures, in each of them"
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument(
         "--cool-down", type=float, default=0.3, help="share of --steps over which the learning rate goes to nought"
     )
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--looks", type=float, default=0.3, help="weight of where to look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
