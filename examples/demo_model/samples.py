@@ -102,13 +102,13 @@ class Row:
 
 
 class Samples(torch.utils.data.IterableDataset):
-    """Samples from `start` on, in order; sample i is the same in every run."""
+    """Samples from `start` on, in order; sample i is the same in every run. `crowded`: the share of `sheets` for the encoder alone."""
 
     def __init__(
         self, tokenizer: Tokenizer, seed: int, start: int, end: int, *, pictures_only: bool = False, crowded: float = 0.0
     ) -> None:
         self.tokenizer, self.seed, self.start, self.end = tokenizer, seed, start, end
-        self.pictures_only, self.crowded = pictures_only, crowded  # crowded: share of `sheets` among pictures for the encoder alone
+        self.pictures_only, self.crowded = pictures_only, crowded
 
     def __iter__(self) -> Iterator[Row | tuple[Picture, Grid, torch.Tensor]]:
         torch.set_num_threads(1)
