@@ -57,7 +57,8 @@ class Quantisation:
         """Of a rank's part of a linear layer with codes and scales; `itemsize`: bytes of a number to compute with."""
         if self.kind == INT4:
             size, group = grouped(inputs, self.group_size)
-            return outputs * (size // 2 + size // group * (itemsize + 1))
+            order = 4 * inputs * self.reordered
+            return outputs * (size // 2 + size // group * (itemsize + 1)) + order
         groups = 1 if self.block is None else padded_groups(inputs, self.block[1]) // self.block[1]
         return outputs * (inputs + 4 * groups)
 
@@ -106,7 +107,10 @@ def _read(given: Any, where: str) -> Quantisation:
     readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "fp8": _fp8, "fbgemm_fp8": _fp8}
     if not isinstance(method, str) or method.lower() not in readers:
         raise ValueError(f"{where}.quant_method {method!r} is not supported; supported: {SUPPORTED}")
-    return readers[method.lower()](given, where)
+    try:
+        return readers[method.lower()](given, where)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def _awq(given: Mapping[str, Any], where: str) -> Quantisation:
