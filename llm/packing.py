@@ -17,7 +17,7 @@ IN_WORD = 8  # codes in a word
 SEQUENTIAL = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column c of eight lies in nibble AWQ_ORDER[c]
 MIDDLE = 8  # the zero point of symmetric codes
-AT_ONCE = 2**22  # codes that are unpacked at a time, a byte each
+AT_ONCE = 2**20  # codes that are unpacked at a time, a byte each
 
 Ends = tuple[int, int]
 
@@ -153,9 +153,7 @@ def unpack_compressed(
     return codes, weight_scale, COMPRESSED.zeros.unpack(weight_zero_point, (0, rows), (0, weight_scale.shape[1]))
 
 
-def pack_awq(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, version: str = "gemm"
-) -> dict[str, torch.Tensor]:
+def pack_awq(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, version: str = "gemm") -> dict[str, torch.Tensor]:
     """(codes, scales, zeros) -> qweight, qzeros, scales as AutoAWQ has them."""
     if version == "gemv":
         more = _padded_words(codes.shape[1], codes.shape[1] // scales.shape[1]) * IN_WORD - scales.shape[1]
@@ -181,9 +179,7 @@ def pack_gptq(
     return _pack(GPTQ, codes, scales, stored) | {"g_idx": in_order if g_idx is None else g_idx}
 
 
-def pack_compressed(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
+def pack_compressed(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """(codes, scales, zeros) -> compressed-tensors' tensors; without zeros the codes are symmetric around eight."""
     middle = torch.full_like(scales, MIDDLE, dtype=torch.uint8) if zeros is None else zeros
     tensors = _pack(COMPRESSED, codes, scales, middle) | {"weight_shape": torch.tensor(codes.shape)}
@@ -258,7 +254,8 @@ def _pack(layout: Layout, codes: torch.Tensor, scales: torch.Tensor, zeros: torc
 def _padded_words(columns: int, group: int) -> int:
     """Words of zero points in a row as AutoAWQ's gemv pads them: the smaller the groups, the wider the steps."""
     step = {64: 2, 32: 4}.get(group, 1) if group < 128 else 1
-    return -(-(-(-(columns // group) // IN_WORD)) // step) * step
+    words = -(-(columns // group) // IN_WORD)
+    return -(-words // step) * step
 
 
 def _used_columns(scales: torch.Tensor) -> int:

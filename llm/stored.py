@@ -1,7 +1,8 @@
 """Which form each linear layer of the decoder has in a checkpoint, found from its tensors' names, types and shapes.
 
 A layer is quantised if its packed tensor is there, whatever the configuration lists; the configuration says what the tensors
-do not: group size, order of the codes, kind of zero points. Raises ValueError naming the tensor, what it is, and what is supported.
+do not: group size, order of the codes, kind of zero points. Raises ValueError naming the tensor, what it is, and what is
+supported.
 """
 
 from __future__ import annotations

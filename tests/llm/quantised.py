@@ -1,4 +1,4 @@
-"""Rewrites a dense checkpoint with its decoder quantised, in each layout, and again dense with the weights that this stands for."""
+"""Rewrites a dense checkpoint with its decoder quantised, in each layout, and dense with the weights that this stands for."""
 
 from __future__ import annotations
 

@@ -196,11 +196,23 @@ BAD: list[tuple[str, Edit, str]] = [
     ("awq gemm", say(quant_method="aqlm"), "quantization_config.quant_method 'aqlm' is not supported; supported: awq (4 bits"),
     ("awq gemm", say(group_size=48), "group_size 48 does not divide the 64 inputs of model.layers.0.self_attn.q_proj"),
     ("awq gemm", say(group_size=20), "quantization_config.group_size 20 is not supported; supported: multiples of 16, or -1"),
-    ("awq gemm", say(group_size=32), "q_proj.qzeros is I32 [4, 12]; config.json's quantization_config says awq int4, groups of 32"),
-    ("awq gemm", say(version="gemv"), "q_proj.qweight is I32 [64, 12]; config.json's quantization_config says awq int4, groups of 16"),
+    (
+        "awq gemm",
+        say(group_size=32),
+        "q_proj.qzeros is I32 [4, 12]; config.json's quantization_config says awq int4, groups of 32",
+    ),
+    (
+        "awq gemm",
+        say(version="gemv"),
+        "q_proj.qweight is I32 [64, 12]; config.json's quantization_config says awq int4, groups of 16",
+    ),
     ("awq gemm", drop("down_proj.scales"), f"{DOWN}.scales is missing; config.json's quantization_config says awq int4"),
     ("int8", put(f"{LAYER}self_attn.v_proj.weight", torch.zeros(24, 64)), "q_proj int8, k_proj int8, v_proj dense; projections"),
-    ("awq gemm", put("vision_tower.mlp.fc1.qweight", torch.zeros(2, 2).int()), "vision_tower.mlp.fc1.qweight is I32 [2, 2]: only the"),
+    (
+        "awq gemm",
+        put("vision_tower.mlp.fc1.qweight", torch.zeros(2, 2).int()),
+        "vision_tower.mlp.fc1.qweight is I32 [2, 2]: only the",
+    ),
     ("awq gemm", put("lm_head.weight", torch.zeros(2, 2).to(torch.float8_e4m3fn)), "lm_head.weight is F8_E4M3 [2, 2]: only the"),
     ("awq gemm", put(f"{DOWN}.bias", torch.ones(64)), f"{DOWN}.bias is not zero"),
     ("gptq", say(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported; supported: gptq, gptq_v2"),
@@ -208,7 +220,11 @@ BAD: list[tuple[str, Edit, str]] = [
     ("compressed", put(f"{DOWN}.weight_shape", torch.tensor([64, 175])), f"{DOWN}.weight_shape says [64, 175]"),
     ("compressed", say(format="marlin-24"), "quantization_config.format 'marlin-24' is not supported; supported: pack-quantized"),
     ("fp8 tensor", drop("down_proj.weight_scale"), f"{DOWN}.weight is F8_E4M3 [64, 176], but weight_scale or weight_scale_inv"),
-    ("fp8 block", say(weight_block_size=[16, 32]), "q_proj.weight_scale_inv is F32 [3, 2]; config.json's quantization_config says fp8"),
+    (
+        "fp8 block",
+        say(weight_block_size=[16, 32]),
+        "q_proj.weight_scale_inv is F32 [3, 2]; config.json's quantization_config says fp8",
+    ),
     ("fp8 tensor", say(fmt="e5m2"), "quantization_config.fmt 'e5m2' is not supported; supported: e4m3"),
     ("int8", put(f"{DOWN}.weight", torch.zeros(64, 176, dtype=torch.uint8)), f"{DOWN}.weight is U8 [64, 176]; supported: F32"),
 ]
@@ -243,7 +259,10 @@ def test_packed_weights_need_a_configuration(tmp_path: Path) -> None:
 
 def test_the_configuration_is_found_wherever_it_is() -> None:
     given = awq(128).config
-    for config in ({"quantization_config": given}, *({key: {"quantization_config": given}} for key in ("text_config", "llm_config"))):
+    for config in (
+        {"quantization_config": given},
+        *({key: {"quantization_config": given}} for key in ("text_config", "llm_config")),
+    ):
         found = find_quantisation(config)
         assert found is not None and (found.method, found.group_size) == ("awq", 128)
     native = find_quantisation({}, {"quant_config.json": {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}})
