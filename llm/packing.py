@@ -206,7 +206,7 @@ def input_order(g_idx: torch.Tensor, group: int) -> torch.Tensor | None:
 
 def unpack_words(words: torch.Tensor, order: tuple[int, ...] = SEQUENTIAL) -> torch.Tensor:
     """int32 [..., W] -> uint8 [..., 8 W]."""
-    nibbles = words.contiguous().view(torch.uint8)
+    nibbles = _fresh(words).view(torch.uint8)
     values = torch.stack([nibbles & 15, nibbles >> 4], dim=-1)  # the lowest byte and in it the lower half come first
     values = values.view(*words.shape, IN_WORD)
     return (values if order == SEQUENTIAL else values[..., list(order)]).flatten(-2)
@@ -218,7 +218,7 @@ def pack_words(values: torch.Tensor, order: tuple[int, ...] = SEQUENTIAL) -> tor
         raise ValueError("a code or stored zero point does not fit into four bits; expected 0..15")
     values = torch.nn.functional.pad(values, (0, -values.shape[-1] % IN_WORD)).unflatten(-1, (-1, IN_WORD))
     nibbles = values[..., [order.index(place) for place in range(IN_WORD)]]
-    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous().view(torch.int32).squeeze(-1)
+    return _fresh(nibbles[..., 0::2] | nibbles[..., 1::2] << 4).view(torch.int32).squeeze(-1)
 
 
 def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
@@ -249,6 +249,11 @@ def _pack(layout: Layout, codes: torch.Tensor, scales: torch.Tensor, zeros: torc
             values = pack_words(values.movedim(plane.packed, -1), plane.order).movedim(-1, plane.packed)
         tensors[plane.name] = (values.t() if plane.is_transposed else values).contiguous()
     return tensors
+
+
+def _fresh(tensor: torch.Tensor) -> torch.Tensor:
+    """With the strides of its shape, which `contiguous` leaves as they are along dimensions of one; `view` looks at those."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _padded_words(columns: int, group: int) -> int:
