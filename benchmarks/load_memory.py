@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vlserve.config import EngineConfig
 from vlserve.engine.loading import load_model
 from vlserve.engine.memory import release_leftovers
 from vlserve.llm.formats import Slot
+from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Group, Split
 
 TEXT = {
@@ -44,7 +46,8 @@ VISION = {
     "patch_size": [14, 14],
 }
 LAYER_BYTES, TABLE_BYTES = 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 4096), 2 * 2 * 10_001 * 1024
-FILES = 3
+FILES, GROUP = 3, 128
+Stored = tuple[tuple[int, ...], torch.dtype]
 
 
 class Alone(Group):
@@ -54,21 +57,36 @@ class Alone(Group):
         self.rank, self.size = rank, size
 
 
-def make_checkpoint(folder: Path, num_bytes: float) -> int:
-    """Weights in bfloat16, of about `num_bytes` in several files; returns the bytes of the largest tensor."""
-    text = TEXT | {"num_hidden_layers": max(1, round((num_bytes - TABLE_BYTES) / LAYER_BYTES))}
+def make_checkpoint(folder: Path, num_bytes: float, *, is_awq: bool = False) -> int:
+    """Weights in bfloat16, the decoder's perhaps as AWQ, of about `num_bytes` in several files; the largest tensor's bytes."""
+    layer_bytes = LAYER_BYTES * (0.26 if is_awq else 1)
+    text = TEXT | {"num_hidden_layers": max(1, round((num_bytes - TABLE_BYTES) / layer_bytes))}
     config = {"model_type": "internvl", "text_config": text, "vision_config": VISION, "dtype": "bfloat16", "image_token_id": 0}
+    if is_awq:
+        config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = read_checkpoint(folder)
     with torch.device("meta"):
         targets = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, Split()).targets()
-    shapes = {name: t.full if isinstance(t, Slot) else tuple(t.shape) for name, t in targets.items()}
+    shapes = {name: (t.full if isinstance(t, Slot) else tuple(t.shape), torch.bfloat16) for name, t in targets.items()}
+    if is_awq:
+        shapes = dict(_packed(shapes))
     where = {name: f"model-{i * FILES // len(shapes)}.safetensors" for i, name in enumerate(shapes)}
     for file in sorted(set(where.values())):
-        tensors = {name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in shapes if where[name] == file}
+        tensors = {name: torch.ones(shape, dtype=dtype) for name, (shape, dtype) in shapes.items() if where[name] == file}
         save_file(tensors, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return max(2 * torch.Size(shape).numel() for shape in shapes.values())
+    return max(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes.values())
+
+
+def _packed(shapes: dict[str, Stored]) -> Iterator[tuple[str, Stored]]:
+    """With the tensors of AWQ in place of the decoder's linear layers."""
+    for name, (shape, dtype) in shapes.items():
+        if not name.endswith("_proj.weight") or "language_model." not in name:
+            yield name, (shape, dtype)
+            continue
+        for part, stored in AWQ_GEMM.shapes(*shape, GROUP).items():
+            yield name.removesuffix("weight") + part, (stored, torch.float16 if part == "scales" else torch.int32)
 
 
 def resident_bytes() -> tuple[int, int]:
@@ -113,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="of the checkpoint that is made")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--awq", action="store_true", help="the decoder in 4 bits")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made; default: a temporary folder")
     parser.add_argument("--load", type=int, nargs=2, metavar=("RANK", "TP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -122,7 +141,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        largest = make_checkpoint(folder, 1e6 * args.megabytes)
+        largest = make_checkpoint(folder, 1e6 * args.megabytes, is_awq=args.awq)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         print(f"a checkpoint of {size / 1e6:.0f} MB, its largest tensor {largest / 1e6:.1f} MB; in MB:")
         print(f"{'tp':>4} {'rank':>5} {'shard':>8} {'highest':>8} {'above the shard':>16} {'with mapped files':>18}")

@@ -20,8 +20,10 @@ from vlserve.llm.config import DecoderConfig
 from vlserve.llm.embedding import VocabParallel
 from vlserve.llm.formats import Slot
 from vlserve.llm.kv_cache import KVCache
-from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear
+from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from vlserve.llm.parallel import Split
+
+LAYERS = "model.layers."
 
 
 class DecoderLayer(nn.Module):
@@ -53,12 +55,17 @@ class DecoderLayer(nn.Module):
         x, residual = add_rms_norm(x, residual, self.post_attention_layernorm, self.eps)
         return self.down_proj(silu_mul(self.gate_up_proj(x))), residual
 
+    def linears(self, prefix: str) -> Iterator[tuple[str, Linear]]:
+        """(what a checkpoint has before the projections' names, layer) of each linear layer."""
+        yield f"{prefix}self_attn.", self.self_attn.qkv_proj
+        yield f"{prefix}self_attn.", self.self_attn.o_proj
+        yield f"{prefix}mlp.", self.gate_up_proj
+        yield f"{prefix}mlp.", self.down_proj
+
     def targets(self, prefix: str) -> Iterator[tuple[str, torch.Tensor | Slot]]:
+        for names, linear in self.linears(prefix):
+            yield from linear.targets(names)
         attention = self.self_attn
-        yield from attention.qkv_proj.targets(f"{prefix}self_attn.")
-        yield from attention.o_proj.targets(f"{prefix}self_attn.")
-        yield from self.gate_up_proj.targets(f"{prefix}mlp.")
-        yield from self.down_proj.targets(f"{prefix}mlp.")
         norms = {
             "input_layernorm": self.input_layernorm,
             "post_attention_layernorm": self.post_attention_layernorm,
@@ -120,5 +127,16 @@ class Decoder(nn.Module):
             found["lm_head.weight"] = self.lm_head.target()
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            found.update(layer.targets(f"model.layers.{i}."))
+            found.update(layer.targets(f"{LAYERS}{i}."))
         return found
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """(what a checkpoint has before the projections' names, layer) of each linear layer."""
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.linears(f"{LAYERS}{i}.")
+
+    def finish(self) -> None:
+        """Called once, when all weights are there and before the first use."""
+        for _, linear in self.linears():
+            linear.format.finish()

@@ -1,12 +1,14 @@
 """How a linear layer's logical slice is stored and multiplied. Which slice a rank owns is `linear`'s business.
 
-A checkpoint's tensor fills a `Slot`: a part of a parameter, from a span of the tensor along one or more dimensions.
+A checkpoint's tensor fills a `Slot`: a part of a parameter, from a span of the tensor along one or more dimensions. What has
+another form in memory fills a `ReadSlot`. Quantised formats are in formats_int4.py and formats_8bit.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,36 @@ class Slot:
     tensor: torch.Tensor
     full: tuple[int, ...]
     spans: dict[int, Span]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadSlot(Slot):
+    """`read` takes what it needs of a checkpoint's tensor of shape `full`, given a handle on it, and returns the bytes read."""
+
+    read: Callable[[Any], int]
+
+
+class Format(Protocol):
+    """What a linear layer asks of the way its weights are stored.
+
+    `in_span` is the part of the `in_features` inputs, `outputs` of each projection's outputs, that this rank has.
+    """
+
+    in_span: Span
+    in_features: int
+    outputs: dict[str, tuple[Span, int]]
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        ...
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
+        """What each of a checkpoint's tensors fills."""
+        ...
+
+    def finish(self) -> None:
+        """Called once, when all weights are there and before the first use: the time to put them into another order."""
+        ...
 
 
 class DenseFormat(nn.Module):
@@ -42,3 +74,6 @@ class DenseFormat(nn.Module):
             rows = self.weight.data[start : start + span.size]
             yield f"{prefix}{name}.weight", Slot(rows, (size, self.in_features), {0: span, 1: self.in_span})
             start += span.size
+
+    def finish(self) -> None:
+        """Dense weights are used as they are."""

@@ -1,7 +1,8 @@
 """Linear layers of the decoder, split over ranks: which slice a rank owns, and where it stands in a checkpoint.
 
 Projections that read the same input are one matrix here (query, key and value; gate and up), while a
-checkpoint stores them one by one. How a slice is stored is `formats`' business.
+checkpoint stores them one by one. How a slice is stored is `formats`' business; a layer is built dense, and `stored` gives it
+another format where the checkpoint has one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vlserve.llm.formats import DenseFormat, Slot
+from vlserve.llm.formats import DenseFormat, Format, Slot
 from vlserve.llm.parallel import Group, Span
 
 
@@ -25,7 +26,8 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_features: int, outputs: dict[str, tuple[Span, int]], *, bias: bool) -> None:
         super().__init__()
         self.outputs = outputs
-        self.format = DenseFormat(Span(0, in_features, in_features), in_features, outputs)
+        self.format: Format = DenseFormat(Span(0, in_features, in_features), in_features, outputs)
+        self.others: dict[str, Slot] = {}  # further tensors that a checkpoint has for this layer, by name
         size = sum(span.size for span, _ in outputs.values())
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
 
@@ -41,6 +43,7 @@ class ColumnParallelLinear(nn.Module):
                 self.outputs.items(), self.bias.data.split([span.size for span, _ in self.outputs.values()]), strict=True
             ):
                 yield f"{prefix}{name}.bias", Slot(part, (size,), {0: span})
+        yield from ((prefix + name, slot) for name, slot in self.others.items())
 
 
 class RowParallelLinear(nn.Module):
@@ -49,7 +52,8 @@ class RowParallelLinear(nn.Module):
     def __init__(self, name: str, in_span: Span, in_features: int, out_features: int, *, bias: bool, group: Group) -> None:
         super().__init__()
         self.name, self._group = name, group
-        self.format = DenseFormat(in_span, in_features, {name: (Span(0, out_features, out_features), out_features)})
+        self.format: Format = DenseFormat(in_span, in_features, {name: (Span(0, out_features, out_features), out_features)})
+        self.others: dict[str, Slot] = {}
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,3 +66,7 @@ class RowParallelLinear(nn.Module):
         if self.bias is not None:
             size = len(self.bias)
             yield f"{prefix}{self.name}.bias", Slot(self.bias.data, (size,), {})
+        yield from ((prefix + name, slot) for name, slot in self.others.items())
+
+
+Linear = ColumnParallelLinear | RowParallelLinear

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vlserve.llm.formats import Slot
+from vlserve.llm.formats import ReadSlot, Slot
 from vlserve.llm.parallel import Span
 
 Target = torch.Tensor | Slot
@@ -111,6 +111,8 @@ def slot_of(target: Target) -> Slot:
 def fill(target: Target, stored: Any) -> int:
     """Copy the target's span of a stored tensor, which has its shape; returns the bytes read."""
     slot = slot_of(target)
+    if isinstance(slot, ReadSlot):
+        return slot.read(stored)
     spans = [slot.spans.get(dim, Span(0, size, size)) for dim, size in enumerate(slot.full)]
     if any(span.stop - span.start < span.size for span in spans):
         slot.tensor.zero_()

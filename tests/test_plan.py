@@ -204,7 +204,7 @@ def test_a_plan_that_does_not_fit_is_not_ok() -> None:
         (internvl(QWEN_05B) | {"model_type": "llava_next"}, "model_type 'llava_next'"),
         (internvl(QWEN_05B) | {"model_type": [[0]]}, "[[0]]"),
         (internvl(QWEN_05B, SMALL_ENCODER | {"hidden_act": []}) | {"downsample_ratio": 0}, "hidden_act []"),
-        (internvl(QWEN_05B) | {"quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq'"),
+        (internvl(QWEN_05B) | {"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' is not supported"),
         (
             {"vision_config": {}, **text("qwen2_vl", 28, 4, 3584, 18944, 28, 152064)},
             "model_type 'qwen2_vl'",

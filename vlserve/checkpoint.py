@@ -13,6 +13,7 @@ from typing import Any
 from vlserve.architectures import Architecture, find_architecture
 from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, ModelError
+from vlserve.llm.quantisation import FILES, Quantisation, find_quantisation
 from vlserve.llm.shards import read_shards
 from vlserve.vision.config import ImageConfig
 
@@ -37,6 +38,12 @@ class Checkpoint:
         places = (self.generation, text, self.config)
         given: int | list[int] = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
         return frozenset([given] if isinstance(given, int) else given)
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How the decoder's weights are stored, None where nothing says that they are quantised; raises ValueError."""
+        beside = {name: _read_json(self.folder / name, optional=True) for name in FILES}
+        return find_quantisation(self.config, {name: given for name, given in beside.items() if given})
 
     @property
     def image_token_id(self) -> int:

@@ -16,7 +16,7 @@ ENCODER_IS_FREE = "The vision encoder is replicated, whole on every rank, and se
 class Problem:
     """Why a plan is not ok: a size of config.json that does not divide, or memory that is too small."""
 
-    dimension: str  # config.json's key, or device_memory (GiB) or max_model_len (tokens)
+    dimension: str  # config.json's key, or desc_act, or device_memory (GiB) or max_model_len (tokens)
     size: float
     tp: int
     source: str  # the file and section, or the option, that the size came from
@@ -40,6 +40,8 @@ def check_tp(config: Mapping[str, Any], tp: int, *, replicate_kv_heads: bool = F
 
 def legal_degrees(decoder: DecoderShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Degrees that divide query and KV heads, and those above that need the KV heads replicated; both ascending."""
+    if _is_reordered(decoder):
+        return (1,), ()
     heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
     plain = tuple(n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0)
     replicated = tuple(n for n in range(kv_heads + 1, heads + 1) if heads % n == 0 and n % kv_heads == 0)
@@ -60,6 +62,8 @@ def indivisible(decoder: DecoderShape, tp: int, replicate: bool, source: str) ->
     failing = {"num_attention_heads": heads} if heads % tp else {}
     if kv_heads % tp and not is_copied:
         failing["num_key_value_heads"] = kv_heads
+    if tp > 1 and _is_reordered(decoder):
+        failing["desc_act"] = 1
     return tuple(Problem(dimension=name, size=size, tp=tp, source=where) for name, size in failing.items())
 
 
@@ -67,13 +71,23 @@ def refusal_text(decoder: DecoderShape, problems: tuple[Problem, ...], replicate
     """What to say of a degree with these problems."""
     plain, replicated = legal_degrees(decoder)
     tp, where = problems[0].tp, problems[0].source
-    sizes = " and ".join(f"{p.dimension} {p.size} is not divisible by {tp}" for p in problems)
+    divided = [p for p in problems if p.dimension != "desc_act"]
+    sizes = " and ".join(f"{p.dimension} {p.size} is not divisible by {tp}" for p in divided)
+    if len(divided) < len(problems):
+        assert decoder.quantisation is not None
+        reordered = f"the groups of {decoder.quantisation.where} are not of neighbouring inputs (desc_act or actorder)"
+        sizes = f"{sizes}, and {reordered}" if sizes else reordered
     heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
     text = f"tp={tp} does not work: {sizes} ({where}: {heads} query heads, {kv_heads} KV heads). "
     text += f"Degrees that work: {_listed(plain)}"
     if replicated:
         text += f"; {'also' if replicate else 'with --replicate-kv-heads also'} {_listed(replicated)}"
     return f"{text}. {ENCODER_IS_FREE}"
+
+
+def _is_reordered(decoder: DecoderShape) -> bool:
+    """Groups of inputs that are spread over a layer cannot be shared out."""
+    return decoder.quantisation is not None and decoder.quantisation.reordered
 
 
 def _listed(degrees: tuple[int, ...]) -> str:

@@ -111,18 +111,38 @@ def internvit_bytes(encoder: EncoderConfig, out_size: int, itemsize: int) -> int
 def decoder_bytes(decoder: DecoderShape, part: Shard, itemsize: int) -> int:
     """Layers and final norm on one rank, without embeddings and head; row-parallel biases are whole."""
     hidden, query, kv = decoder.hidden_size, part.query_heads * decoder.head_dim, part.kv_heads * decoder.head_dim
-    attention = (query + 2 * kv) * (hidden + decoder.qkv_bias) + query * hidden + hidden * decoder.output_bias
+    biases = (query + 2 * kv) * decoder.qkv_bias + hidden * decoder.output_bias
     norms = 2 * hidden + 2 * decoder.head_dim * decoder.qk_norm
+    experts, shared = max(1, decoder.num_experts), part.shared_feed_forward
+    mlp_biases = (2 * part.feed_forward + hidden) * experts + (2 * shared + hidden) * bool(shared)
+    router = decoder.num_experts * hidden + hidden * bool(shared)  # and the shared expert's gate
+    dense = biases + norms + mlp_biases * decoder.mlp_bias + router
 
-    def feed_forward(width: int) -> int:
-        return 3 * hidden * width + (2 * width + hidden) * decoder.mlp_bias
+    def linears(layer: int) -> int:
+        def size(names: tuple[str, ...], outputs: int, inputs: int) -> int:
+            return _linear_bytes(decoder, f"model.layers.{layer}.", names, outputs, inputs, itemsize)
 
-    mlp = feed_forward(part.feed_forward)
-    if decoder.num_experts:
-        router = decoder.num_experts * hidden
-        shared = feed_forward(part.shared_feed_forward) + hidden if part.shared_feed_forward else 0
-        mlp = decoder.num_experts * mlp + router + shared
-    return (decoder.num_hidden_layers * (attention + norms + mlp) + hidden) * itemsize
+        attention = size(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), query + 2 * kv, hidden)
+        attention += size(("self_attn.o_proj",), hidden, query)
+        each, common = (
+            size(("mlp.gate_proj", "mlp.up_proj"), 2 * width, hidden) + size(("mlp.down_proj",), hidden, width)
+            for width in (part.feed_forward, shared)
+        )
+        return attention + experts * each + common * bool(shared)
+
+    if decoder.quantisation is None:  # all layers are alike
+        layers = decoder.num_hidden_layers * linears(0)
+    else:
+        layers = sum(map(linears, range(decoder.num_hidden_layers)))
+    return layers + (decoder.num_hidden_layers * dense + hidden) * itemsize
+
+
+def _linear_bytes(decoder: DecoderShape, prefix: str, names: tuple[str, ...], outputs: int, inputs: int, itemsize: int) -> int:
+    """Projections that are one matrix on a rank; they are stored alike, so the first one's name decides."""
+    quantisation = decoder.quantisation
+    if quantisation is None or not quantisation.covers(prefix + names[0]):
+        return outputs * inputs * itemsize
+    return quantisation.linear_bytes(outputs, inputs, itemsize)
 
 
 def embedding_bytes(decoder: DecoderShape, part: Shard, itemsize: int) -> int:

@@ -22,7 +22,7 @@ class Foreign(NamedTuple):
 
 
 ONE_BY_HEADS = "devices share every layer; there are no pipeline stages"
-NO_QUANTISED = "this version reads no quantised checkpoints; use the original one"
+FOUND_QUANTISED = "how a checkpoint is quantised is found in its config.json; leave the flag out"
 NO_KV_TYPES = "the KV cache always has the type of --dtype"
 NAMED_FIRST = "the model comes without a flag: vlserve serve MODEL"
 NEVER_CODE = "code from checkpoints is never run; installed packages add models"
@@ -42,7 +42,7 @@ FLAGS: Mapping[str, Foreign] = {
     "--backend": Foreign((LMDEPLOY,), "", "there is one engine"),
     "--api-keys": Foreign((LMDEPLOY,), "--api-key-file", KEYS),
     "--vision-max-batch-size": Foreign((LMDEPLOY,), "", "tiles are encoded in small groups, so there is nothing to set"),
-    "--model-format": Foreign((LMDEPLOY,), "", NO_QUANTISED),
+    "--model-format": Foreign((LMDEPLOY,), "", FOUND_QUANTISED),
     "--ssl": Foreign((LMDEPLOY,), "--ssl-certfile", "with --ssl-keyfile"),
     "--allow-origins": Foreign((LMDEPLOY,), "--cors-origins"),
     "--tensor-parallel-size": Foreign((VLLM,), "--tp"),
@@ -59,7 +59,7 @@ FLAGS: Mapping[str, Foreign] = {
     "--cpu-offload-gb": Foreign((VLLM,), "", "weights stay on the device"),
     "--trust-remote-code": Foreign((VLLM, SGLANG), "", NEVER_CODE),
     "--enforce-eager": Foreign((VLLM,), "", "there are no CUDA graphs to switch off"),
-    "--quantization": Foreign((VLLM, SGLANG), "", NO_QUANTISED),
+    "--quantization": Foreign((VLLM, SGLANG), "", FOUND_QUANTISED),
     "--chat-template": Foreign((VLLM, SGLANG, LMDEPLOY), "", "it is the checkpoint's chat_template.jinja"),
     "--tokenizer": Foreign((VLLM,), "", "it is the checkpoint's tokenizer.json"),
     "--download-dir": Foreign((VLLM, LMDEPLOY), "", "set the variable HF_HOME"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.config import DecoderConfig, read_decoder_config
+from vlserve.llm.quantisation import FP8, Quantisation, find_quantisation
 from vlserve.vision.config import EncoderConfig, ImageConfig, read_encoder_config
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class DecoderShape:
     qk_norm: bool
     num_experts: int = 0  # 0: no mixture
     shared_intermediate_size: int = 0  # of the expert that every token passes
+    quantisation: Quantisation | None = None  # None also where its form is not supported
 
     @property
     def feed_forward_key(self) -> str:
@@ -88,14 +90,10 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         reasons = (_model_type_reason(config, error), *reasons)
     except Exception as error:  # noqa: BLE001  (a package's code raises what it likes)
         reasons = (*reasons, _said(error))
-    quantised = config.get("quantization_config") or config.get(decoder.section, {}).get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        reasons = (
-            *reasons,
-            f"quantization_config {method!r} is not supported yet: vlserve reads checkpoints that are not quantised",
-        )
-        notes.append("the weights are counted as if they were not quantised")
+    if decoder.quantisation is not None:
+        notes.append(f"the decoder's linear layers are counted as {decoder.quantisation}")
+        if decoder.quantisation.kind == FP8:
+            notes.append("on the CPU, FP8 weights are converted to dtype when they are loaded and take its bytes")
     is_plugin = architecture is not None and model_type not in BUILT_IN
     encoder = _read_encoder(config, is_internvl=model_type in BUILT_IN)
     if encoder is None:
@@ -137,11 +135,23 @@ def _decoder_and_reasons(config: Mapping[str, Any]) -> tuple[DecoderShape, tuple
     text = dict(config[section] if section else config)
     # transformers ties the head when either the outer or the text config says so
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
-    shape = _generic_shape(text, section)
+    shape, reasons = _with_quantisation(_generic_shape(text, section), config)
     try:
-        return _exact_shape(shape, read_decoder_config(text)), ()
+        return _exact_shape(shape, read_decoder_config(text)), reasons
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        return shape, (_said(error).replace("text_config", section or "config.json"),)
+        return shape, (_said(error).replace("text_config", section or "config.json"), *reasons)
+
+
+def _with_quantisation(shape: DecoderShape, config: Mapping[str, Any]) -> tuple[DecoderShape, tuple[str, ...]]:
+    try:
+        quantisation = find_quantisation(config)
+        if quantisation is not None:
+            inputs = {"q_proj": shape.hidden_size, "o_proj": shape.num_attention_heads * shape.head_dim}
+            for name, size in (inputs | {"down_proj": shape.intermediate_size}).items():
+                quantisation.check_inputs(size, name)
+    except ValueError as error:
+        return shape, (f"{error}; the weights are counted as if they were not quantised",)
+    return replace(shape, quantisation=quantisation), ()
 
 
 def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:

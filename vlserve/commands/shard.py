@@ -76,6 +76,7 @@ def shard(config: EngineConfig, out: Path) -> str:
     out = _check_out(out)
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
     _check_unsharded(checkpoint)
+    _check_dense(checkpoint)
     check_tp(
         checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads, source=str(checkpoint.folder / "config.json")
     )
@@ -123,6 +124,18 @@ def _check_unsharded(checkpoint: Checkpoint) -> None:
         raise ModelError(str(error)) from error
     if shards is not None:
         raise ConfigError(f"{checkpoint.folder} is sharded for tp {shards.tp} already; shard again from the original checkpoint")
+
+
+def _check_dense(checkpoint: Checkpoint) -> None:
+    try:
+        quantisation = checkpoint.quantisation
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if quantisation is not None:
+        raise ConfigError(
+            f"{checkpoint.folder} is quantised ({quantisation}), and only unquantised checkpoints are sharded. Serve it as it "
+            "is: each rank reads its own part of every tensor, which is a quarter to a half of a 16-bit one"
+        )
 
 
 def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:

@@ -21,7 +21,9 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, split: Split, devic
     check_shards(checkpoint.folder, config)
     dtype = _dtype(checkpoint, config)
     try:
-        model = build_model(checkpoint, split).to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = build_model(checkpoint, split).to(dtype)
+        model.use_stored_forms(checkpoint.folder, checkpoint.quantisation, dtype)
+        model.to_empty(device=device).eval().requires_grad_(False)
         model.load(Path(checkpoint.folder), lambda done, total: progress("weights", done, total))
     except (ValueError, FileNotFoundError) as error:
         raise ModelError(str(error)) from error

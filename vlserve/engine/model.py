@@ -18,7 +18,9 @@ from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
+from vlserve.llm.quantisation import Quantisation
 from vlserve.llm.shards import read_shards
+from vlserve.llm.stored import StoredTensors, use_stored_forms
 from vlserve.llm.weights import load_weights, slot_of
 from vlserve.vision.config import TILES_AT_ONCE, ImageConfig, read_encoder_config
 from vlserve.vision.encoder import build_encoder
@@ -74,9 +76,28 @@ class Model(nn.Module, ABC):
         """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""
         shards = read_shards(folder)
         if shards is None:
-            return load_weights(folder, self.targets(), rename=self.rename, progress=progress)
-        parts = {name: slot_of(target).tensor for name, target in self.targets().items()}  # stored as this rank has them
-        return load_weights(folder, parts, files=shards.files(folder, self.decoder.split.group.rank), progress=progress)
+            num_bytes = load_weights(folder, self.targets(), rename=self.rename, progress=progress)
+        else:
+            parts = {name: slot_of(target).tensor for name, target in self.targets().items()}  # stored as this rank has them
+            files = shards.files(folder, self.decoder.split.group.rank)
+            num_bytes = load_weights(folder, parts, files=files, progress=progress)
+        self.decoder.finish()
+        return num_bytes
+
+    def use_stored_forms(self, folder: Path, quantisation: Quantisation | None, dtype: torch.dtype) -> None:
+        """Make the decoder's linear layers such as `folder` has them; on the meta device, with all other types settled.
+
+        Raises ValueError for a form that is not supported, FileNotFoundError.
+        """
+        if read_shards(folder) is not None:
+            return  # only dense checkpoints are sharded
+        with StoredTensors(folder, self.rename) as tensors:
+            use_stored_forms(self.decoder, self._decoder_prefix(), tensors, quantisation, dtype)
+
+    def _decoder_prefix(self) -> str:
+        """What the names in `targets` have before the decoder's own."""
+        last = next(iter(self.decoder.targets()))
+        return next(name for name in self.targets() if name.endswith(last)).removesuffix(last)
 
 
 class InternVL(Model):
