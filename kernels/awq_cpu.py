@@ -63,7 +63,7 @@ class Padding:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OperatorInt4:
-    """In the operator's order: of each `half` * 2 outputs the first ones in the low halves of bytes, the others in the high ones."""
+    """In the operator's order: of 2 * `half` outputs the first ones in the low halves of bytes, the others in the high ones."""
 
     codes: torch.Tensor  # [N', K'/2] uint8
     scales_zeros: torch.Tensor  # [G', N', 2] bfloat16: the scale, and (8 - zero) * scale

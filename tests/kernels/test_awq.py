@@ -26,10 +26,10 @@ Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def weights(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> Weights:
-    """codes, scales and zeros; the last group of the first output has scale 0, as padding has."""
+    """codes, scales and zeros; of several groups the first output's last one has scale 0, as padding has."""
     codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
     scales = (torch.rand(outputs, inputs // group) / 10 + 0.01).to(dtype)
-    scales[0, -1] = 0
+    scales[0, 1:][-1:] = 0
     return codes, scales, torch.randint(0, 17, scales.shape, dtype=torch.uint8)
 
 
@@ -88,7 +88,7 @@ def test_the_cpu_form(
         x = torch.randn(rows, size[1]).to(dtype)
         got, want = awq_matmul_cpu(x, packed), awq_matmul_ref(x.double(), *given)
         assert got.shape == want.shape and got.dtype == dtype
-        # the first row's last weights are nought times whatever; the operator computes float16 in bfloat16
+        # float16 is computed in bfloat16
         assert rms_ratio(got, want) < TOLERANCE[torch.bfloat16 if dtype == torch.float16 else dtype]
 
 
@@ -202,5 +202,4 @@ def test_rows_are_quantised_to_half_a_step(dtype: torch.dtype) -> None:
     codes, scales = quantise_rows(weight)
     assert scales.dtype == torch.float32 and torch.equal(scales, scales.bfloat16().float())
     assert int(codes.abs().max()) == 127 and not codes[3].any() and scales[3] == 0
-    # rounding the scale down by up to 2**-9 clips the largest by up to half a step more
-    assert ((codes * scales[:, None] - weight.float()).abs() <= 0.76 * scales[:, None]).all()
+    assert ((codes * scales[:, None] - weight.float()).abs() <= 0.5001 * scales[:, None]).all()
