@@ -117,6 +117,13 @@ class Decoder(nn.Module):
         """hidden [R, C] -> float32 logits [R, V] on rank 0, None on the others."""
         return (self.lm_head or self.embed_tokens).logits(hidden)
 
+    def quantise_head(self) -> None:
+        """Once the weights are there: the head in 8 bits, beside the embedding where that is the same table."""
+        if self.lm_head is None:
+            self.embed_tokens.quantise_head(embeds=True)
+        else:
+            self.lm_head.quantise_head(embeds=False)
+
     def targets(self) -> dict[str, torch.Tensor | Slot]:
         """Checkpoint names as in a causal language model of transformers: `model.layers.0...`, `lm_head.weight`."""
         found: dict[str, torch.Tensor | Slot] = {

@@ -9,8 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlserve.kernels.int8_head import int8_matmul, quantise_rows
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
+
+
+class Int8Rows(nn.Module):
+    """The rows of a table in 8 bits, to be multiplied with."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        codes, scales = quantise_rows(weight)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R, C] -> [R, this rank's rows]."""
+        return int8_matmul(x, self.codes, self.scales)
 
 
 class VocabParallel(nn.Module):
@@ -21,6 +36,7 @@ class VocabParallel(nn.Module):
         self.vocab_size, self._group = vocab_size, split.group
         self.span = split.padded(vocab_size)
         self.weight = nn.Parameter(torch.empty(self.span.size, hidden_size), requires_grad=False)
+        self.int8_rows: Int8Rows | None = None
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [T] int64 -> [T, C]: each row comes from the rank that has it, the others add zeros."""
@@ -33,8 +49,15 @@ class VocabParallel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [R, C] -> float32 logits [R, V] on rank 0, None on the others."""
-        gathered = self._group.gather(F.linear(hidden, self.weight), "logits")
+        logits = F.linear(hidden, self.weight) if self.int8_rows is None else self.int8_rows(hidden)
+        gathered = self._group.gather(logits, "logits")
         return None if gathered is None else gathered[:, : self.vocab_size].float()
+
+    def quantise_head(self, *, embeds: bool) -> None:
+        """Once the weights are there: `logits` multiplies by 8-bit rows. Those given stay only where the table also `embeds`."""
+        self.int8_rows = Int8Rows(self.weight)
+        if not embeds:
+            self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
     def target(self) -> Slot:
         return Slot(self.weight.data, (self.vocab_size, self.weight.shape[1]), {0: self.span})

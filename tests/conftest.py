@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach f
 # one thread of torch's a process, here and in ranks: models are tiny, and threads that wait for one another spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU are checked on the CPU; 0 runs them on a GPU
+
 import pytest
 import torch
 

@@ -18,6 +18,7 @@ from vlserve.errors import ConfigError, RequestError
 from vlserve.migrating import explain_option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LM_HEAD_BITS = (16, 8)
 DEVICES = ("auto", "cpu", "cuda")
 FAILURE_POLICIES = ("exit", "restart")
 LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
@@ -49,6 +50,9 @@ class EngineConfig:
         "HOST:PORT of machine 0 where the ranks of several machines meet; firewall it, since whoever reaches it can interfere",
     )
     dtype: str = _option("auto", "computation type; auto takes the checkpoint's", choices=DTYPES)
+    lm_head_bits: int = _option(
+        16, "bits of a weight in the language model's head; 8 halves what each token reads of it", choices=LM_HEAD_BITS
+    )
     device: str = _option("auto", "where to run; auto takes a GPU where there is one", choices=DEVICES)
     threads: int | None = _option(None, "CPU threads of a rank; default: all cores")
     max_model_len: int | None = _option(None, "tokens of prompt and answer together; default: the checkpoint's limit")
@@ -74,6 +78,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not _is_integer(value) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of 1 or more")
+        if self.lm_head_bits not in LM_HEAD_BITS:
+            raise ConfigError(f"lm_head_bits is {self.lm_head_bits!r}; expected {' or '.join(map(str, LM_HEAD_BITS))}")
         self._check_machines()
         for name in ("kv_cache_gib", "rendezvous_timeout_s", "load_timeout_s", "step_timeout_s"):
             value = getattr(self, name)

@@ -145,9 +145,11 @@ def _linear_bytes(decoder: DecoderShape, prefix: str, names: tuple[str, ...], ou
     return quantisation.linear_bytes(outputs, inputs, itemsize)
 
 
-def embedding_bytes(decoder: DecoderShape, part: Shard, itemsize: int) -> int:
-    """embed_tokens and lm_head, one tensor when they are tied."""
-    return part.vocabulary * decoder.hidden_size * (1 if decoder.tie_word_embeddings else 2) * itemsize
+def embedding_bytes(decoder: DecoderShape, part: Shard, itemsize: int, lm_head_bits: int = 16) -> int:
+    """embed_tokens and lm_head, one tensor when they are tied; a head in 8 bits is a tensor of its own, with a scale a row."""
+    row = decoder.hidden_size * itemsize
+    head = decoder.hidden_size + FLOAT32 if lm_head_bits == 8 else row * (not decoder.tie_word_embeddings)
+    return part.vocabulary * (row + head)
 
 
 def kv_bytes_per_token(decoder: DecoderShape, part: Shard, itemsize: int) -> int:

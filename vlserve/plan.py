@@ -86,6 +86,7 @@ def make_plan(
     tp: int | None,
     source: str = "config.json",
     dtype: str = DEFAULTS.dtype,
+    lm_head_bits: int = DEFAULTS.lm_head_bits,
     device_memory: float | None = None,
     gpu_memory_utilization: float = DEFAULTS.gpu_memory_utilization,
     max_model_len: int | None = None,
@@ -108,6 +109,7 @@ def make_plan(
     """
     options = EngineConfig(  # checks them
         dtype=dtype,
+        lm_head_bits=lm_head_bits,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -206,7 +208,7 @@ class _Planner:
     def _rank(self, part: Shard, rank: int) -> RankPlan:
         decoder, itemsize = self.shape.decoder, self.step.itemsize
         layers = footprint.decoder_bytes(decoder, part, itemsize)
-        embeddings = footprint.embedding_bytes(decoder, part, itemsize)
+        embeddings = footprint.embedding_bytes(decoder, part, itemsize, self.options.lm_head_bits)
         activations = footprint.activation_bytes(self.shape, part, self.step, is_first=rank == 0)
         return RankPlan(
             rank=rank,

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from vlserve.plan import Plan, RankPlan
 
 HELP = "Show which tensor-parallel degrees a model allows and what each rank holds, from its config.json alone."
-ENGINE_FLAGS = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "gpu_memory_utilization")
+ENGINE_FLAGS = (
+    *("dtype", "lm_head_bits", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+    "gpu_memory_utilization",
+)
 MIB, GIB = 2**20, 2**30
 MAX_CONFIG_BYTES = 2**24
 

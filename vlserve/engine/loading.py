@@ -27,6 +27,8 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, split: Split, devic
         model.load(Path(checkpoint.folder), lambda done, total: progress("weights", done, total))
     except (ValueError, FileNotFoundError) as error:
         raise ModelError(str(error)) from error
+    if config.lm_head_bits == 8:
+        model.decoder.quantise_head()
     return model
 
 

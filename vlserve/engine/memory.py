@@ -31,8 +31,8 @@ def release_leftovers(device: torch.device) -> None:
 def weight_bytes(model: Model) -> dict[str, int]:
     """Bytes of the parameters: the language model's layers, its embedding and head, and the rest, which is vision."""
     decoder = model.decoder
-    tables = [table.weight for table in (decoder.embed_tokens, decoder.lm_head) if table is not None]
-    embedding = sum(weight.nbytes for weight in tables)
+    tables = [table for table in (decoder.embed_tokens, decoder.lm_head) if table is not None]
+    embedding = sum(parameter.nbytes for table in tables for parameter in table.parameters())
     layers = sum(parameter.nbytes for parameter in decoder.parameters()) - embedding
     everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return {"vision": everything - layers - embedding, "decoder": layers, "embedding": embedding}

@@ -116,6 +116,7 @@ def _identity(config: EngineConfig) -> dict[str, str]:
         "tp",
         "nnodes",
         "dtype",
+        "lm_head_bits",
         "max_model_len",
         "block_size",
         "replicate_kv_heads",
