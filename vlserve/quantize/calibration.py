@@ -111,6 +111,8 @@ def _located(part: str | ImagePart, folder: Path) -> str | ImagePart:
     if isinstance(part, str):
         return part
     source = part.source
+    if scheme_of(source) in ("http", "https"):
+        raise RequestError(f"{part.param}: pictures are read from files and data URLs; download {source[:100]}", param=part.param)
     if isinstance(source, str) and not scheme_of(source):
         source = str(folder / Path(source).expanduser())
     return replace(part, source=source, local=True)

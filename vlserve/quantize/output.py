@@ -50,7 +50,8 @@ class Output:
             self._forget()
             is_begun = False
         if is_begun:
-            self._check_asked(asked)
+            if (self.work / ASKED).exists():  # else it was done, and being cleared away
+                self._check_asked(asked)
         else:
             self._write_json(ASKED, {"asked": asked, "replaced": [name for name in present if (self.out / name).is_file()]})
 
@@ -107,7 +108,7 @@ class Output:
         (self.work / DONE).touch()
 
     def remove_work(self) -> None:
-        for path in self.work.iterdir():
+        for path in list(self.work.iterdir()):
             if path.name not in (ASKED, DONE):
                 path.unlink()
         for name in (ASKED, DONE):
@@ -134,7 +135,7 @@ class Output:
             ) from None
 
     def _forget(self) -> None:
-        for path in self.work.iterdir():
+        for path in list(self.work.iterdir()):
             if path.name != LOCK:
                 path.unlink()
 
