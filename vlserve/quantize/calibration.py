@@ -39,12 +39,15 @@ def is_held_out(index: int, number: int) -> bool:
 
 
 def find_calibration(settings: Settings) -> Path | None:
-    """The JSONL file, if it is one; raises ConfigError when it is not there."""
+    """The JSONL file, if it is one; raises ConfigError when it cannot be read."""
     if settings.calibration in (GENERATED, TEXT):
         return None
     path = Path(settings.calibration).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"calibration {settings.calibration!r}: no such file; give {GENERATED}, {TEXT} or a JSONL file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        reason = f"{error.strerror}; give {GENERATED}, {TEXT} or a JSONL file"
+        raise ConfigError(f"calibration {settings.calibration!r}: {reason}") from error
     return path
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlserve.errors import ConfigError
@@ -133,6 +134,8 @@ class Output:
             raise ConfigError(
                 f"{self.out}: another vlserve quantize is writing there; wait for it, or give another folder"
             ) from None
+        except OSError:  # a file system without locks
+            pass
 
     def _forget(self) -> None:
         for path in list(self.work.iterdir()):
@@ -168,7 +171,10 @@ class Output:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Whole or not at all, also when the power fails."""
     temporary = path.with_name(path.name + ".part")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(str(error)) from error
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -204,6 +204,7 @@ class _Run:
         form = self.settings.stored_format
         described = quantization_config(self.settings.method, form, self.settings.group_size, modules)
         report = self.asked | {
+            "calibration_samples": len(streams.lengths),
             "calibration_tokens": sum(streams.lengths),
             "held_out_samples": len(streams.held_out_lengths),
             "perplexity": {
