@@ -290,6 +290,19 @@ def test_bad_lines_are_named(model: Path, tmp_path: Path) -> None:
             read_samples(read_checkpoint(model), settings(model, tmp_path, calibration=str(path)), 64)
 
 
+def test_on_the_demo_awq_keeps_more_than_rounding(tmp_path: Path) -> None:
+    reports = {
+        method: quantize(Settings(model="demo", out=tmp_path / method, method=method, samples=16, device="cpu"))
+        for method in ("rtn", "awq")
+    }
+    rtn, awq = reports["rtn"], reports["awq"]
+    assert rtn["perplexity"]["before"] == awq["perplexity"]["before"] < 3, "the demo knows such pictures and questions"
+    assert awq["perplexity"]["after"] < 1.5 * awq["perplexity"]["before"]
+    for plain, searched in zip(rtn["layers"], awq["layers"], strict=True):
+        assert searched["error"] < plain["error"]
+    assert awq["layers"][-1]["drift"] < rtn["layers"][-1]["drift"]
+
+
 def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["quantize", "demo", str(out), "--samples", "4", "--calibration", "text", "--device", "cpu"]) == 0

@@ -7,7 +7,7 @@ import torch
 from tests.quantize_layers import CONFIG, make_layer
 from vlserve.llm.weights import slot_of
 from vlserve.quantize.awq import round_clipped, search_scales
-from vlserve.quantize.generated import NUMBERS, make_conversation
+from vlserve.quantize.generated import make_conversation
 from vlserve.quantize.gptq import round_gptq
 from vlserve.quantize.inputs import Inputs, relative_error
 from vlserve.quantize.layer import LayerResult, Recipe, _Scaling, quantize_layer
@@ -137,5 +137,4 @@ def test_generated_conversations_repeat_and_are_right() -> None:
             pictures = [m["content"][0]["image"] for m in (one[0], other[0])]
             assert pictures[0].tobytes() == pictures[1].tobytes()
     said = [m["content"] for i in range(60) for m in make_conversation(0, i, with_picture=True) if m["role"] == "assistant"]
-    assert any(text.startswith("The picture shows a ") for text in said) and "Yes." in said and "No." in said
-    assert {text.split()[-1].rstrip(".") for text in said if text.startswith("There ")} <= set(NUMBERS)
+    assert {"Yes.", "No.", "1.", "5.", "Red.", "A circle."} <= set(said) and any(" and an orange " in text for text in said)

@@ -22,9 +22,6 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 GROUNDS = ((255, 255, 255), (236, 228, 214), (210, 226, 240), (222, 240, 222))
 SIDES = (96, 160, 224, 320, 448)  # pixels
-NUMBERS = ("no", "one", "two", "three", "four", "five")
-PLACES = (("at the top left", "at the top", "at the top right"), ("on the left", "in the middle", "on the right"),
-          ("at the bottom left", "at the bottom", "at the bottom right"))  # fmt: skip
 FACTS = (
     ("How many days does a week have?", "A week has seven days, from Monday to Sunday."),
     ("What is the capital of France?", "The capital of France is Paris, on the river Seine."),
@@ -89,17 +86,29 @@ def _paint(draw: ImageDraw.ImageDraw, shape: str, rgb: tuple[int, int, int], box
 
 
 def _picture_questions(rng: random.Random, things: list[Thing]) -> list[tuple[str, str]]:
-    """Four questions with their answers, which are right."""
-    shape, colour, row, column = rng.choice(things)
-    asked = rng.choice(list(COLOURS))
-    names = ", ".join(f"a {c} {s} {PLACES[r][k]}" for s, c, r, k in things)
-    number = NUMBERS[len(things)]
-    return [
-        ("Describe the picture.", f"The picture shows {names}."),
-        ("How many shapes are there?", f"There {'is' if len(things) == 1 else 'are'} {number}."),
-        (f"What is {PLACES[row][column]}?", f"A {colour} {shape}."),
-        (f"Is anything {asked}?", "Yes." if any(c == asked for _, c, _, _ in things) else "No."),
+    """Questions with their answers, which are right: three for any picture, more where a shape or colour comes once."""
+    names = [_a(f"{colour} {shape}") for shape, colour, _, _ in sorted(things, key=lambda thing: (thing[3], thing[2]))]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    found = [
+        (rng.choice(("Describe the picture.", "What is in the picture?", "What do you see?")), _sentence(listed)),
+        (rng.choice(("How many shapes are there?", "How many shapes do you see?")), f"{len(things)}."),
+        (f"Is there {_a(f'{colour} {shape}')}?", "Yes." if (shape, colour) in {thing[:2] for thing in things} else "No."),
     ]
+    for thing in things:
+        if sum(other[0] == thing[0] for other in things) == 1:
+            found.append((f"What colour is the {thing[0]}?", _sentence(thing[1])))
+        if sum(other[1] == thing[1] for other in things) == 1:
+            found.append((f"What shape is the {thing[1]} object?", _sentence(_a(thing[0]))))
+    return found
+
+
+def _a(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
 
 
 def _text_question(rng: random.Random) -> tuple[str, str]:

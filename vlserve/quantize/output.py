@@ -171,12 +171,15 @@ class Output:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Whole or not at all, also when the power fails."""
     temporary = path.with_name(path.name + ".part")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # safetensors lets only the owner read
     try:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk among others
         raise OSError(str(error)) from error
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
+    temporary.chmod(mode)
     temporary.replace(path)
 
 
