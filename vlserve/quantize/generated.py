@@ -47,7 +47,7 @@ def make_conversation(seed: int, index: int, *, with_picture: bool) -> Messages:
         return [message for _ in range(rng.randint(1, 3)) for message in _talk(*_text_question(rng))]
     image, things = _draw(rng)
     [(question, answer), *others] = rng.sample(_picture_questions(rng, things), rng.randint(1, 3))
-    opening = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
+    opening: dict[str, Any] = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
     messages = [opening, {"role": "assistant", "content": answer}]
     return messages + [message for pair in others for message in _talk(*pair)]
 
