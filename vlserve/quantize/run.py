@@ -185,7 +185,7 @@ class _Run:
 
     def _written(self, index: int, stored: dict[str, torch.Tensor], result: LayerResult) -> dict[str, torch.Tensor]:
         """A layer's tensors by the names in the file."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for own, tensor in stored.items():
             name, linear = self.source.stored_name(index, own), own.removesuffix(".weight")
             if linear in result.rounded:

@@ -19,7 +19,7 @@ from vlserve.llm.config import DecoderConfig
 from vlserve.llm.decoder import DecoderLayer
 from vlserve.llm.parallel import Split
 from vlserve.llm.shards import LIST, read_shards
-from vlserve.llm.weights import checkpoint_files, fill, match_tensors, slot_of
+from vlserve.llm.weights import Target, checkpoint_files, fill, match_tensors, slot_of
 from vlserve.quantize.layer import LINEARS
 
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
@@ -87,7 +87,9 @@ class Source:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the linear layers of one decoder layer, by their names within it."""
-        slots = dict(self._layers[0].targets(""))
+        layer = self._layers[0]
+        assert isinstance(layer, DecoderLayer)
+        slots = dict(layer.targets(""))
         return {name: slot_of(slots[f"{name}.weight"]).full for name in LINEARS}
 
     def outer_model(self, dtype: torch.dtype, device: torch.device) -> Model:
@@ -128,10 +130,10 @@ class Source:
         language = prefix.split(".")[0]
         return sorted({name.split(".")[0] for name in self._outer} - {language})
 
-    def _fill(self, name: str, target: torch.Tensor | object) -> None:
+    def _fill(self, name: str, target: Target) -> None:
         path, stored = self.stored[name]
         with safe_open(path, "pt") as file:
-            fill(target, file.get_slice(stored))  # type: ignore[arg-type]
+            fill(target, file.get_slice(stored))
 
     def _read(self, path: Path, name: str) -> torch.Tensor:
         with safe_open(path, "pt") as file:
