@@ -66,11 +66,12 @@ def test_awq_is_better_than_rounding_where_channels_are_salient() -> None:
     assert clipped <= scaled < 0.6 * plain
 
 
-def test_clipping_helps_where_one_weight_of_a_group_is_far_out() -> None:
+def test_clipping_helps_where_weights_of_a_group_are_far_out() -> None:
     weight = torch.randn(32, 64)
-    weight[:, ::32] = 9
+    weight[:, ::32], weight[:, 1::32] = 9, -9
     x = torch.randn(300, 64)
-    x[:, ::32] *= 1e-3  # and hardly matters
+    x[:, ::32] *= 1e-3  # and hardly matter
+    x[:, 1::32] *= 1e-3
     inputs = seen(x)
     errors = [relative_error(weight, found.dense(), inputs) for found in (
         round_groups(weight, 32, torch.float32), round_clipped(weight, inputs, 32, torch.float32))]  # fmt: skip
