@@ -1,0 +1,253 @@
+"""A run of `vlserve quantize` from the checkpoint to the folder: one decoder layer at a time, each on disk when it is through."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+import vlserve
+from vlserve.checkpoint import find_folder, read_checkpoint
+from vlserve.errors import ConfigError, ModelError
+from vlserve.llm.decoder import DecoderLayer
+from vlserve.llm.weights import slot_of
+from vlserve.quantize.calibration import find_calibration, read_samples
+from vlserve.quantize.described import quantization_config
+from vlserve.quantize.layer import LINEARS, LayerResult, Recipe, quantize_layer, tensors_of
+from vlserve.quantize.output import REPORT, Output, copied_files, read_header, read_json, write_tensors
+from vlserve.quantize.settings import Settings
+from vlserve.quantize.source import Source
+from vlserve.quantize.streams import (
+    NOT_SCORED,
+    LayerRunner,
+    Streams,
+    embed_samples,
+    perplexity,
+    read_streams,
+    watch_inputs,
+)
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+MAX_SHARD = 2 * 2**30  # bytes of what is copied as it is, in one file and so in memory
+
+
+def quantize(settings: Settings) -> dict[str, Any]:
+    """Write the folder `settings.out`, or go on with what an earlier run left there; returns the report.
+
+    Raises ConfigError for options and calibration data, ModelError for a checkpoint that does not do.
+    """
+    calibration = find_calibration(settings)
+    folder = find_folder(settings.model, settings.revision)
+    source = Source(read_checkpoint(folder))
+    check_shapes(source, settings)
+    device, dtype = _resolve(settings)
+    asked = _asked(settings, source, calibration, device, dtype)
+    try:
+        output = Output(settings.out, folder, asked, force=settings.force)
+        try:
+            return _Run(settings, source, output, asked, device, dtype).run()
+        finally:
+            output.close()
+    except OSError as error:
+        raise ConfigError(f"{settings.out} could not be written: {error}; the same command goes on from there") from error
+
+
+def check_shapes(source: Source, settings: Settings) -> None:
+    """Whether groups and packing divide the weights; raises ConfigError naming one that they do not."""
+    if settings.method == "fp8":
+        return
+    for name, (outputs, inputs) in source.shapes().items():
+        if inputs % settings.group_size:
+            fits = [size for size in (128, 64, 32) if all(shape[1] % size == 0 for shape in source.shapes().values())]
+            way = f"give --group-size {fits[0]}" if fits else "only --method fp8 can do it"
+            raise ConfigError(f"{name} has {inputs} inputs, no multiple of group_size {settings.group_size}; {way}")
+        if outputs % 8:
+            raise ConfigError(
+                f"{name} has {outputs} outputs, no multiple of 8, which 4-bit weights are packed by; use --method fp8"
+            )
+
+
+def _resolve(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no CUDA device; use --device cpu or check the driver (nvidia-smi)")
+    device = torch.device("cpu" if settings.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    name = settings.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return device, getattr(torch, name)
+
+
+def _asked(
+    settings: Settings, source: Source, calibration: Path | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """All that changes the result, as JSON."""
+    folder = source.checkpoint.folder
+    model = hashlib.blake2b(repr([(path.name, path.stat().st_size) for path in source.files]).encode(), digest_size=8)
+    for path in copied_files(folder):
+        model.update(path.name.encode() + path.read_bytes())
+    data = settings.calibration
+    if calibration is not None:
+        data = f"{calibration.name} {hashlib.blake2b(calibration.read_bytes(), digest_size=8).hexdigest()}"
+    return {
+        "vlserve": vlserve.__version__,
+        "model": f"{folder.name} {model.hexdigest()}",
+        "method": settings.method,
+        "format": settings.stored_format,
+        "group_size": None if settings.method == "fp8" else settings.group_size,
+        "calibration": data,
+        "samples": settings.samples,
+        "seed": settings.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+    }
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"layer {index}: {error}") from error
+
+
+class _Run:
+    def __init__(
+        self,
+        settings: Settings,
+        source: Source,
+        output: Output,
+        asked: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.settings, self.source, self.output, self.asked = settings, source, output, asked
+        self.device, self.dtype = device, dtype
+        scale_dtype = torch.float16 if settings.stored_format == "awq" else None
+        self.recipe = Recipe(method=settings.method, group_size=settings.group_size, scale_dtype=scale_dtype)
+
+    def run(self) -> dict[str, Any]:
+        if not self.output.is_done:
+            streams, num_done = self._begin()
+            self._layers(streams, num_done)
+            self._finish(streams)
+        self.output.remove_work()
+        return read_json(self.output.out / REPORT)
+
+    def _begin(self) -> tuple[Streams, int]:
+        """The samples before the first layer, or where an earlier run got to."""
+        state = self.output.read_state()
+        if state is not None:
+            return read_streams(state[0]), state[1]
+        samples = read_samples(self.source.checkpoint, self.settings, self.source.config.max_position_embeddings)
+        model = self.source.outer_model(self.dtype, self.device)
+        with tqdm(desc="samples", total=len(samples), unit="sample", disable=None) as bar:
+            streams = embed_samples(model, samples, bar.update)
+        if not (streams.next_ids != NOT_SCORED).any():
+            raise ConfigError(
+                f"calibration {self.settings.calibration!r}: the conversations held out have no text to measure with"
+            )
+        self.output.write_state(streams.tensors(), 0)
+        return streams, 0
+
+    def _layers(self, streams: Streams, num_done: int) -> None:
+        runner = LayerRunner(self.source.config, streams.longest, self.dtype, self.device)
+        each = 2 * len(streams.lengths) + 3 * len(streams.held_out_lengths) + len(LINEARS)
+        number = self.source.num_layers
+        with tqdm(total=each * number, initial=each * num_done, disable=None, bar_format=BAR) as bar:
+            for index in range(num_done, number):
+                bar.set_description_str(f"layer {index + 1}/{number}")
+                self._layer(index, streams, runner, bar.update)
+                self.output.write_state(streams.tensors(), index + 1)
+
+    def _layer(self, index: int, streams: Streams, runner: LayerRunner, progress: Callable[[], None]) -> None:
+        layer = self.source.layer(index, self.dtype, self.device)
+        with watch_inputs(layer, self.device) as inputs:
+            runner.run(layer, streams.calibration, streams.lengths, progress)
+        original = runner.run(layer, streams.original, streams.held_out_lengths, progress)
+        stored = {name: tensor.to(self.device) for name, tensor in self.source.layer_tensors(index).items()}
+        with torch.inference_mode(), _named(index):
+            result = quantize_layer(stored, inputs, self.source.config, self.recipe, progress)
+        del inputs
+        _replace_weights(layer, result)
+        after = runner.run(layer, streams.original, streams.held_out_lengths, progress)
+        report = {"error": _relative(after - original, original - streams.original)}
+        streams.original = original
+        streams.rounded = runner.run(layer, streams.rounded, streams.held_out_lengths, progress)
+        streams.calibration = runner.run(layer, streams.calibration, streams.lengths, progress)
+        report["drift"] = _relative(streams.rounded - original, original)
+        self.output.write_layer(index, self._written(index, stored, result), report | {"linear_errors": result.errors})
+
+    def _written(self, index: int, stored: dict[str, torch.Tensor], result: LayerResult) -> dict[str, torch.Tensor]:
+        """A layer's tensors by the names in the file."""
+        tensors: dict[str, torch.Tensor] = {}
+        for own, tensor in stored.items():
+            name, linear = self.source.stored_name(index, own), own.removesuffix(".weight")
+            if linear in result.rounded:
+                parts = tensors_of(result.rounded[linear], self.settings.stored_format)
+                tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
+            else:
+                tensors[name] = result.changed.get(own, tensor)
+        return tensors
+
+    def _finish(self, streams: Streams) -> None:
+        model = self.source.outer_model(self.dtype, self.device)
+        before, after = (perplexity(model, x, streams.next_ids) for x in (streams.original, streams.rounded))
+        del model
+        shards = [*self._outer_shards(), *(self.output.layer_file(i) for i in range(self.source.num_layers))]
+        checkpoint, modules = self.source.checkpoint, self.source.outer_modules()
+        form = self.settings.stored_format
+        described = quantization_config(self.settings.method, form, self.settings.group_size, modules)
+        report = self.asked | {
+            "calibration_samples": len(streams.lengths),
+            "calibration_tokens": sum(streams.lengths),
+            "held_out_samples": len(streams.held_out_lengths),
+            "perplexity": {
+                "of": "answers" if streams.scores_answers else "text",
+                "tokens": int((streams.next_ids != NOT_SCORED).sum()),
+                "before": before,
+                "after": after,
+            },
+            "layers": [self.output.layer_report(index) for index in range(self.source.num_layers)],
+        }
+        config = checkpoint.config | {"quantization_config": described}
+        self.output.finish(shards, copied_files(checkpoint.folder), config, report)
+
+    def _outer_shards(self) -> list[Path]:
+        """Everything but the decoder's layers, copied as it is, in the work folder."""
+        shards: list[Path] = []
+        sizes: dict[tuple[Path, str], int] = {}
+        for path in self.source.files:
+            for name, entry in read_header(path).items():
+                sizes[path, name] = entry["data_offsets"][1] - entry["data_offsets"][0]
+        parts: list[list[tuple[Path, str]]] = [[]]
+        for key in self.source.outer_tensors():
+            if parts[-1] and sum(sizes[other] for other in parts[-1]) + sizes[key] > MAX_SHARD:
+                parts.append([])
+            parts[-1].append(key)
+        for part in parts:
+            tensors = {}
+            for path, name in part:
+                with safe_open(path, "pt") as file:
+                    tensors[name] = file.get_tensor(name)
+            shards.append(self.output.work / f"outer-{len(shards):05}.safetensors")
+            write_tensors(shards[-1], tensors)
+        return shards
+
+
+def _replace_weights(layer: DecoderLayer, result: LayerResult) -> None:
+    """The layer computes with what will be stored."""
+    slots = {name: slot_of(target) for name, target in layer.targets("")}
+    for name, rounded in result.rounded.items():
+        slots[f"{name}.weight"].tensor.copy_(rounded.dense())
+    for name, tensor in result.changed.items():
+        slots[name].tensor.copy_(tensor)
+
+
+def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
+    return float(difference.double().norm() / whole.double().norm())
