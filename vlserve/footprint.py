@@ -20,17 +20,19 @@ if TYPE_CHECKING:
     from vlserve.architectures import Architecture
 
 FLOAT32 = 4  # bytes
+KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The largest step of the engine, and the number type."""
+    """The largest step of the engine, and the number types."""
 
     itemsize: int  # bytes
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    kv_dtype: str = "auto"  # of the KV cache: the computation's, int8 or fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +132,11 @@ def embedding_bytes(decoder: DecoderShape, part: Shard, itemsize: int) -> int:
     return part.vocabulary * decoder.hidden_size * (1 if decoder.tie_word_embeddings else 2) * itemsize
 
 
-def kv_bytes_per_token(decoder: DecoderShape, part: Shard, itemsize: int) -> int:
-    """Keys and values of all layers."""
-    return 2 * decoder.num_hidden_layers * part.kv_heads * decoder.head_dim * itemsize
+def kv_bytes_per_token(decoder: DecoderShape, part: Shard, step: Step) -> int:
+    """Keys and values of all layers, with their scales where they are quantised."""
+    is_quantised = step.kv_dtype != "auto"
+    per_head = decoder.head_dim * KV_CODE + KV_SCALE if is_quantised else decoder.head_dim * step.itemsize
+    return 2 * decoder.num_hidden_layers * part.kv_heads * per_head
 
 
 def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
