@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FLOAT32 = 4  # bytes
 KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
+KV_AT_ONCE = 2**17  # keys or values that are turned into numbers together
+KV_READING = {"int8": 5, "fp8": 7}  # bytes for each of them, beside the result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,15 +171,33 @@ def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     length = step.max_model_len
     # embeddings; the layer's input and residual, held by the caller; this half's norm and sum
     held = 5 * hidden * b * tokens + tokens * decoder.head_dim * FLOAT32 + _index_bytes(step, tokens)
-    # query, key and value in one tensor; query and key turned; the result, and the kernel's own with its log-sum-exp
-    attention = ((4 * query + 3 * kv) * b + part.query_heads * FLOAT32) * tokens
-    attention += 2 * length * kv * b  # keys and values, gathered from their blocks
-    if length > tokens:  # what came before the chunk makes a mask necessary: as bool, and as numbers within the kernel
-        attention += min(tokens, length) * length * (1 + b)
+    # what came before the chunk makes a mask necessary
+    mask = min(tokens, length) * length if length > tokens else 0
+    # query, key and value in one tensor; query and key turned; the result; keys and values, gathered from their blocks; the mask
+    attention = (3 * query + 3 * kv) * b * tokens + 2 * length * kv * b + mask
+    # within torch's kernel: its own result with the log-sum-exp, and the mask as numbers
+    inside = (query * b + part.query_heads * FLOAT32) * tokens + mask * b
+    attention += max(inside, _reading_peak(step, length, kv))
+    attention = max(attention, _storing_peak(step, tokens, query, kv))
     rotation = (3 * query + 2 * kv + 2 * query) * b * tokens  # both halves, their products and their sum, after qk norms
     feed_forward = 4 * max(part.feed_forward, part.shared_feed_forward) * b * tokens  # gate and up, silu(gate), the product
     norm = hidden * (b + (2 * FLOAT32 if b < FLOAT32 else 0)) * tokens  # 16 bits are normed in float32
     return held + max(attention, rotation, feed_forward, norm)
+
+
+def _reading_peak(step: Step, length: int, kv: int) -> int:
+    """Codes and numbers of some keys or values, on their way from the cache."""
+    if step.kv_dtype == "auto":
+        return 0
+    numbers = min(max(KV_AT_ONCE, step.block_size * kv), length * kv)
+    return numbers * KV_READING[step.kv_dtype]
+
+
+def _storing_peak(step: Step, tokens: int, query: int, kv: int) -> int:
+    """Beside query, key and value, and query and key turned: a key or value in float32, its quotients and codes."""
+    if step.kv_dtype == "auto":
+        return 0
+    return tokens * ((2 * query + 3 * kv) * step.itemsize + kv * (KV_CODE + FLOAT32 + FLOAT32 * (step.itemsize < FLOAT32)))
 
 
 def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bool) -> int:
@@ -208,8 +228,8 @@ def _encoder_peak(encoder: EncoderConfig, decoder: DecoderShape, step: Step) -> 
 
 
 def _index_bytes(step: Step, tokens: int) -> int:
-    """Ids, positions and slots of the tokens, and the block tables; int64."""
-    return 8 * (3 * tokens + step.max_num_seqs * -(-step.max_model_len // step.block_size))
+    """Ids, positions and slots of the tokens, the sequences' lengths and block tables; int64."""
+    return 8 * (3 * tokens + 3 * step.max_num_seqs + step.max_num_seqs * -(-step.max_model_len // step.block_size))
 
 
 def _positions(encoder: EncoderConfig) -> int:
