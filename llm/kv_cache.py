@@ -12,9 +12,7 @@ from vlserve.kernels.kv_codes import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBl
 from vlserve.llm.config import DecoderConfig
 
 
-def block_bytes(
-    config: DecoderConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype, kv_dtype: str = "auto"
-) -> int:
+def block_bytes(config: DecoderConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
     """Bytes of one block over all layers, keys and values with their scales, with this rank's `num_kv_heads`.
 
     Args:

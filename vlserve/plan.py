@@ -250,7 +250,11 @@ class _Planner:
         text += f" and {cache / GIB:.2f} GiB of it for one request of max_model_len {self.max_model_len}; device memory {share}"
         fitting = [str(n) for n in self.legal if self._fits(n)]
         ways = [f"set --max-model-len to {tokens} or less"] if tokens else []
-        ways += [f"take --tp {' or '.join(fitting)}"] if fitting else ["take larger devices, a 16-bit --dtype or --kv-cache-dtype int8"]
+        ways += (
+            [f"take --tp {' or '.join(fitting)}"]
+            if fitting
+            else ["take larger devices, a 16-bit --dtype or --kv-cache-dtype int8"]
+        )
         text += f". Way out: {', or '.join(ways)}"
         if tokens:
             problem = Problem(dimension="max_model_len", size=self.max_model_len, tp=tp, source=self._length_source())

@@ -1,4 +1,4 @@
-"""Keys and values in eight bits: codes within half a step, nothing lost to outliers or zeros, attention equal to its definition."""
+"""Keys and values in eight bits: codes within half a step, nothing lost to outliers or zeros; attention as it is defined."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def test_every_code_is_read_as_torch_reads_it(dtype: torch.dtype, kind: torch.dt
     codes = torch.arange(256, dtype=torch.uint8)
     codes[127] = codes[255] = 0  # NaN in E4M3: never written without a scale of NaN
     scales = torch.tensor([0, 2.0**-100, 0.3, 7.0], dtype=torch.bfloat16)
-    blocks = QuantizedBlocks(codes.view(kind).expand(4, 3, 2, 256).contiguous(), scales[:, None, None].expand(4, 3, 2).contiguous())
+    blocks = QuantizedBlocks(
+        codes.view(kind).expand(4, 3, 2, 256).contiguous(), scales[:, None, None].expand(4, 3, 2).contiguous()
+    )
     picked = torch.tensor([3, 0, 1, 2, 3])
     want = dequantize_ref(blocks, torch.float64)[picked].to(dtype)
     assert torch.equal(dequantize(blocks, picked, dtype), want)
@@ -73,7 +75,9 @@ def test_store_kv_equals_its_definition_and_touches_nothing_else(kind: torch.dty
         store_kv_ref(key, value, caches[2], caches[3], slots)
         for got, want in ((caches[0], caches[2]), (caches[1], caches[3])):
             codes, scales = tensors(got)
-            assert torch.equal(codes, tensors(want)[0]) and torch.equal(scales.view(torch.int16), tensors(want)[1].view(torch.int16))
+            assert torch.equal(codes, tensors(want)[0]) and torch.equal(
+                scales.view(torch.int16), tensors(want)[1].view(torch.int16)
+            )
             assert int(scales.isnan().all(-1).sum()) == 40 - len(key)
 
 
@@ -82,7 +86,13 @@ def test_store_kv_equals_its_definition_and_touches_nothing_else(kind: torch.dty
 @pytest.mark.parametrize("mix", [((1, 1, 1), (1, 63, 129)), ((5,), (129,)), ((1, 7, 1, 63, 2), (63, 7, 1, 129, 2))], ids=str)
 @pytest.mark.parametrize("heads,kv_heads,dim,size", [(6, 2, 64, 16), (14, 2, 80, 5)])
 def test_paged_attention_equals_its_definition_in_float64(
-    mix: tuple[tuple[int, ...], tuple[int, ...]], heads: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype, kind: torch.dtype
+    mix: tuple[tuple[int, ...], tuple[int, ...]],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int,
+    dtype: torch.dtype,
+    kind: torch.dtype,
 ) -> None:
     shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "size": size}
     query, keys, values, metadata, plain = paged(*mix, **shape, dtype=dtype, kind=kind)

@@ -65,7 +65,13 @@ def test_store_kv(dim: int, dtype: torch.dtype, kind: torch.dtype) -> None:
     ],
 )
 def test_paged_attention(
-    mix: tuple[tuple[int, ...], tuple[int, ...]], heads: int, kv_heads: int, dim: int, size: int, dtype: torch.dtype, kind: torch.dtype
+    mix: tuple[tuple[int, ...], tuple[int, ...]],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int,
+    dtype: torch.dtype,
+    kind: torch.dtype,
 ) -> None:
     shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "size": size}
     query, keys, values, metadata, _ = paged(*mix, **shape, dtype=dtype, kind=kind)
@@ -73,9 +79,7 @@ def test_paged_attention(
     for cache in (keys, values):  # it looks at no slot past a sequence's end
         codes, scales = tensors(cache)
         scales[(codes == 0).all(-1)] = float("nan")
-    got = kv_triton.paged_attention_triton(
-        *(query.to(DEVICE), moved(keys), moved(values), moved_metadata(metadata)), dim**-0.5
-    )
+    got = kv_triton.paged_attention_triton(*(query.to(DEVICE), moved(keys), moved(values), moved_metadata(metadata)), dim**-0.5)
     assert got.dtype == dtype and rms_ratio(got.cpu(), want) < TOLERANCE[dtype]
 
 
