@@ -31,14 +31,16 @@ def store_kv(key: torch.Tensor, value: torch.Tensor, key_cache: Blocks, value_ca
             f"key {tuple(key.shape)}, value {tuple(value.shape)} and slots {tuple(slots.shape)} "
             f"do not fit a cache of {tuple(key_cache.shape)}"
         )
-    if isinstance(key_cache, QuantizedBlocks) and isinstance(value_cache, QuantizedBlocks) and runs_triton(key):
+    if isinstance(key_cache, torch.Tensor) and isinstance(value_cache, torch.Tensor):
+        key_cache.flatten(0, 1).index_copy_(0, slots, key)
+        value_cache.flatten(0, 1).index_copy_(0, slots, value)
+        return
+    assert isinstance(key_cache, QuantizedBlocks) and isinstance(value_cache, QuantizedBlocks), "a layer has one kind of blocks"
+    if runs_triton(key):
         from vlserve.kernels.kv_triton import store_kv_triton
 
         return store_kv_triton(key, value, key_cache, value_cache, slots)
-    for new, cache in ((key, key_cache), (value, value_cache)):
-        if isinstance(cache, QuantizedBlocks):
-            codes, scales = quantize(new, cache.codes.dtype)
-            cache.codes.flatten(0, 1).index_copy_(0, slots, codes)
-            cache.scales.flatten(0, 1).index_copy_(0, slots, scales)
-        else:
-            cache.flatten(0, 1).index_copy_(0, slots, new)
+    numbers = torch.stack((key, value)).float()  # a decode step is a few tokens: half the operators, half the time
+    for cache, codes, scales in zip((key_cache, value_cache), *quantize(numbers, key_cache.codes.dtype), strict=True):
+        cache.codes.flatten(0, 1).index_copy_(0, slots, codes)
+        cache.scales.flatten(0, 1).index_copy_(0, slots, scales)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FLOAT32 = 4  # bytes
 KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
 KV_AT_ONCE = 2**17  # keys or values that are turned into numbers together
-KV_READING = {"int8": 5, "fp8": 7}  # bytes for each of them, beside the result
+KV_READING = {"int8": 5, "fp8": 7}  # bytes for each of them, beside its result and its scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,27 +177,17 @@ def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     attention = (3 * query + 3 * kv) * b * tokens + 2 * length * kv * b + mask
     # within torch's kernel: its own result with the log-sum-exp, and the mask as numbers
     inside = (query * b + part.query_heads * FLOAT32) * tokens + mask * b
-    attention += max(inside, _reading_peak(step, length, kv))
-    attention = max(attention, _storing_peak(step, tokens, query, kv))
+    if step.kv_dtype != "auto":
+        numbers = min(max(KV_AT_ONCE, step.block_size * kv), length * kv)
+        inside = max(inside, numbers * KV_READING[step.kv_dtype] + numbers // decoder.head_dim * FLOAT32)
+    attention += inside
+    if step.kv_dtype != "auto":  # while storing: key and value in float32, their quotients, codes and scales
+        storing = 2 * kv * (2 * FLOAT32 + KV_CODE) + 2 * part.kv_heads * KV_SCALE
+        attention = max(attention, ((2 * query + 3 * kv) * b + storing) * tokens + mask)
     rotation = (3 * query + 2 * kv + 2 * query) * b * tokens  # both halves, their products and their sum, after qk norms
     feed_forward = 4 * max(part.feed_forward, part.shared_feed_forward) * b * tokens  # gate and up, silu(gate), the product
     norm = hidden * (b + (2 * FLOAT32 if b < FLOAT32 else 0)) * tokens  # 16 bits are normed in float32
     return held + max(attention, rotation, feed_forward, norm)
-
-
-def _reading_peak(step: Step, length: int, kv: int) -> int:
-    """Codes and numbers of some keys or values, on their way from the cache."""
-    if step.kv_dtype == "auto":
-        return 0
-    numbers = min(max(KV_AT_ONCE, step.block_size * kv), length * kv)
-    return numbers * KV_READING[step.kv_dtype]
-
-
-def _storing_peak(step: Step, tokens: int, query: int, kv: int) -> int:
-    """Beside query, key and value, and query and key turned: a key or value in float32, its quotients and codes."""
-    if step.kv_dtype == "auto":
-        return 0
-    return tokens * ((2 * query + 3 * kv) * step.itemsize + kv * (KV_CODE + FLOAT32 + FLOAT32 * (step.itemsize < FLOAT32)))
 
 
 def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bool) -> int:
