@@ -2,7 +2,7 @@
 
 A sequence's last `query_len` tokens are the queries; its `context_len` counts them too. Keys and
 values, the new ones included, are already in the cache; the slots past a sequence's end in its own
-blocks hold finite numbers. Shapes: T query tokens of all sequences one
+blocks hold finite numbers. The cache holds them as they are or in eight bits. Shapes: T query tokens of all sequences one
 after another, B sequences, HQ query heads, HK KV heads, G = HQ / HK, D head_dim, N blocks of S slots,
 M blocks per sequence at most, L context length.
 """
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks, dequantize, dequantize_ref
+from vlserve.kernels.with_triton import runs_triton
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttentionMetadata:
@@ -23,6 +26,7 @@ class AttentionMetadata:
     context_lens: tuple[int, ...]
     block_tables: torch.Tensor  # [B, M] int64, padded with a block of the same sequence
     slots: torch.Tensor  # [T] int64, where the new keys and values go
+    lengths: torch.Tensor  # [B, 3] int64: first query token among the T, query_len, context_len
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[Prefill, ...]
 
@@ -66,6 +70,7 @@ def plan_attention(
         raise ValueError(f"query_lens sum to {sum(query_lens)}, but there are {len(slots)} slots")
     decode: list[tuple[int, int, int]] = []  # (context_len, sequence, row)
     prefills = []
+    lengths = []
     start = 0
     for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         if not 1 <= query_len <= context_len:
@@ -74,6 +79,7 @@ def plan_attention(
             decode.append((context_len, i, start))
         else:
             prefills.append(_plan_prefill(start, query_len, context_len, block_tables[i], block_size))
+        lengths.append((start, query_len, context_len))
         start += query_len
     groups: list[list[tuple[int, int, int]]] = []
     for entry in sorted(decode):
@@ -86,23 +92,29 @@ def plan_attention(
         context_lens=context_lens,
         block_tables=block_tables,
         slots=slots,
+        lengths=torch.tensor(lengths, device=block_tables.device),
         decodes=tuple(_plan_decode(group, block_tables, block_size) for group in groups),
         prefills=tuple(prefills),
     )
 
 
 def paged_attention_ref(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, metadata: AttentionMetadata, scale: float
 ) -> torch.Tensor:
-    """query [T, HQ, D], caches [N, S, HK, D] -> [T, HQ, D]; softmax in float32, sequence by sequence."""
+    """query [T, HQ, D], caches [N, S, HK, D] -> [T, HQ, D], sequence by sequence; in float32, or float64 where query is."""
     out = torch.empty_like(query)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key_cache, value_cache = (
+        dequantize_ref(cache, dtype) if isinstance(cache, QuantizedBlocks) else cache.to(dtype)
+        for cache in (key_cache, value_cache)
+    )
     group = query.shape[1] // key_cache.shape[2]
     start = 0
     for i, (query_len, context_len) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
         table = metadata.block_tables[i]
-        keys = key_cache[table].flatten(0, 1)[:context_len].float().repeat_interleave(group, dim=1)  # [L, HQ, D]
-        values = value_cache[table].flatten(0, 1)[:context_len].float().repeat_interleave(group, dim=1)
-        q = query[start : start + query_len].float()
+        keys = key_cache[table].flatten(0, 1)[:context_len].repeat_interleave(group, dim=1)  # [L, HQ, D]
+        values = value_cache[table].flatten(0, 1)[:context_len].repeat_interleave(group, dim=1)
+        q = query[start : start + query_len].to(dtype)
         scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
         last = torch.arange(context_len - query_len, context_len, device=query.device)
         future = torch.arange(context_len, device=query.device)[None] > last[:, None]
@@ -113,7 +125,7 @@ def paged_attention_ref(
 
 
 def paged_attention(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, metadata: AttentionMetadata, scale: float
 ) -> torch.Tensor:
     """As `paged_attention_ref`; raises ValueError when the query heads are no multiple of the KV heads.
 
@@ -123,14 +135,19 @@ def paged_attention(
     num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    if isinstance(key_cache, QuantizedBlocks) and isinstance(value_cache, QuantizedBlocks) and runs_triton(query):
+        from vlserve.kernels.kv_triton import paged_attention_triton
+
+        return paged_attention_triton(query, key_cache, value_cache, metadata, scale)
     out = torch.empty_like(query)
+    caches, dtype = (key_cache, value_cache), query.dtype
     for group in metadata.decodes:
-        keys, values = (_gather(cache, group.blocks, len(group.rows), group.context_len) for cache in (key_cache, value_cache))
+        keys, values = (_gather(cache, group.blocks, len(group.rows), group.context_len, dtype) for cache in caches)
         q = query[group.rows].unflatten(1, (num_kv_heads, -1))  # [B', HK, G, D]
         result = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)
         out[group.rows] = result.flatten(1, 2)
     for prefill in metadata.prefills:
-        keys, values = (_gather(cache, prefill.blocks, 1, prefill.context_len) for cache in (key_cache, value_cache))
+        keys, values = (_gather(cache, prefill.blocks, 1, prefill.context_len, dtype) for cache in caches)
         q = query[prefill.start : prefill.stop].transpose(0, 1)[None]  # [1, HQ, query_len, D]
         result = F.scaled_dot_product_attention(
             q,
@@ -145,9 +162,10 @@ def paged_attention(
     return out
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, batch: int, context_len: int) -> torch.Tensor:
+def _gather(cache: Blocks, blocks: torch.Tensor, batch: int, context_len: int, dtype: torch.dtype) -> torch.Tensor:
     """[N, S, HK, D] -> [batch, HK, L, D], a view of one copy."""
-    picked = cache.index_select(0, blocks).unflatten(0, (batch, -1)).flatten(1, 2)  # [batch, M' * S, HK, D]
+    picked = dequantize(cache, blocks, dtype) if isinstance(cache, QuantizedBlocks) else cache.index_select(0, blocks)
+    picked = picked.unflatten(0, (batch, -1)).flatten(1, 2)  # [batch, M' * S, HK, D]
     return picked[:, :context_len].transpose(1, 2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vlserve.kernels.kv_codes import Blocks
 from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention
 from vlserve.kernels.rms_norm import rms_norm
 from vlserve.kernels.rotary import rotary
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[Blocks, Blocks],
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """x [T, C] -> [T, C]; writes this step's keys and values to the cache."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from vlserve.kernels.kv_codes import Blocks
 from vlserve.kernels.paged_attention import AttentionMetadata
 from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
 from vlserve.kernels.rotary import rotary_table
@@ -43,7 +44,7 @@ class DecoderLayer(nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[Blocks, Blocks],
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, residual), both [T, C]; their sum is the layer's result, taken by the next norm."""

@@ -9,6 +9,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a network
 # one thread of torch's a process, here and in ranks: models are tiny, and threads that wait for one another spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():  # Triton's kernels then run on the CPU, interpreted; it reads this when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU are checked on the CPU; 0 runs them on a GPU
 

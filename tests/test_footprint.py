@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from tests.engine.reference import add, engine, prompt, run
 from vlserve import architectures
-from vlserve.config import SamplingParams
+from vlserve.config import KV_DTYPES, SamplingParams
 from vlserve.engine.memory import weight_bytes
 from vlserve.engine.model import InternVL
-from vlserve.footprint import FLOAT32
+from vlserve.footprint import FLOAT32, KV_AT_ONCE
+from vlserve.kernels.kv_codes import AT_ONCE
 from vlserve.kernels.paged_attention import plan_attention
-from vlserve.llm.kv_cache import KVCache
+from vlserve.llm.decoder import Decoder
+from vlserve.llm.kv_cache import KVCache, block_bytes
 from vlserve.llm.parallel import Split
 from vlserve.llm.shard_writer import Place
 from vlserve.plan import make_plan
@@ -87,15 +89,24 @@ def test_a_rank_holds_its_rows_and_columns(decoder: str, tp: int, replicate: boo
         assert (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes) == tuple(held.values())
 
 
-def test_kv_bytes_are_the_caches() -> None:
+def kv_cache(decoder: Decoder, num_blocks: int, kv_dtype: str, dtype: torch.dtype, device: str = "cpu") -> KVCache:
+    sizes = {"num_blocks": num_blocks, "block_size": 16}
+    place: dict[str, Any] = {"dtype": dtype, "device": torch.device(device), "kv_dtype": kv_dtype}
+    return KVCache(decoder.config, decoder.num_kv_heads, **sizes, **place)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kv_bytes_are_the_caches(dtype: torch.dtype, kv_dtype: str) -> None:
     settings = config(decoder="qwen3")
     with torch.device("meta"):
         decoder = build(settings).decoder
-    cache = KVCache(
-        decoder.config, decoder.num_kv_heads, num_blocks=3, block_size=16, dtype=torch.float32, device=torch.device("meta")
-    )
+    cache = kv_cache(decoder, 3, kv_dtype, dtype, "meta")
     held = sum(t.nbytes for layer in cache.layers for t in layer)
-    assert make_plan(settings, tp=1).ranks[0].kv_bytes_per_token * 3 * 16 == held
+    assert held == 3 * block_bytes(decoder.config, decoder.num_kv_heads, 16, dtype, kv_dtype)
+    plan = make_plan(settings, tp=1, dtype=str(dtype).removeprefix("torch."), kv_cache_dtype=kv_dtype)
+    assert plan.kv_cache_dtype == kv_dtype and plan.ranks[0].kv_bytes_per_token * 3 * 16 == held
+    assert AT_ONCE == KV_AT_ONCE
 
 
 class LiveBytes(TorchDispatchMode):
@@ -160,15 +171,25 @@ def test_the_encoders_peak(encoder: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("length", [128, 1024])
 def test_a_decoders_peak(decoder: str, dtype: torch.dtype, length: int) -> None:
+    check_decoders_peak(decoder, dtype, length, "auto", feed_forward=250)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decoder", ["qwen2", "mistral"])
+@pytest.mark.parametrize("length", [128, 1024, 8192])
+def test_a_decoders_peak_with_a_quantised_cache(decoder: str, dtype: torch.dtype, length: int, kv_dtype: str) -> None:
+    check_decoders_peak(decoder, dtype, length, kv_dtype, feed_forward=10)
+
+
+def check_decoders_peak(decoder: str, dtype: torch.dtype, length: int, kv_dtype: str, *, feed_forward: int) -> None:
     """A chunk at the end of a context of `length`: short ones are full in the feed-forward, long ones in attention."""
     tokens = 128
-    settings = config(decoder=decoder)
+    settings = config(decoder=decoder, intermediate_size=feed_forward, max_position_embeddings=8192)
     model = build(settings).to(dtype).eval().decoder
     model.prepare(length, torch.device("cpu"))
     num_blocks = length // 16
-    cache = KVCache(
-        model.config, model.num_kv_heads, num_blocks=num_blocks, block_size=16, dtype=dtype, device=torch.device("cpu")
-    )
+    cache = kv_cache(model, num_blocks, kv_dtype, dtype)
     cache.clear(list(range(num_blocks)))
     with torch.no_grad(), LiveBytes() as live:
         positions = torch.arange(length - tokens, length)
@@ -179,9 +200,8 @@ def test_a_decoders_peak(decoder: str, dtype: torch.dtype, length: int) -> None:
     tiny_encoder = settings | {
         "vision_config": settings["vision_config"] | {"hidden_size": 8, "intermediate_size": 8, "image_size": 14}
     }
-    plan = planned(
-        tiny_encoder, dtype=str(dtype).removeprefix("torch."), max_num_batched_tokens=tokens, max_model_len=length, max_num_seqs=1
-    )
+    options = {"dtype": str(dtype).removeprefix("torch."), "kv_cache_dtype": kv_dtype}
+    plan = planned(tiny_encoder, **options, max_num_batched_tokens=tokens, max_model_len=length, max_num_seqs=1)
     assert live.peak <= plan <= 1.02 * live.peak
 
 

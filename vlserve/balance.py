@@ -21,6 +21,7 @@ def memory_lines(config: EngineConfig, model_config: Mapping[str, Any], ready: M
             tp=config.tp,
             dtype=found.dtype,
             lm_head_bits=config.lm_head_bits,
+            kv_cache_dtype=config.kv_cache_dtype,
             max_model_len=found.max_model_len,
             replicate_kv_heads=config.replicate_kv_heads,
         ).ranks[rank]

@@ -19,6 +19,7 @@ from vlserve.migrating import explain_option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LM_HEAD_BITS = (16, 8)
+KV_DTYPES = ("auto", "int8", "fp8")
 DEVICES = ("auto", "cpu", "cuda")
 FAILURE_POLICIES = ("exit", "restart")
 LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
@@ -60,6 +61,12 @@ class EngineConfig:
     max_num_batched_tokens: int = _option(1024, "tokens in one step; longer prompts are computed in chunks")
     block_size: int = _option(16, "tokens in one block of the KV cache")
     kv_cache_gib: float | None = _option(None, "size of each rank's KV cache in GiB, on any device; default: measured")
+    kv_cache_dtype: str = _option(
+        "auto",
+        "type of keys and values in the KV cache: auto is the computation type; int8 and fp8 (E4M3), with a scale a token and "
+        "head, make room for about twice the tokens of a 16-bit type",
+        choices=KV_DTYPES,
+    )
     gpu_memory_utilization: float = _option(0.9, "share of a CUDA device's memory to use (no meaning on the CPU)")
     vision_cache_gib: float = _option(0.25, "memory for image features kept across requests, in GiB")
     prefix_caching: bool = _option(True, "reuse the KV cache of a beginning that was seen before")
@@ -71,7 +78,12 @@ class EngineConfig:
     step_timeout_s: float = _option(300.0, "seconds that one engine step may take before the engine counts as hung")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", DTYPES), ("device", DEVICES), ("on_rank_failure", FAILURE_POLICIES)):
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("kv_cache_dtype", KV_DTYPES),
+            ("device", DEVICES),
+            ("on_rank_failure", FAILURE_POLICIES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         for name in ("tp", "nnodes", "threads", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):

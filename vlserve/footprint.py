@@ -20,17 +20,21 @@ if TYPE_CHECKING:
     from vlserve.architectures import Architecture
 
 FLOAT32 = 4  # bytes
+KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
+KV_AT_ONCE = 2**17  # keys or values that are turned into numbers together
+KV_READING = {"int8": 5, "fp8": 7}  # bytes for each of them, beside its result and its scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The largest step of the engine, and the number type."""
+    """The largest step of the engine, and the number types."""
 
     itemsize: int  # bytes
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    kv_dtype: str = "auto"  # of the KV cache: the computation's, int8 or fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +156,11 @@ def embedding_bytes(decoder: DecoderShape, part: Shard, itemsize: int, lm_head_b
     return part.vocabulary * (row + head)
 
 
-def kv_bytes_per_token(decoder: DecoderShape, part: Shard, itemsize: int) -> int:
-    """Keys and values of all layers."""
-    return 2 * decoder.num_hidden_layers * part.kv_heads * decoder.head_dim * itemsize
+def kv_bytes_per_token(decoder: DecoderShape, part: Shard, step: Step) -> int:
+    """Keys and values of all layers, with their scales where they are quantised."""
+    is_quantised = step.kv_dtype != "auto"
+    per_head = decoder.head_dim * KV_CODE + KV_SCALE if is_quantised else decoder.head_dim * step.itemsize
+    return 2 * decoder.num_hidden_layers * part.kv_heads * per_head
 
 
 def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
@@ -187,11 +193,19 @@ def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     length = step.max_model_len
     # embeddings; the layer's input and residual, held by the caller; this half's norm and sum
     held = 5 * hidden * b * tokens + tokens * decoder.head_dim * FLOAT32 + _index_bytes(step, tokens)
-    # query, key and value in one tensor; query and key turned; the result, and the kernel's own with its log-sum-exp
-    attention = ((4 * query + 3 * kv) * b + part.query_heads * FLOAT32) * tokens
-    attention += 2 * length * kv * b  # keys and values, gathered from their blocks
-    if length > tokens:  # what came before the chunk makes a mask necessary: as bool, and as numbers within the kernel
-        attention += min(tokens, length) * length * (1 + b)
+    # what came before the chunk makes a mask necessary
+    mask = min(tokens, length) * length if length > tokens else 0
+    # query, key and value in one tensor; query and key turned; the result; keys and values, gathered from their blocks; the mask
+    attention = (3 * query + 3 * kv) * b * tokens + 2 * length * kv * b + mask
+    # within torch's kernel: its own result with the log-sum-exp, and the mask as numbers
+    inside = (query * b + part.query_heads * FLOAT32) * tokens + mask * b
+    if step.kv_dtype != "auto":
+        numbers = min(max(KV_AT_ONCE, step.block_size * kv), length * kv)
+        inside = max(inside, numbers * KV_READING[step.kv_dtype] + numbers // decoder.head_dim * FLOAT32)
+    attention += inside
+    if step.kv_dtype != "auto":  # while storing: key and value in float32, their quotients, codes and scales
+        storing = 2 * kv * (2 * FLOAT32 + KV_CODE) + 2 * part.kv_heads * KV_SCALE
+        attention = max(attention, ((2 * query + 3 * kv) * b + storing) * tokens + mask)
     rotation = (3 * query + 2 * kv + 2 * query) * b * tokens  # both halves, their products and their sum, after qk norms
     feed_forward = 4 * max(part.feed_forward, part.shared_feed_forward) * b * tokens  # gate and up, silu(gate), the product
     norm = hidden * (b + (2 * FLOAT32 if b < FLOAT32 else 0)) * tokens  # 16 bits are normed in float32
@@ -226,8 +240,8 @@ def _encoder_peak(encoder: EncoderConfig, decoder: DecoderShape, step: Step) -> 
 
 
 def _index_bytes(step: Step, tokens: int) -> int:
-    """Ids, positions and slots of the tokens, and the block tables; int64."""
-    return 8 * (3 * tokens + step.max_num_seqs * -(-step.max_model_len // step.block_size))
+    """Ids, positions and slots of the tokens, the sequences' lengths and block tables; int64."""
+    return 8 * (3 * tokens + 3 * step.max_num_seqs + step.max_num_seqs * -(-step.max_model_len // step.block_size))
 
 
 def _positions(encoder: EncoderConfig) -> int:

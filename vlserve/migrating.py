@@ -23,7 +23,6 @@ class Foreign(NamedTuple):
 
 ONE_BY_HEADS = "devices share every layer; there are no pipeline stages"
 FOUND_QUANTISED = "how a checkpoint is quantised is found in its config.json; leave the flag out"
-NO_KV_TYPES = "the KV cache always has the type of --dtype"
 NAMED_FIRST = "the model comes without a flag: vlserve serve MODEL"
 NEVER_CODE = "code from checkpoints is never run; installed packages add models"
 KEYS = "a file, since others see a command's arguments; or the variable VLSERVE_API_KEYS"
@@ -34,7 +33,7 @@ FLAGS: Mapping[str, Foreign] = {
     "--server-port": Foreign((LMDEPLOY,), "--port"),
     "--cache-max-entry-count": Foreign((LMDEPLOY,), "--kv-cache-gib", "in GiB, not as a share of what the weights leave"),
     "--cache-block-seq-len": Foreign((LMDEPLOY,), "--block-size"),
-    "--quant-policy": Foreign((LMDEPLOY,), "", NO_KV_TYPES),
+    "--quant-policy": Foreign((LMDEPLOY,), "--kv-cache-dtype", "8 is int8; there are no 4 bits"),
     "--session-len": Foreign((LMDEPLOY,), "--max-model-len"),
     "--max-batch-size": Foreign((LMDEPLOY,), "--max-num-seqs"),
     "--max-prefill-token-num": Foreign((LMDEPLOY,), "--max-num-batched-tokens"),
@@ -53,7 +52,6 @@ FLAGS: Mapping[str, Foreign] = {
     "--api-key": Foreign((VLLM, SGLANG), "--api-key-file", KEYS),
     "--enable-prefix-caching": Foreign((VLLM, LMDEPLOY), "--prefix-caching", "and it is on unless --no-prefix-caching"),
     "--no-enable-prefix-caching": Foreign((VLLM,), "--no-prefix-caching"),
-    "--kv-cache-dtype": Foreign((VLLM, SGLANG), "", NO_KV_TYPES),
     "--kv-cache-memory-bytes": Foreign((VLLM,), "--kv-cache-gib", "in GiB"),
     "--swap-space": Foreign((VLLM,), "", "a request that loses its blocks is computed again"),
     "--cpu-offload-gb": Foreign((VLLM,), "", "weights stay on the device"),

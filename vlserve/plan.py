@@ -62,6 +62,7 @@ class Plan:
     source: str
     model_type: str
     dtype: str
+    kv_cache_dtype: str
     max_model_len: int
     device_memory: float | None  # GiB
     gpu_memory_utilization: float
@@ -87,6 +88,7 @@ def make_plan(
     source: str = "config.json",
     dtype: str = DEFAULTS.dtype,
     lm_head_bits: int = DEFAULTS.lm_head_bits,
+    kv_cache_dtype: str = DEFAULTS.kv_cache_dtype,
     device_memory: float | None = None,
     gpu_memory_utilization: float = DEFAULTS.gpu_memory_utilization,
     max_model_len: int | None = None,
@@ -110,6 +112,7 @@ def make_plan(
     options = EngineConfig(  # checks them
         dtype=dtype,
         lm_head_bits=lm_head_bits,
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -146,6 +149,7 @@ class _Planner:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             block_size=options.block_size,
+            kv_dtype=options.kv_cache_dtype,
         )
         self.vision_bytes, self.shape = footprint.vision_bytes(self.shape, config, self.step.itemsize)
         self.image_tokens, self.request_tokens = request_tokens(self.shape, request)
@@ -193,6 +197,7 @@ class _Planner:
             source=self.source,
             model_type=self.shape.decoder.model_type,
             dtype=self.dtype,
+            kv_cache_dtype=self.options.kv_cache_dtype,
             max_model_len=self.max_model_len,
             device_memory=self.device_memory,
             gpu_memory_utilization=self.options.gpu_memory_utilization,
@@ -215,7 +220,7 @@ class _Planner:
             vision_bytes=self.vision_bytes,
             decoder_bytes=layers,
             embedding_bytes=embeddings,
-            kv_bytes_per_token=footprint.kv_bytes_per_token(decoder, part, itemsize),
+            kv_bytes_per_token=footprint.kv_bytes_per_token(decoder, part, self.step),
             activation_bytes=activations,
             total_bytes=self.vision_bytes + layers + embeddings + activations,
         )
@@ -247,7 +252,11 @@ class _Planner:
         text += f" and {cache / GIB:.2f} GiB of it for one request of max_model_len {self.max_model_len}; device memory {share}"
         fitting = [str(n) for n in self.legal if self._fits(n)]
         ways = [f"set --max-model-len to {tokens} or less"] if tokens else []
-        ways += [f"take --tp {' or '.join(fitting)}"] if fitting else ["take larger devices, or a 16-bit --dtype"]
+        ways += (
+            [f"take --tp {' or '.join(fitting)}"]
+            if fitting
+            else ["take larger devices, a 16-bit --dtype or --kv-cache-dtype int8"]
+        )
         text += f". Way out: {', or '.join(ways)}"
         if tokens:
             problem = Problem(dimension="max_model_len", size=self.max_model_len, tp=tp, source=self._length_source())

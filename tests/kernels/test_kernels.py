@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks
 from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention, paged_attention_ref, plan_attention
 from vlserve.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from vlserve.kernels.rotary import RopeConfig, rotary, rotary_frequencies, rotary_ref, rotary_table
@@ -116,6 +117,16 @@ def test_an_unknown_rope_type_is_named() -> None:
         RopeConfig(head_dim=64, rope_type="longrope")
 
 
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype | None) -> Blocks:
+    if kind is None:
+        return torch.full(shape, float("nan"), dtype=dtype)
+    return QuantizedBlocks(torch.full(shape, 0x7F, dtype=kind), torch.full(shape[:-1], float("nan"), dtype=torch.bfloat16))
+
+
+def tensors(blocks: Blocks) -> tuple[torch.Tensor, ...]:
+    return (blocks.codes, blocks.scales) if isinstance(blocks, QuantizedBlocks) else (blocks,)
+
+
 def paged(
     query_lens: tuple[int, ...],
     context_lens: tuple[int, ...],
@@ -125,12 +136,14 @@ def paged(
     dim: int,
     size: int,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata, list[tuple[torch.Tensor, ...]]]:
-    """A cache with scattered blocks, those of nobody full of NaN, and the contiguous tensors behind it."""
+    kind: torch.dtype | None = None,
+) -> tuple[torch.Tensor, Blocks, Blocks, AttentionMetadata, list[tuple[torch.Tensor, ...]]]:
+    """A cache (of codes where there is a `kind`) with scattered blocks, those of nobody full of NaN, and the contiguous
+    tensors behind it."""
     counts = [-(-n // size) for n in context_lens]
     num_blocks = sum(counts) + 3
     order = torch.randperm(num_blocks).tolist()
-    keys, values = (torch.full((num_blocks, size, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2))
+    keys, values = (poisoned((num_blocks, size, kv_heads, dim), dtype, kind) for _ in range(2))
     tables, slots, plain, queries = [], [], [], []
     for query_len, context_len, count in zip(query_lens, context_lens, counts, strict=True):
         blocks, order = order[:count], order[count:]
@@ -138,7 +151,8 @@ def paged(
             torch.randn(n, h, dim).to(dtype) for n, h in ((context_len, kv_heads), (context_len, kv_heads), (query_len, heads))
         )
         places = torch.tensor([blocks[p // size] * size + p % size for p in range(context_len)])
-        keys[blocks], values[blocks] = 0, 0
+        for tensor in (*tensors(keys), *tensors(values)):
+            tensor[blocks] = 0
         store_kv(k, v, keys, values, places)
         slots += places[context_len - query_len :].tolist()
         tables.append(blocks + blocks[-1:] * (max(counts) - count))

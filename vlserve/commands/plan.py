@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELP = "Show which tensor-parallel degrees a model allows and what each rank holds, from its config.json alone."
 ENGINE_FLAGS = (
-    *("dtype", "lm_head_bits", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+    *("dtype", "lm_head_bits", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     "gpu_memory_utilization",
 )
 MIB, GIB = 2**20, 2**30
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ENGINE_FLAGS:
         field = known[name]
         shown = f" (default: {field.default})" if field.default is not None else ""
-        kind = str if name == "dtype" else float if name == "gpu_memory_utilization" else int
+        kind = str if isinstance(field.default, str) else float if name == "gpu_memory_utilization" else int
         choices = field.metadata.get("choices")
         metavar = None if choices else "X" if kind is float else "N"
         text = field.metadata["help"] + shown
@@ -155,7 +155,8 @@ def report(plan: Plan, model: str) -> str:
 
 
 def _title(plan: Plan, model: str) -> str:
-    text = f"{model}: {plan.model_type} decoder, {plan.dtype}, up to {plan.max_model_len:,} tokens of context"
+    cache = "" if plan.kv_cache_dtype == "auto" else f", KV cache in {plan.kv_cache_dtype}"
+    text = f"{model}: {plan.model_type} decoder, {plan.dtype}{cache}, up to {plan.max_model_len:,} tokens of context"
     if plan.device_memory is None:
         return text
     return text + f", devices of {plan.device_memory:g} GiB of which {plan.gpu_memory_utilization:.0%} are used"

@@ -119,6 +119,7 @@ def _identity(config: EngineConfig) -> dict[str, str]:
         "lm_head_bits",
         "max_model_len",
         "block_size",
+        "kv_cache_dtype",
         "replicate_kv_heads",
         "max_num_batched_tokens",
         "vision_cache_gib",

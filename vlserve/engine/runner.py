@@ -41,6 +41,7 @@ class Runner:
         self.model, self.group = model, model.decoder.split.group
         self.device, self.dtype = model.decoder.norm.device, model.decoder.norm.dtype
         self.max_model_len, self.block_size = max_model_len, config.block_size
+        self.kv_dtype = config.kv_cache_dtype
         self._num_local = config.ranks_per_node  # ranks that share rank 0's machine
         self.pixels = pixels or PixelStore([])
         model.decoder.prepare(max_model_len, self.device)
@@ -57,10 +58,7 @@ class Runner:
         self._told = time.monotonic()  # when the other ranks last heard something
         self._announcer, self._listener = Announcer(), Listener()
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._fixed_bytes = weight_bytes(model) | {
-            "kv_cache": self.num_blocks
-            * block_bytes(model.decoder.config, model.decoder.num_kv_heads, self.block_size, self.dtype)
-        }
+        self._fixed_bytes = weight_bytes(model) | {"kv_cache": self._cache_bytes(self.num_blocks)}
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
@@ -211,7 +209,12 @@ class Runner:
             block_size=self.block_size,
             dtype=self.dtype,
             device=self.device,
+            kv_dtype=self.kv_dtype,
         )
+
+    def _cache_bytes(self, num_blocks: int) -> int:
+        decoder = self.model.decoder
+        return num_blocks * block_bytes(decoder.config, decoder.num_kv_heads, self.block_size, self.dtype, self.kv_dtype)
 
     @torch.inference_mode()
     def _measure_peak(self, num_tokens: int) -> int:
@@ -237,5 +240,4 @@ class Runner:
         hidden = self.model.decoder(self.model.decoder.embed(torch.zeros_like(places)), places, cache, metadata)
         self.model.decoder.logits(hidden[:1])
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        held = num_blocks * block_bytes(self.model.decoder.config, self.model.decoder.num_kv_heads, self.block_size, self.dtype)
-        return max(0, peak - held)
+        return max(0, peak - self._cache_bytes(num_blocks))

@@ -1,0 +1,114 @@
+"""Keys and values in eight bits: codes within half a step, nothing lost to outliers or zeros; attention as it is defined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.test_kernels import DTYPES, TOLERANCE, paged, poisoned, rms_ratio, tensors
+from vlserve.kernels.kv_codes import LARGEST, QuantizedBlocks, dequantize, dequantize_ref, quantize, quantize_ref
+from vlserve.kernels.paged_attention import paged_attention, paged_attention_ref
+from vlserve.kernels.store_kv import store_kv, store_kv_ref
+
+KINDS = [pytest.param(torch.int8, id="int8"), pytest.param(torch.uint8, id="fp8")]
+SIZES = torch.tensor([1, 1e-3, 300, 0, 6e4, 1e-7, 3, 1])  # of a token's numbers; 0 is a token of zeros
+
+
+def awkward(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """A token of each size, one with an outlier a thousand times the rest."""
+    x = torch.randn(len(SIZES), heads, dim).clamp(-1, 1) * SIZES[:, None, None]
+    x[6, 0, 0] = 3000
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("dim", [1, 8, 80])
+def test_codes_are_within_half_a_step(dim: int, dtype: torch.dtype, kind: torch.dtype) -> None:
+    x = awkward(2, dim, dtype)
+    for operation in (quantize, quantize_ref):
+        codes, scales = operation(x, kind)
+        assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (kind, x.shape, torch.bfloat16, x.shape[:-1])
+        got = dequantize_ref(QuantizedBlocks(codes, scales), torch.float64)
+        largest = x.double().abs().amax(-1)
+        torch.testing.assert_close(scales.double(), largest / LARGEST[kind], rtol=2**-8, atol=0)
+        half_step = scales.double()[..., None] / 2 * torch.ones_like(got)
+        if kind is torch.uint8:  # four significant bits, and a smallest step of 2^-9
+            half_step = torch.maximum(x.double().abs() * 2**-4, half_step * 2**-9)
+        assert ((got - x.double()).abs() <= half_step * (1 + 1e-6)).all()
+        assert (got[3] == 0).all() and (scales[3] == 0).all() and not got.isnan().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_broken_stays_broken(kind: torch.dtype) -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        x = torch.randn(2, 1, 8)
+        x[1, 0, 3] = value
+        blocks = QuantizedBlocks(*quantize(x, kind))
+        got = dequantize_ref(blocks, torch.float32)
+        assert got[0].isfinite().all() and not got[1].isfinite().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_every_code_is_read_as_torch_reads_it(dtype: torch.dtype, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[127] = codes[255] = 0  # NaN in E4M3: never written without a scale of NaN
+    scales = torch.tensor([0, 2.0**-100, 0.3, 7.0], dtype=torch.bfloat16)
+    blocks = QuantizedBlocks(
+        codes.view(kind).expand(4, 3, 2, 256).contiguous(), scales[:, None, None].expand(4, 3, 2).contiguous()
+    )
+    picked = torch.tensor([3, 0, 1, 2, 3])
+    want = dequantize_ref(blocks, torch.float64)[picked].to(dtype)
+    assert torch.equal(dequantize(blocks, picked, dtype), want)
+    monkeypatch.setattr("vlserve.kernels.kv_codes.AT_ONCE", 2 * 3 * 2 * 256)  # in three parts
+    assert torch.equal(dequantize(blocks, picked, dtype), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_store_kv_equals_its_definition_and_touches_nothing_else(kind: torch.dtype) -> None:
+    for dtype in DTYPES:
+        key, value = awkward(2, 4, dtype), awkward(2, 4, dtype)
+        slots = torch.randperm(40)[: len(key)]
+        caches = [poisoned((8, 5, 2, 4), dtype, kind) for _ in range(4)]
+        store_kv(key, value, caches[0], caches[1], slots)
+        store_kv_ref(key, value, caches[2], caches[3], slots)
+        for got, want in ((caches[0], caches[2]), (caches[1], caches[3])):
+            codes, scales = tensors(got)
+            assert torch.equal(codes, tensors(want)[0]) and torch.equal(
+                scales.view(torch.int16), tensors(want)[1].view(torch.int16)
+            )
+            assert int(scales.isnan().all(-1).sum()) == 40 - len(key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mix", [((1, 1, 1), (1, 63, 129)), ((5,), (129,)), ((1, 7, 1, 63, 2), (63, 7, 1, 129, 2))], ids=str)
+@pytest.mark.parametrize("heads,kv_heads,dim,size", [(6, 2, 64, 16), (14, 2, 80, 5)])
+def test_paged_attention_equals_its_definition_in_float64(
+    mix: tuple[tuple[int, ...], tuple[int, ...]],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+) -> None:
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "size": size}
+    query, keys, values, metadata, plain = paged(*mix, **shape, dtype=dtype, kind=kind)
+    want = paged_attention_ref(query.double(), keys, values, metadata, dim**-0.5)
+    assert not want.isnan().any()
+    for operation in (paged_attention, paged_attention_ref):
+        got = operation(query, keys, values, metadata, dim**-0.5)
+        assert got.dtype == dtype and rms_ratio(got, want) < TOLERANCE[dtype], operation.__name__
+    exact = torch.cat(
+        [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(t.double().transpose(0, 1) for t in (q, k, v)),
+                attn_mask=torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q)),
+                enable_gqa=True,
+            ).transpose(0, 1)
+            for q, k, v in plain
+        ]
+    )
+    assert rms_ratio(want, exact) < {torch.int8: 0.015, torch.uint8: 0.05}[kind]
