@@ -82,7 +82,7 @@ def test_gptq(name: str) -> None:
 
 
 def test_gptqmodel_subtracts_from_whole_words() -> None:
-    """A zero point of 0 borrows from its neighbours in version 1; adding word by word brings all back, value by value does not."""
+    """A zero point of 0 borrows from its neighbours in version 1; adding word by word brings all back, one by one does not."""
     case = CASES["gptq with zero points of 0"]
     codes, scales, zeros = case.layer()
     assert (zeros == 0).any()

@@ -1,7 +1,8 @@
 """Writes golden.json: what the packages that people quantise with make of the layers of format_reference.random_layer.
 
 Not part of the suite, for it needs autoawq 0.2.9, gptqmodel 7.7.0 and compressed-tensors 0.20.0 beside torch 2.14.1 and
-transformers 5.23.0, in an environment of their own. Run from the repository's root: python -m tests.llm.golden.make
+transformers 5.23.0, in an environment of their own; gptqmodel may be its unpacked source on PYTHONPATH.
+Run from the repository's root: python -m tests.llm.golden.make
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -25,6 +29,21 @@ from tests.llm import format_reference as reference
 from tests.llm.golden import CASES, Case, byte_pattern, eight_bit_scales, shuffled_groups
 
 PACKAGES = ("autoawq", "gptqmodel", "compressed-tensors", "transformers", "torch")
+# what they log, download and measure with, and ask for where nothing of it is used
+ASIDE = {"accelerate", "datasets", "defuser", "device_smi", "dill", "logbar", "pcre", "threadpoolctl", "tokenicer", "torchao"}
+
+
+class StandIns(MetaPathFinder, Loader):
+    """Lets what is ASIDE be missing. Put behind all other finders, it is asked only for what is not installed."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in ASIDE else None
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        return MagicMock()
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
 
 
 def skip_init(*names: str) -> None:
@@ -64,9 +83,8 @@ def autoawq(case: Case) -> dict[str, torch.Tensor]:
 
 
 def gptqmodel(case: Case) -> dict[str, torch.Tensor]:
+    skip_init("gptqmodel", "gptqmodel.models")
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-    from gptqmodel.quantization import QuantizeConfig
-    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     codes, scales, zeros = case.layer()
     g_idx = shuffled_groups(case.inputs, case.group) if case.form.endswith("desc_act") else None
@@ -79,11 +97,14 @@ def gptqmodel(case: Case) -> dict[str, torch.Tensor]:
     layer.post_init()
     dequantized = layer.dequantize_weight().t()
     if case.form.startswith("gptq_1"):
-        convert_gptq_v2_to_v1_format_module(layer, QuantizeConfig(bits=4, group_size=case.group))
+        from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+        convert_gptq_v2_to_v1_format_module(layer, SimpleNamespace(bits=4, pack_dtype=torch.int32))
     return {**{name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}, "dequantized": dequantized}
 
 
 def gptqmodel_awq(case: Case) -> dict[str, torch.Tensor]:
+    skip_init("gptqmodel", "gptqmodel.models")
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
     codes, scales, zeros = case.layer()
@@ -164,7 +185,8 @@ def main() -> None:
         "compressed_eight_bit": compressed_eight_bit,
         "transformers_fp8": transformers_fp8,
     }
-    golden = {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "cases": {}}
+    sys.meta_path.append(StandIns())
+    golden: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "cases": {}}
     for name, case in CASES.items():
         golden["cases"][name] = written(makers[case.maker](case))
     Path(__file__).with_name("golden.json").write_text(json.dumps(golden, indent=1) + "\n")
