@@ -55,6 +55,8 @@ class Quantisation:
 
     def linear_bytes(self, outputs: int, inputs: int, itemsize: int) -> int:
         """Of a rank's part of a linear layer with codes and scales; `itemsize`: bytes of a number to compute with."""
+        if not inputs:  # of an expert that there is not
+            return 0
         if self.kind == INT4:
             size, group = grouped(inputs, self.group_size)
             order = 4 * inputs * self.reordered
@@ -84,7 +86,8 @@ def grouped(size: int, group_size: int | None) -> tuple[int, int]:
     while group_size % (2 * finer[-1]) == 0:
         finer.append(2 * finer[-1])
     sizes = {group: padded_groups(size, group) for group in finer}
-    group = min(reversed(finer), key=lambda group: sizes[group] * (group + 6))  # half a byte a code, three bytes a group
+    # half a byte a code, three bytes a group
+    group = min(reversed(finer), key=lambda group: sizes[group] // group * (group + 6))
     return sizes[group], group
 
 

@@ -183,14 +183,14 @@ class Finder:
                 orders[name] = None if stored is None else input_order(stored.read(), group)
             except ValueError as error:
                 raise ValueError(f"{self.prefix}{name}: {error}") from error
-        order, span = next(iter(orders.values())), self.linear.format.in_span
+        order, old = next(iter(orders.values())), self.linear.format
         for name, other in orders.items():
             if (order is None) != (other is None) or (order is not None and other is not None and not torch.equal(order, other)):
                 raise ValueError(
                     f"{self.prefix}: g_idx of {name} and {next(iter(orders))} differ; projections that read the same input are "
                     "one matrix here; supported: one order for all"
                 )
-        if order is not None and span != Span(0, span.size, span.size):
+        if order is not None and old.in_span != Span(0, old.in_features, old.in_features):
             raise ValueError(
                 f"{self.prefix}{next(iter(orders))}: its groups are not of neighbouring inputs (desc_act or actorder in "
                 f"{given.where}), which several ranks cannot share; supported: tp 1, or a checkpoint without desc_act"
