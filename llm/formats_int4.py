@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlserve.kernels.awq import awq_matmul
+from vlserve.kernels.awq_cpu import PackedInt4, awq_matmul_cpu, pack_for_cpu
 from vlserve.llm.formats import ReadSlot, Slot
-from vlserve.llm.packing import MIDDLE, Layout, pack_pairs, stored_zeros_are_less, unpack_pairs
+from vlserve.llm.packing import MIDDLE, Layout, pack_pairs, stored_zeros_are_less
 from vlserve.llm.parallel import Span
 from vlserve.llm.quantisation import grouped
 
@@ -50,6 +52,7 @@ class GroupedInt4Format(nn.Module):
         self.scales = _parameter(rows, groups, dtype)
         self.zeros = _parameter(rows, groups, torch.uint8)
         self.order = None if form.order is None else _parameter(in_features, None, torch.int32)
+        self.packed: PackedInt4 | None = None  # on a CPU, once the weights are there
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
@@ -57,7 +60,9 @@ class GroupedInt4Format(nn.Module):
             x = x.index_select(-1, self.order)
         if self.size != x.shape[-1]:
             x = F.pad(x, (self.front, self.size - self.front - x.shape[-1]))
-        return grouped_linear(x, self.codes, self.scales, self.zeros, bias)
+        packed = self.packed
+        out = awq_matmul(x, self.codes, self.scales, self.zeros) if packed is None else awq_matmul_cpu(x, packed)
+        return out if bias is None else out + bias
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
         first = 0
@@ -74,9 +79,19 @@ class GroupedInt4Format(nn.Module):
             first += span.size
 
     def finish(self) -> None:
-        """Puts the inputs' order in place, which no tensor of the checkpoint fills by itself."""
+        """Puts the inputs' order in place, which no tensor of the checkpoint fills by itself, and codes as a CPU wants them."""
         if self.order is not None and self.form.order is not None:
             self.order.data.copy_(self.form.order)
+        if self.codes.device.type == "cpu":
+            self.packed = pack_for_cpu(self.codes.data, self.scales.data, self.zeros.data)
+            for name in ("codes", "scales", "zeros"):
+                parameter = getattr(self, name)
+                parameter.data = parameter.data.new_empty(0)  # the packed form holds what it needs
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of the weights that are no parameters any more."""
+        return 0 if self.packed is None else self.packed.nbytes
 
     def stored_groups(self) -> torch.Tensor:
         """The checkpoint's group of each of this rank's groups, int64; those that hold none of its inputs are -1."""
@@ -158,19 +173,6 @@ class _Scales(_PerGroup):
         values = self.format.form.layout.scales.fetch(stored, rows, columns)
         self.place(values, groups)
         return values.nbytes
-
-
-def grouped_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x [T, K] -> [T, N]."""
-    return F.linear(x, dequantise(codes, scales, zeros), bias)
-
-
-def dequantise(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """codes [N, K/2], scales and zeros [N, K/g] -> [N, K] in the scales' type."""
-    whole = unpack_pairs(codes).unflatten(-1, (scales.shape[1], -1)).to(scales.dtype)
-    return ((whole - zeros.unsqueeze(-1).to(scales.dtype)) * scales.unsqueeze(-1)).flatten(-2)
 
 
 def _parameter(rows: int, columns: int | None, dtype: torch.dtype) -> nn.Parameter:

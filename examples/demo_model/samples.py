@@ -102,7 +102,7 @@ class Row:
 
 
 class Samples(torch.utils.data.IterableDataset):
-    """Samples from `start` on, in order; sample i is the same in every run. `crowded`: the share of `sheets` for the encoder alone."""
+    """Samples from `start` on, in order; sample i is the same in every run. `crowded`: share of `sheets`, for the encoder."""
 
     def __init__(
         self, tokenizer: Tokenizer, seed: int, start: int, end: int, *, pictures_only: bool = False, crowded: float = 0.0

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tests.llm.parts import build, full_shapes, splits
 from tests.llm.quantised import Recipe, Tensors, awq, compressed, fp8, gptq, int8
 from vlserve import footprint
+from vlserve.kernels.awq import awq_dequantize_ref
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.formats_int4 import GroupedInt4Format, dequantise
+from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.parallel import Split
 from vlserve.llm.quantisation import find_quantisation, grouped
 from vlserve.llm.stored import StoredTensors, use_stored_forms
@@ -96,7 +97,8 @@ def weight(form: Any) -> torch.Tensor:
     """[N, K] of this rank's inputs; without `forward` where its matrix would be large."""
     if form.in_span.size <= 1024:
         return form(torch.eye(form.in_span.size)).t()
-    return dequantise(form.codes, form.scales, form.zeros)[:, form.front : form.front + form.in_span.size]
+    held = form.packed or form  # where a CPU has put them in its own order
+    return awq_dequantize_ref(held.codes, held.scales, held.zeros)[:, form.front : form.front + form.in_span.size]
 
 
 def check(folder: Path, text: dict[str, Any], recipe: Recipe, tp: int) -> list[Decoder]:

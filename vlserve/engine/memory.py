@@ -13,6 +13,7 @@ from vlserve.config import EngineConfig
 from vlserve.engine.model import Model
 from vlserve.errors import ConfigError
 from vlserve.host_memory import available_memory
+from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.kv_cache import block_bytes
 
 GIB = 2**30
@@ -35,7 +36,8 @@ def weight_bytes(model: Model) -> dict[str, int]:
     embedding = sum(parameter.nbytes for table in tables for parameter in table.parameters())
     layers = sum(parameter.nbytes for parameter in decoder.parameters()) - embedding
     everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return {"vision": everything - layers - embedding, "decoder": layers, "embedding": embedding}
+    packed = sum(module.packed_bytes for module in decoder.modules() if isinstance(module, GroupedInt4Format))
+    return {"vision": everything - layers - embedding, "decoder": layers + packed, "embedding": embedding}
 
 
 def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_bytes: int) -> int:
