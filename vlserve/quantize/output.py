@@ -47,14 +47,18 @@ class Output:
             raise ConfigError(f"{out} is not empty ({present[0]}); give a new or an empty folder, or --force to replace it")
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if force:
-            self._forget()
-            is_begun = False
-        if is_begun:
-            if (self.work / ASKED).exists():  # else it was done, and being cleared away
+        try:
+            if force:
+                self._forget()
+                is_begun = False
+            if not is_begun:
+                replaced = [name for name in present if (self.out / name).is_file()]
+                self._write_json(ASKED, {"asked": asked, "replaced": replaced})
+            elif (self.work / ASKED).exists():  # else it was done, and being cleared away
                 self._check_asked(asked)
-        else:
-            self._write_json(ASKED, {"asked": asked, "replaced": [name for name in present if (self.out / name).is_file()]})
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def is_done(self) -> bool:
