@@ -81,6 +81,10 @@ class EightBitFormat(nn.Module):
             out[rows] = part
         return out
 
+    def finish(self) -> None:
+        """Once the weights are there: what this machine multiplies fastest."""
+        raise NotImplementedError
+
     def convert(self) -> None:
         """Keep the weights in the compute type, and no codes."""
         self.weight = nn.Parameter(self.dequantise(), requires_grad=False)
