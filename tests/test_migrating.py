@@ -60,7 +60,7 @@ def test_every_flag_said_to_be_ours_is_one() -> None:
         ),
         (
             "run --prompt x --quantization awq",
-            "--quantization is vLLM's and SGLang's; this version reads no quantised checkpoints",
+            "--quantization is vLLM's and SGLang's; how a checkpoint is quantised is found in its config.json; leave the flag out",
         ),
         ("serve --api-key secret-1234", "--api-key is vLLM's and SGLang's; here it is --api-key-file"),
         ("serve --prot 1", "unrecognized arguments: --prot (did you mean --port?)"),
@@ -81,7 +81,7 @@ def test_the_command_line_names_ours(arguments: str, message: str) -> None:
         ("session_len", r"\(LMDeploy's; here it is max_model_len\); options: "),
         ("disable_radix_cache", r"\(SGLang's; here it is prefix_caching=False\); options: "),
         ("server_port", r"\(LMDeploy's; here it is port of vlserve serve\); options: "),
-        ("quant_policy", r"\(LMDeploy's; the KV cache always has the type of dtype\); options: "),
+        ("quant_policy", r"\(LMDeploy's; here it is kv_cache_dtype: 8 is int8; there are no 4 bits\); options: "),
         ("backend_config", r"\(LMDeploy's; its fields are keywords of VLPipeline\); options: "),
         ("model_path", r"\(LMDeploy's and SGLang's; here it is model\); options: "),
         ("max_num_seq", r"\(did you mean max_num_seqs\?\); options: "),
