@@ -25,9 +25,9 @@ class Case:
 
 
 CASES = {
-    "autoawq gemm": Case("autoawq", "awq_gemm", 24, 64, 32),
-    "autoawq gemm, 7 groups": Case("autoawq", "awq_gemm", 8, 896, 128),
-    "gptqmodel's awq gemm": Case("gptqmodel_awq", "awq_gemm", 24, 64, 32),
+    "autoawq gemm": Case("autoawq", "awq_gemm", 32, 64, 32),
+    "autoawq gemm, 7 groups": Case("autoawq", "awq_gemm", 32, 896, 128),
+    "gptqmodel's awq gemm": Case("gptqmodel_awq", "awq_gemm", 32, 64, 32),
     "autoawq gemv, groups of 32": Case("autoawq", "awq_gemv", 8, 96, 32),
     "autoawq gemv, groups of 64": Case("autoawq", "awq_gemv", 8, 192, 64),
     "autoawq gemv, 9 groups": Case("autoawq", "awq_gemv", 8, 1152, 128),
