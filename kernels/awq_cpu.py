@@ -146,7 +146,7 @@ def operator_half() -> int | None:
     The order depends on the CPU. None where it is neither of the two that are known.
     """
     outputs = torch.arange(OUTPUTS, dtype=torch.int32)[:, None].expand(OUTPUTS, 32)
-    order = 0
+    order = torch.zeros(2, outputs.numel() // 2, dtype=torch.int32)
     for shift in (0, 4):  # an output's number has six bits, and a code has room for four
         packed = torch._convert_weight_to_int4pack_for_cpu((outputs >> shift) & 15, 1).flatten().int()
         order = order + (torch.stack((packed & 15, packed >> 4)) << shift)
@@ -165,10 +165,11 @@ def _padding(inputs: int, scales: torch.Tensor, zeros: torch.Tensor) -> tuple[Pa
         group = next((group for group in GROUPS if group <= inputs), GROUPS[-1])
         after = -inputs % group
         repeats = (inputs + after) // group
-        return Padding(group=group, after=after), *(t.repeat_interleave(repeats, 1) for t in (scales, zeros))
+        return Padding(group=group, after=after), scales.repeat_interleave(repeats, 1), zeros.repeat_interleave(repeats, 1)
     if size >= GROUPS[-1]:
         group = min(size, GROUPS[0])
-        return Padding(group=group), *(t.repeat_interleave(size // group, 1) for t in (scales, zeros))
+        repeats = size // group
+        return Padding(group=group), scales.repeat_interleave(repeats, 1), zeros.repeat_interleave(repeats, 1)
     return _coarser(count, scales, zeros)
 
 
