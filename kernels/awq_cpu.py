@@ -146,7 +146,7 @@ def operator_half() -> int | None:
     The order depends on the CPU. None where it is neither of the two that are known.
     """
     outputs = torch.arange(OUTPUTS, dtype=torch.int32)[:, None].expand(OUTPUTS, 32)
-    order = torch.zeros(2, OUTPUTS * 16, dtype=torch.int32)
+    order = torch.zeros(2, outputs.numel() // 2, dtype=torch.int32)
     for shift in (0, 4):  # an output's number has six bits, and a code has room for four
         packed = torch._convert_weight_to_int4pack_for_cpu((outputs >> shift) & 15, 1).flatten().int()
         order = order + (torch.stack((packed & 15, packed >> 4)) << shift)
