@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from vlserve.checkpoint import read_checkpoint
 from vlserve.config import EngineConfig
 from vlserve.engine.loading import load_model
-from vlserve.engine.memory import release_leftovers
+from vlserve.engine.memory import release_leftovers, weight_bytes
 from vlserve.llm.formats import Slot
 from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Group, Split
@@ -121,7 +121,7 @@ def load(folder: Path, rank: int, tp: int) -> dict[str, int]:
     return {
         "tp": tp,
         "rank": rank,
-        "shard_bytes": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "shard_bytes": sum(weight_bytes(model).values()),
         "peak_growth_bytes": peak[0] - before[0],
         "with_mapped_files_bytes": peak[1] - before[1],
     }

@@ -136,4 +136,4 @@ def test_loading_takes_little_more_than_the_shard(extra: tuple[str, ...], megaby
     assert [rank["rank"] for rank in figures["ranks"]] == [0, 1]
     for rank in figures["ranks"]:
         assert 0.48 * megabytes < rank["shard_bytes"] / 1e6 < 0.57 * megabytes and 0 < rank["largest_tensor_bytes"] < 30e6
-        assert rank["shard_bytes"] <= rank["peak_growth_bytes"] <= rank["shard_bytes"] + rank["largest_tensor_bytes"] + 16e6, rank
+        assert rank["shard_bytes"] <= rank["peak_growth_bytes"] <= rank["shard_bytes"] + rank["largest_tensor_bytes"] + 20e6, rank
