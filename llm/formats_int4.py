@@ -66,7 +66,10 @@ class GroupedInt4Format(nn.Module):
             rows = slice(first, first + span.size)
             codes, scales, zeros = (tensor.data[rows] for tensor in (self.codes, self.scales, self.zeros))
             shapes = layout.shapes(size, self.in_features, self.form.group or self.in_features)
-            readers = {layout.codes.name: _Codes(self, span, codes), layout.scales.name: _Scales(self, span, scales, zeros)}
+            readers: dict[str, _Codes | _Zeros | _Scales] = {
+                layout.codes.name: _Codes(self, span, codes),
+                layout.scales.name: _Scales(self, span, scales, zeros),
+            }
             if self.form.has_zeros:
                 readers[layout.zeros.name] = _Zeros(self, span, zeros)
             for tensor, reader in readers.items():
