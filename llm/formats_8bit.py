@@ -9,6 +9,7 @@ were made for and faster on the CPU as well; float32, the type for exact compari
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ ROWS_AT_ONCE = 256  # that are converted by way of float32
 CUDA_ROWS, CUDA_MULTIPLE = 17, 8  # torch._int_mm on CUDA: the fewest rows, and what sizes must be multiples of
 
 
-class EightBitFormat(nn.Module):
+class EightBitFormat(nn.Module, ABC):
     """codes [N, K] of one byte; scales float32 [N, blocks of inputs].
 
     Args:
@@ -81,9 +82,9 @@ class EightBitFormat(nn.Module):
             out[rows] = part
         return out
 
+    @abstractmethod
     def finish(self) -> None:
-        """Once the weights are there: what this machine multiplies fastest."""
-        raise NotImplementedError
+        """Called once, when all weights are there."""
 
     def convert(self) -> None:
         """Keep the weights in the compute type, and no codes."""

@@ -12,9 +12,13 @@ from tests.engine.ranks import tp_engine
 from tests.engine.reference import Ties, add, engine, prompt, run
 from tests.llm.quantised import Recipe, awq, compressed, fp8, gptq, int8, rewrite
 from tests.vision.test_preprocess import noise
-from vlserve.config import SamplingParams
+from vlserve.checkpoint import read_checkpoint
+from vlserve.commands.shard import shard
+from vlserve.config import EngineConfig, SamplingParams
+from vlserve.degrees import check_tp
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
+from vlserve.errors import ConfigError
 
 Make = Callable[..., Path]
 # of four ranks, each begins within a group; 176 / 4 = 44 rows begin within a word too
@@ -53,3 +57,19 @@ def test_every_form_answers_as_its_dequantised_weights(form: str, checkpoint: Ma
     for tp in (1, 2, 4):
         with tp_engine(folder, tp, replicate_kv_heads=True) as (ours, _):
             same(answers(ours, folder), want)
+
+
+def test_a_quantised_checkpoint_is_not_sharded(checkpoint: Make, tmp_path: Path) -> None:
+    folder, _ = rewrite(checkpoint("qwen3", **TEXT), tmp_path, FORMS["awq"])
+    with pytest.raises(ConfigError, match="is quantised .awq int4, groups of 16., and only unquantised checkpoints are sharded"):
+        shard(EngineConfig(model=str(folder), tp=2), tmp_path / "out")
+
+
+def test_reordered_inputs_allow_one_rank_only(checkpoint: Make, tmp_path: Path) -> None:
+    folder, _ = rewrite(checkpoint("qwen3", **TEXT), tmp_path, gptq(16, desc_act=True))
+    config = read_checkpoint(folder).config
+    check_tp(config, 1)
+    with pytest.raises(
+        ConfigError, match=r"tp=2 does not work: the groups of .* \(desc_act or actorder\).*Degrees that work: 1\."
+    ):
+        check_tp(config, 2)
