@@ -123,7 +123,8 @@ def _store_one(
     if IS_E4M3:
         tl.store(codes + place * DIM + d, _e4m3_bits(quotients), mask=mask)
     else:  # near 1.5 * 2^23 float32 has whole numbers
-        tl.store(codes + place * DIM + d, ((quotients + 12582912.0) - 12582912.0).to(tl.int8), mask=mask)
+        rounded = (quotients + 12582912.0) - 12582912.0
+        tl.store(codes + place * DIM + d, tl.where(rounded == rounded, rounded, 0.0).to(tl.int8), mask=mask)
 
 
 @triton.jit
