@@ -8,8 +8,6 @@ Shapes: as in paged_attention.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -73,7 +71,7 @@ def paged_attention_triton(
 
 
 @triton.jit
-def _numbers(codes: Any, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr) -> Any:
+def _numbers(codes, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr):
     """Codes -> float32, without their scale."""
     if not IS_E4M3:
         return codes.to(tl.float32)
@@ -84,13 +82,13 @@ def _numbers(codes: Any, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _scale_of_bits(bits: Any) -> Any:
+def _scale_of_bits(bits):
     """bfloat16 as int16 -> float32."""
     return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _bits_of_scale(scale: Any) -> Any:
+def _bits_of_scale(scale):
     """float32 of 0 or more -> bfloat16 as int16, rounded to nearest, ties to even; NaN stays one."""
     bits = scale.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -98,7 +96,7 @@ def _bits_of_scale(scale: Any) -> Any:
 
 
 @triton.jit
-def _e4m3_bits(x: Any) -> Any:
+def _e4m3_bits(x):
     """float32 within +-464 -> E4M3 as uint8, rounded to nearest, ties to even."""
     size = tl.abs(x)
     bits = size.to(tl.int32, bitcast=True)
@@ -110,9 +108,9 @@ def _e4m3_bits(x: Any) -> Any:
 
 @triton.jit
 def _store_one(
-    x: Any, codes: Any, scales: Any, place: Any, d: Any, mask: Any,
+    x, codes, scales, place, d, mask,
     DIM: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, IS_E4M3: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One head of one token: x [DIM_PADDED] float32 to its codes and scale at `place`."""
     is_broken = tl.max((x != x).to(tl.int32), 0) > 0
     bits = _bits_of_scale(tl.where(is_broken, float("nan"), tl.div_rn(tl.max(tl.abs(x), 0), LARGEST)))
@@ -129,11 +127,11 @@ def _store_one(
 
 @triton.jit
 def _store_kernel(
-    key: Any, value: Any, key_codes: Any, key_scales: Any, value_codes: Any, value_scales: Any, slots: Any,
-    key_token: Any, key_head: Any, value_token: Any, value_head: Any,
+    key, value, key_codes, key_scales, value_codes, value_scales, slots,
+    key_token, key_head, value_token, value_head,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     LARGEST: tl.constexpr, TINY: tl.constexpr, IS_E4M3: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One program a token and KV head."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DIM_PADDED)
@@ -147,11 +145,11 @@ def _store_kernel(
 
 @triton.jit
 def _attention_kernel(
-    out: Any, query: Any, key_codes: Any, key_scales: Any, value_codes: Any, value_scales: Any,
-    tables: Any, lengths: Any, scale: Any, table_width: Any,
+    out, query, key_codes, key_scales, value_codes, value_scales,
+    tables, lengths, scale, table_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One program for TOKENS query tokens of a sequence and the query heads of one KV head."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     start = tl.load(lengths + sequence * 3)
