@@ -8,7 +8,6 @@ Shapes: as in paged_attention.py.
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
@@ -111,7 +110,7 @@ def _e4m3_bits(x):
 def _store_one(
     x, codes, scales, place, d, mask,
     DIM: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, IS_E4M3: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One head of one token: x [DIM_PADDED] float32 to its codes and scale at `place`."""
     is_broken = tl.max((x != x).to(tl.int32), 0) > 0
     bits = _bits_of_scale(tl.where(is_broken, float("nan"), tl.div_rn(tl.max(tl.abs(x), 0), LARGEST)))
@@ -119,11 +118,11 @@ def _store_one(
     is_zero = scale < TINY
     tl.store(scales + place, tl.where(is_zero, 0, bits).to(tl.int16))
     quotients = tl.div_rn(x, tl.where(is_zero, 1.0, scale) + tl.zeros_like(x))
-    quotients = tl.where(is_broken, tl.zeros_like(x), quotients)  # its scale says so; codes must be numbers
     if IS_E4M3:
         tl.store(codes + place * DIM + d, _e4m3_bits(quotients), mask=mask)
     else:  # near 1.5 * 2^23 float32 has whole numbers
-        tl.store(codes + place * DIM + d, ((quotients + 12582912.0) - 12582912.0).to(tl.int8), mask=mask)
+        rounded = (quotients + 12582912.0) - 12582912.0
+        tl.store(codes + place * DIM + d, tl.where(rounded == rounded, rounded, 0.0).to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -132,7 +131,7 @@ def _store_kernel(
     key_token, key_head, value_token, value_head,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     LARGEST: tl.constexpr, TINY: tl.constexpr, IS_E4M3: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One program a token and KV head."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DIM_PADDED)
@@ -150,7 +149,7 @@ def _attention_kernel(
     tables, lengths, scale, table_width,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One program for TOKENS query tokens of a sequence and the query heads of one KV head."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     start = tl.load(lengths + sequence * 3)

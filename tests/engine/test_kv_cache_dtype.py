@@ -59,9 +59,9 @@ def test_a_batch_equals_singles_and_a_cached_prefix_equals_cold(make: Any) -> No
 
 def test_preempted_equals_undisturbed_and_what_was_left_in_blocks_reaches_nobody(make: Any) -> None:
     prompts, ties = mixed_prompts(make.folder)[:8], Ties()
-    sizes = {"block_size": 4, "max_model_len": 180, "kv_cache_gib": 45 * 4 * 2 * 3 * 2 * BYTES[make.kind] / 2**30}
+    sizes = {"block_size": 4, "max_model_len": 200, "kv_cache_gib": 50 * 4 * 2 * 3 * 2 * BYTES[make.kind] / 2**30}
     small = make(**sizes, prefix_caching=False)
-    assert small.runner.num_blocks == 45
+    assert small.runner.num_blocks == 50
     for blocks in (blocks for layer in small.runner.cache.layers for blocks in layer):
         assert isinstance(blocks, QuantizedBlocks)
         blocks.codes.fill_(0x7F)
