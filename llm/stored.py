@@ -1,8 +1,7 @@
 """Which form each linear layer of the decoder has in a checkpoint, found from its tensors' names, types and shapes.
 
 A layer is quantised if its packed tensor is there, whatever the configuration lists; the configuration says what the tensors
-do not: group size, order of the codes, kind of zero points. Raises ValueError naming the tensor, what it is, and what is
-supported.
+do not: group size, order of the codes, kind of zero points. Raises ValueError naming the tensor and what is supported.
 """
 
 from __future__ import annotations
@@ -211,10 +210,9 @@ class Finder:
         for name, (_, size) in self.outputs.items():
             self._check_scales(name, key, size, given)
         made: type[EightBitFormat] = Fp8Format if kind == FP8 else Int8Format
+        settings: dict[str, Any] = {"scale": key, "scale_shapes": shapes, "block": given.block, "dtype": self.dtype}
         with torch.device("meta"):
-            return made(
-                old.in_span, old.in_features, old.outputs, scale=key, scale_shapes=shapes, block=given.block, dtype=self.dtype
-            )
+            return made(old.in_span, old.in_features, old.outputs, **settings)
 
     def _check_scales(self, name: str, key: str, size: int, given: Quantisation) -> None:
         weight, scales = (self.tensors[f"{self.prefix}{name}.{last}"] for last in (WEIGHT, key))
