@@ -60,7 +60,7 @@ def test_every_flag_said_to_be_ours_is_one() -> None:
         ),
         (
             "run --prompt x --quantization awq",
-            "--quantization is vLLM's and SGLang's; how a checkpoint is quantised is found in its config.json; leave the flag out",
+            "--quantization is vLLM's and SGLang's; how a checkpoint is quantised is found in its config.json",
         ),
         ("serve --api-key secret-1234", "--api-key is vLLM's and SGLang's; here it is --api-key-file"),
         ("serve --prot 1", "unrecognized arguments: --prot (did you mean --port?)"),
