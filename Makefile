@@ -19,7 +19,7 @@ demo: $(READY) $(DEMO)/.ready ## chat with pictures in the browser, on http://12
 	@$(DEMO)/bin/python examples/gradio_demo.py --python $(BIN)/python --model $(MODEL) $(ARGS)
 
 test: $(READY)-test $(DEMO)/.ready ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: $(READY)-lint ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +40,7 @@ from vlserve.vision.preprocess import normalise
 LOG_EVERY = 25
 SAVE_EVERY_S = 60
 WARM_UP = 60
+KEPT = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")  # by the optimisers, of each weight
 
 
 class PlaceHead(torch.nn.Linear):
@@ -87,16 +90,26 @@ class Optimiser:
         with torch.no_grad():
             torch._foreach_copy_(list(self.parameters.values()), [self.masters[n] for n in self.parameters])
 
-    def state(self) -> dict[str, Any]:
-        return {"masters": self.masters, "parts": [part.state_dict() for part in self.parts]}
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors by name: the weights, and what the optimisers keep of each."""
+        names = {id(master): name for name, master in self.masters.items()}
+        kept = {f"weight.{name}": master for name, master in self.masters.items()}
+        for part in self.parts:
+            for master, values in part.state.items():
+                kept |= {f"{key}.{names[id(master)]}": value for key, value in values.items()}
+        return kept
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, kept: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave, on the weights' device."""
         with torch.no_grad():
             for name, master in self.masters.items():
-                master.copy_(state["masters"][name])
+                master.copy_(kept[f"weight.{name}"])
                 self.parameters[name].copy_(master)
-        for part, saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+        names = {id(master): name for name, master in self.masters.items()}
+        for part in self.parts:
+            for master in (p for group in part.param_groups for p in group["params"]):
+                name = names[id(master)]
+                part.state[master] = {key: kept[f"{key}.{name}"] for key in KEPT if f"{key}.{name}" in kept}
 
 
 @dataclass
@@ -115,17 +128,19 @@ class Run:
         self.image_token = self.tokenizer.token_to_id("<IMG_CONTEXT>")
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, Any]] = []
-        path = self.args.work / "checkpoint.pt"
+        path = self.args.work / "checkpoint.safetensors"
         if path.exists():
-            saved = torch.load(path, map_location=self.args.device, weights_only=True)
-            self.optimiser.load(saved["optimiser"])
+            with safe_open(path, "pt") as file:
+                saved = json.loads(file.metadata()["run"])
+            self.optimiser.load(load_file(path, device=str(self.args.device)))
             self.step, self.seconds, self.log = saved["step"], saved["seconds"], saved["log"]
 
     def save(self) -> None:
         self.args.work.mkdir(parents=True, exist_ok=True)
-        state = {"optimiser": self.optimiser.state(), "step": self.step, "seconds": self.seconds, "log": self.log}
-        torch.save(state, self.args.work / "next.pt")
-        os.replace(self.args.work / "next.pt", self.args.work / "checkpoint.pt")
+        run = {"step": self.step, "seconds": self.seconds, "log": self.log}
+        tensors = {name: value.contiguous() for name, value in self.optimiser.state().items()}
+        save_file(tensors, self.args.work / "next.safetensors", metadata={"run": json.dumps(run)})
+        os.replace(self.args.work / "next.safetensors", self.args.work / "checkpoint.safetensors")
 
     def batches(self) -> Iterable[dict[str, torch.Tensor]]:
         """What is left of the encoder's steps, then of the answers'."""
