@@ -50,9 +50,9 @@ def test_200_questions_equal_transformers(items: list[Item]) -> None:
     reference, ours, comparison = Transformers(DEMO), engine(DEMO, max_num_seqs=16), Comparison()
     wanted = []
     for id, item in enumerate(items):
-        image = Image.open(io.BytesIO(item.image)).convert("RGB")
-        p = prompt(DEMO, item.question, [image])
-        wanted.append(reference.generate(item.question, [image], 24))
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in item.images]
+        p = prompt(DEMO, item.turns[0], images)
+        wanted.append(reference.generate(item.turns[0], images, 24))
         assert p.token_ids == wanted[-1][0]
         add(ours, id, p, SamplingParams(logprobs=5), 24)
     for id, events in sorted(run(ours).items()):
@@ -62,10 +62,11 @@ def test_200_questions_equal_transformers(items: list[Item]) -> None:
     assert comparison.largest_logprob_difference < 1e-3
 
 
-def test_it_answers_right_far_more_often_than_chance(pipe: VLPipeline, items: list[Item]) -> None:
-    answers = pipe([(item.question, item.image) for item in items], max_tokens=24)
+def test_it_answers_right_far_more_often_than_chance(pipe: VLPipeline) -> None:
+    items = [item for item in make_items(120, seed=7, tasks=("shape", "colour")) if item.language == "en"]
+    answers = pipe([(item.turns[0], item.images[0]) for item in items], max_tokens=24)
     right = sum(is_right(item, answer.text) for item, answer in zip(items, answers, strict=True))
-    assert right >= 0.6 * len(items), f"{right} of {len(items)}; guessing gives about a quarter"
+    assert right >= 0.45 * len(items), f"{right} of {len(items)}; guessing gives about a ninth"
 
 
 def test_the_readmes_question(pipe: VLPipeline) -> None:

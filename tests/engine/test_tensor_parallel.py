@@ -83,7 +83,8 @@ def small_cache(folder: Path, tp: int, num_blocks: int, block_size: int) -> floa
 @pytest.fixture(scope="module")
 def one_rank() -> tuple[list[Prompt], dict[int, list[TokenEvent]]]:
     items = make_items(60, seed=7)
-    prompts = [prompt(DEMO, item.question, [Image.open(io.BytesIO(item.image)).convert("RGB")]) for item in items]
+    pictures = [[Image.open(io.BytesIO(image)).convert("RGB") for image in item.images] for item in items]
+    prompts = [prompt(DEMO, item.turns[0], images) for item, images in zip(items, pictures, strict=True)]
     return prompts, answers(engine(DEMO), prompts, 24)
 
 
