@@ -124,6 +124,8 @@ class Run:
         self.model.place_head = PlaceHead(self.model.config.text_config.hidden_size)  # removed before the model is written
         self.model.to(self.args.device, torch.bfloat16)
         self.pointing = Pointing(self.model)
+        if self.args.encoder:
+            self.take_encoder(self.args.encoder)
         self.optimiser = Optimiser(self.model, self.args.lr)
         self.image_token = self.tokenizer.token_to_id("<IMG_CONTEXT>")
         self.step, self.seconds = 0, 0.0
@@ -141,6 +143,22 @@ class Run:
         tensors = {name: value.contiguous() for name, value in self.optimiser.state().items()}
         save_file(tensors, self.args.work / "next.safetensors", metadata={"run": json.dumps(run)})
         os.replace(self.args.work / "next.safetensors", self.args.work / "checkpoint.safetensors")
+
+    def encoder_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What the first stage trains."""
+        parts = ("model.vision_tower.", "model.multi_modal_projector.", "place_head.")
+        return {name: p for name, p in self.model.named_parameters() if name.startswith(parts)}
+
+    def save_encoder(self) -> None:
+        tensors = {name: p.detach().cpu().contiguous() for name, p in self.encoder_parameters().items()}
+        save_file(tensors, self.args.work / "encoder.safetensors")
+
+    def take_encoder(self, path: Path) -> None:
+        """Begin with an encoder that `save_encoder` wrote."""
+        stored = load_file(path)
+        with torch.no_grad():
+            for name, p in self.encoder_parameters().items():
+                p.copy_(stored[name])
 
     def batches(self) -> Iterable[dict[str, torch.Tensor]]:
         """What is left of the encoder's steps, then of the answers'."""
@@ -224,6 +242,8 @@ class Run:
                 bar.set_postfix({key: f"{row[key]:.3f}" for key in ("answers", "looks", "places") if key in row})
                 (args.work / "log.jsonl").open("a").write(json.dumps(self.log[-1]) + "\n")
                 sums = {}
+            if self.step == args.vision_steps:
+                self.save_encoder()
             if time.monotonic() - saved > SAVE_EVERY_S or self.step == total:
                 self.save()
                 saved = time.monotonic()
@@ -237,6 +257,7 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=900, help="steps for the encoder alone")
     parser.add_argument("--vision-batch", type=int, default=40, help="pictures in each of them")
     parser.add_argument("--crowded", type=float, default=0.8, help="share of crowded pictures among them")
+    parser.add_argument("--encoder", type=Path, help="begin with the encoder of an earlier run: its encoder.safetensors")
     parser.add_argument("--steps", type=int, default=1800, help="steps with answers")
     parser.add_argument(
         "--batch", type=int, default=24, help="rows of about 300 tokens, with one to three pictures, in each of them"
