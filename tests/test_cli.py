@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,3 +75,12 @@ def test_chat_keeps_the_conversation_and_survives_mistakes(model: str, tmp_path:
     assert done.returncode == 0, done.stderr
     assert "no such file: 'nowhere.png'" in done.stdout and "commands: /image PATH" in done.stdout
     assert "no room for an answer" in done.stdout
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vlserve.cli", "plan", "demo", "--json"]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")

@@ -182,6 +182,14 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     save_file(weights, path)
 
 
+def test_the_plan_is_for_the_degree_it_was_cut_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tp = json.loads((folder / LIST).read_text())["tp"]
+    assert main(["plan", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tp"] == tp
+    assert main(["plan", str(folder), "--tp", str(tp + 1)]) == 1
+    assert f"was sharded for --tp {tp}, and this start is --tp {tp + 1}" in capsys.readouterr().err
+
+
 def test_loading_is_strict_both_ways(folder: Path) -> None:
     path = folder / "rank-1-of-2.safetensors"
     name = "language_model.model.layers.0.mlp.down_proj.weight"

@@ -41,13 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = {name: _flags(name) for name in COMMANDS} | {name: [] for name in TOOLS}
         parser.error(explain_flags(unknown, known, options.command))
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except VLServeError as error:
         print(f"vlserve: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # who read the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes there
+        return 128 + signal.SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,7 +52,9 @@ class EngineConfig:
     )
     dtype: str = _option("auto", "computation type; auto takes the checkpoint's", choices=DTYPES)
     lm_head_bits: int = _option(
-        16, "bits of a weight in the language model's head; 8 halves what each token reads of it", choices=LM_HEAD_BITS
+        16,
+        "bits of a weight in the language model's head; 8 halves what a token reads of it; a tied embedding stays beside it",
+        choices=LM_HEAD_BITS,
     )
     device: str = _option("auto", "where to run; auto takes a GPU where there is one", choices=DEVICES)
     threads: int | None = _option(None, "CPU threads of a rank; default: all cores")

@@ -84,15 +84,31 @@ def _make(options: argparse.Namespace) -> Plan:
     from vlserve.plan import make_plan
 
     path = _find_config(options.model, options.revision)
+    tp, replicate_kv_heads = _degree(options, path.parent)
     return make_plan(
         _read_config(path),
-        tp=options.tp,
+        tp=tp,
         source=str(path),
         device_memory=options.device_memory,
-        replicate_kv_heads=options.replicate_kv_heads,
+        replicate_kv_heads=replicate_kv_heads,
         request=Request(**{field.name: getattr(options, field.name) for field in fields(Request)}),
         **{name: getattr(options, name) for name in ENGINE_FLAGS},
     )
+
+
+def _degree(options: argparse.Namespace, folder: Path) -> tuple[int | None, bool]:
+    """Ranks, and whether KV heads are replicated: as asked, or as the folder was cut. Raises ConfigError where they differ."""
+    from vlserve.checkpoint import check_shards
+    from vlserve.llm.shards import read_shards
+
+    if options.tp is not None:
+        check_shards(folder, EngineConfig(tp=options.tp, replicate_kv_heads=options.replicate_kv_heads))
+        return options.tp, options.replicate_kv_heads
+    try:
+        shards = read_shards(folder)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    return (None, options.replicate_kv_heads) if shards is None else (shards.tp, shards.replicate_kv_heads)
 
 
 def _failed(tp: int | None, reason: str) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class Source:
         self.checkpoint = checkpoint
         try:
             if read_shards(checkpoint.folder) is not None:
-                raise ConfigError(f"{checkpoint.folder} is sharded ({LIST}); quantise the original checkpoint, and shard that")
+                raise ConfigError(
+                    f"{checkpoint.folder} is sharded ({LIST}); quantise the original checkpoint, which is then served whole"
+                )
             files = checkpoint_files(checkpoint.folder)
             self._refuse_quantised(files)
             self._model = build_model(checkpoint, Split())
