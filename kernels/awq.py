@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from vlserve.kernels.with_triton import runs_triton
+
 DENSE_ROWS = 128  # from here on a GPU is faster with the weights spread out and its library's product
 
 
@@ -28,8 +30,8 @@ def awq_matmul_ref(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, z
 def awq_dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """As `awq_dequantize_ref`; raises ValueError when shapes or types do not fit."""
     _check(codes, scales, zeros)
-    if codes.is_cuda:
-        from vlserve.kernels.awq_triton import awq_dequantize_triton  # not where there is no GPU: Triton need not be there
+    if runs_triton(codes):
+        from vlserve.kernels.awq_triton import awq_dequantize_triton
 
         return awq_dequantize_triton(codes, scales, zeros)
     return awq_dequantize_ref(codes, scales, zeros)
@@ -43,7 +45,7 @@ def awq_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros
     _check(codes, scales, zeros)
     if x.shape[-1] != 2 * codes.shape[1] or x.ndim != 2:
         raise ValueError(f"x is {tuple(x.shape)}, expected [T, {2 * codes.shape[1]}] for codes {tuple(codes.shape)}")
-    if not x.is_cuda:
+    if not runs_triton(x):
         from vlserve.kernels.awq_cpu import PlainInt4
 
         return PlainInt4(codes, scales, zeros).matmul(x)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from vlserve.kernels.with_triton import runs_triton
+
 OPERATOR_ROWS = 16  # rows up to which torch's 8-bit operator is faster on a CPU than spreading the weights out
 OPERATOR_INPUTS = 32  # a multiple of the inputs that it reads at once; beyond the end it would read foreign memory
 BLOCK = 2**19  # weights that are spread out at once, so that they stay in the processor's cache
@@ -41,26 +43,26 @@ def int8_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
     if x.ndim != 2 or codes.ndim != 2 or x.shape[1] != codes.shape[1] or scales.shape != codes.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, codes, scales))
         raise ValueError(f"x, codes and scales are {shapes}; expected [T, K], [N, K] and [N]")
-    if x.is_cuda:
-        from vlserve.kernels.int8_head_triton import int8_matmul_triton  # not where there is no GPU: Triton need not be there
+    if runs_triton(x):
+        from vlserve.kernels.int8_head_triton import int8_matmul_triton
 
         return int8_matmul_triton(x, codes, scales)
-    return int8_matmul_cpu(x, codes, scales)
+    return int8_matmul_torch(x, codes, scales)
 
 
-def int8_matmul_cpu(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32 stays exact; 16 bits are computed in bfloat16, since codes times float16 could leave its range."""
+def int8_matmul_torch(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """By torch's operators; float32 is exact, 16 bits go through bfloat16, since codes times float16 could leave its range."""
     if x.dtype == torch.float32:
         return _by_blocks(x, codes, scales)
     inputs = x.to(torch.bfloat16).contiguous()
-    if len(x) <= OPERATOR_ROWS and x.shape[1] % OPERATOR_INPUTS == 0:
+    if not x.is_cuda and len(x) <= OPERATOR_ROWS and x.shape[1] % OPERATOR_INPUTS == 0:
         return torch._weight_int8pack_mm(inputs, codes, scales.to(torch.bfloat16)).to(x.dtype)
     return _by_blocks(inputs, codes, scales).to(x.dtype)
 
 
 def _by_blocks(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """In x's type, which has every code exactly."""
-    out = torch.empty(len(x), len(codes), dtype=x.dtype)
+    out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
     step = max(1, BLOCK // max(1, x.shape[1]))
     for part, kept in zip(codes.split(step), out.split(step, dim=1), strict=True):
         kept.copy_(F.linear(x, part.to(x.dtype)))

@@ -226,11 +226,6 @@ def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def unpack_pairs(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, K/2] -> uint8 [N, K]."""
-    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-
-
 def _unpack(
     layout: Layout, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

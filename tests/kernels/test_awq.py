@@ -10,7 +10,7 @@ import torch
 from vlserve.kernels import awq_cpu
 from vlserve.kernels.awq import awq_dequantize, awq_dequantize_ref, awq_matmul, awq_matmul_ref
 from vlserve.kernels.awq_cpu import GROUPS, OperatorInt4, PackedInt4, PlainInt4, awq_matmul_cpu, operator_half, pack_for_cpu
-from vlserve.kernels.int8_head import int8_matmul, int8_matmul_cpu, int8_matmul_ref, quantise_rows
+from vlserve.kernels.int8_head import int8_matmul, int8_matmul_ref, int8_matmul_torch, quantise_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 # outputs, inputs, inputs of a group
@@ -180,7 +180,7 @@ def interpreted(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
     return int8_matmul_triton(x, codes, scales)
 
 
-HEADS = [(int8_matmul_cpu, dtype) for dtype in TOLERANCE] + [(interpreted, dtype) for dtype in INTERPRETED]
+HEADS = [(int8_matmul_torch, dtype) for dtype in TOLERANCE] + [(interpreted, dtype) for dtype in INTERPRETED]
 
 
 @pytest.mark.parametrize("form,dtype", HEADS, ids=lambda v: getattr(v, "__name__", str(v)))
@@ -191,7 +191,7 @@ def test_the_head(form: Callable[..., torch.Tensor], dtype: torch.dtype, outputs
         x = 100 * torch.randn(rows, inputs).to(dtype)
         got, want = form(x, codes, scales), int8_matmul_ref(x.double(), codes, scales)
         assert got.shape == want.shape and got.dtype == dtype
-        on_cpu = dtype == torch.float16 and form is int8_matmul_cpu  # computed in bfloat16
+        on_cpu = dtype == torch.float16 and form is int8_matmul_torch  # computed in bfloat16
         assert rms_ratio(got, want) < TOLERANCE[torch.bfloat16 if on_cpu else dtype]
 
 
