@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import vlserve.quantize.run as run_module
 from tests.checkpoints import edit_json
-from vlserve import ConfigError, ModelError
+from vlserve import ConfigError, ModelError, VLPipeline
 from vlserve.cli import main
 from vlserve.quantize.layer import LINEARS, LayerResult, quantize_layer
 from vlserve.quantize.output import WORK, Output
@@ -115,6 +115,7 @@ def test_the_files_hold_what_was_searched_and_all_else_as_it_was(
         assert described["ignore"] == ["re:.*multi_modal_projector.*", "re:.*vision_tower.*", "re:.*lm_head.*"]
     assert report == json.loads((tmp_path / "out/report.json").read_text())
     assert report["perplexity"]["of"] == "answers" and report["perplexity"]["tokens"] > 0
+    assert 0 <= report["accuracy"]["before"] <= report["accuracy"]["tokens_before"] <= 1 and report["accuracy"]["answers"] > 0
     assert all(0 < layer["error"] < 0.5 and 0 < layer["drift"] < 0.5 for layer in report["layers"])
     assert not (tmp_path / "out" / WORK).exists()
 
@@ -249,6 +250,25 @@ def test_on_the_demo_awq_keeps_more_than_rounding(tmp_path: Path) -> None:
     assert awq["perplexity"]["after"] < 1.5 * awq["perplexity"]["before"]
     for plain, searched in zip(rtn["layers"], awq["layers"], strict=True):
         assert searched["error"] < plain["error"]
+
+
+def test_its_accuracy_is_that_of_greedy_answers(tmp_path: Path) -> None:
+    """Of the three answers held out, the model's own word for word, the same and a word more, and half of it."""
+    picture = str(Path(__file__).parent.parent / "examples/pictures/shapes.png")
+    questions = [("What do you see?", picture)] * 8 + [("Hello!", [])] * 8 + [("Is there a circle?", picture)] * 8
+    with VLPipeline(kv_cache_gib=0.1) as pipe:
+        whole, longer, shorter = (pipe(questions[i], max_tokens=60).text for i in (7, 15, 23))
+    answers = [whole] * 15 + [longer + " Yes."] + [shorter] * 7 + [shorter[: len(shorter) // 2]]
+    chats = tmp_path / "chats.jsonl"
+    with chats.open("w") as file:
+        for (text, image), answer in zip(questions, answers, strict=True):
+            parts = [{"type": "text", "text": text}, *([{"type": "image", "image": image}] if image else [])]
+            asked = {"role": "user", "content": parts}
+            print(json.dumps({"messages": [asked, {"role": "assistant", "content": answer}]}), file=file)
+    model = Settings(model="demo", out=tmp_path / "out", method="fp8", samples=24, calibration=str(chats), device="cpu")
+    accuracy = quantize(model)["accuracy"]
+    assert accuracy["answers"] == 3 and accuracy["before"] == pytest.approx(1 / 3), accuracy
+    assert 0.5 < accuracy["tokens_before"] < 1
 
 
 def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,9 @@ def test_a_jsonl_file_gives_the_samples(model: Path, tmp_path: Path) -> None:
     assert len(found) == 4 and found[0].token_ids == found[1].token_ids == found[2].token_ids
     assert found[0].spans[0].tiles.digest == found[1].spans[0].tiles.digest
     first = found[0].is_answer.index(True)
-    assert sum(found[0].is_answer) == len(found[0].token_ids) - first > 3 and not any(found[3].is_answer)
+    ends = found[0].token_ids.index(min(read_checkpoint(model).end_token_ids), first)
+    assert found[0].is_answer == [first <= i <= ends for i in range(len(found[0].token_ids))] and ends - first > 2
+    assert len(found[0].token_ids) == ends + 2 and not any(found[3].is_answer)  # the template's line break is nobody's
     assert len(read_samples(read_checkpoint(model), settings(model, tmp_path, calibration=str(path), samples=2), 512)) == 2
 
 

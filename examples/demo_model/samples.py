@@ -26,6 +26,7 @@ from vlserve.vision.preprocess import make_tiles
 from vlserve.vision.tiling import Grid
 
 LENGTH = 300  # tokens that a row is filled up to
+LIMIT = 312  # that it does not exceed, unless its first turn does
 TASKS = (
     *("shape", "colour", "count", "where", "size", "yes_no", "number", "word"),
     *("chart_best", "chart_height", "describe", "compare", "follow_up", "json", "box", "about"),
@@ -78,6 +79,19 @@ class Row:
                         self._look(begin + i - 1, piece)
             at = end
         self.add("\n", part)
+
+    def lengths(self) -> list[tuple[list, int]]:
+        """What `cut` takes back to."""
+        lists = (self.kinds, self.ids, self.labels, self.positions, self.parts, self.turns, self.looks, self.starts)
+        return [(values, len(values)) for values in (*lists, self.pictures, self.pixels)]
+
+    def cut(self, lengths: list[tuple[list, int]]) -> bool:
+        """Drop what came since if the row is too long now; whether it is full."""
+        if len(self.ids) > LIMIT and lengths[0][1]:  # a turn stays
+            for values, length in lengths:
+                del values[length:]
+            return True
+        return len(self.ids) >= LENGTH
 
     def _look(self, position: int, piece: Piece) -> None:
         for kind, points in ((0, piece.via or piece.seen), (1, piece.seen)):
@@ -168,8 +182,9 @@ def _one_picture(row: Row, rng: random.Random) -> None:
     row.add("<|im_start|>user\n", 0)
     row.add_picture(picture, 0)
     part = 0
-    while len(row.ids) < LENGTH and not (part >= 5 and not picture.things):
-        part += 1
+    full = False
+    while not full and not (part >= 8 and not picture.things):
+        part, before = part + 1, row.lengths()
         asker = Asker(rng, [picture], _language(rng))
         turn = (picture.things and rng.random() < 0.03 and ask_missing(asker)) or ask(asker)
         row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", part)
@@ -177,6 +192,7 @@ def _one_picture(row: Row, rng: random.Random) -> None:
         if rng.random() < 0.3 and (more := ask_again(Asker(rng, [picture], turn.language), turn)):
             row.add(f"<|im_start|>user\n{more.question}<|im_end|>\n<|im_start|>assistant\n", part)
             row.add_answer(more, part)
+        full = row.cut(before)
 
 
 def _several_pictures(row: Row, rng: random.Random) -> None:
@@ -195,9 +211,9 @@ def _several_pictures(row: Row, rng: random.Random) -> None:
     row.add("<|im_start|>user\n", 0)
     for picture in pictures:
         row.add_picture(picture, 0)
-    part = 0
-    while len(row.ids) < LENGTH + 40:
-        part += 1
+    part, full = 0, False
+    while not full:
+        part, before = part + 1, row.lengths()
         asker = Asker(rng, pictures, _language(rng), current=rng.randrange(len(pictures)))
         turn = ask_compare(asker) if rng.random() < 0.75 else None
         if turn is None:
@@ -205,6 +221,7 @@ def _several_pictures(row: Row, rng: random.Random) -> None:
             turn = ask(asker)
         row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", part)
         row.add_answer(turn, part)
+        full = row.cut(before)
 
 
 def _conversation(row: Row, rng: random.Random) -> None:
@@ -212,7 +229,9 @@ def _conversation(row: Row, rng: random.Random) -> None:
     pictures: list[Picture] = []
     before: Turn | None = None
     language, switches = _language(rng), rng.random() < 0.5
-    while len(row.ids) < LENGTH:
+    full = False
+    while not full:
+        lengths = row.lengths()
         if switches and rng.random() < 0.35:
             language = _language(rng)
         row.add("<|im_start|>user\n", 0)
@@ -237,6 +256,7 @@ def _conversation(row: Row, rng: random.Random) -> None:
         row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", 0)
         row.add_answer(turn, 0)
         before = turn if turn.picture == len(pictures) - 1 else None
+        full = row.cut(lengths)
 
 
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:

@@ -128,6 +128,7 @@ class Run:
             self.take_encoder(self.args.encoder)
         self.optimiser = Optimiser(self.model, self.args.lr)
         self.image_token = self.tokenizer.token_to_id("<IMG_CONTEXT>")
+        self.encoder_from = self.args.vision_steps + round(self.args.steps * self.args.encoder_rests)
         self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, Any]] = []
         path = self.args.work / "checkpoint.safetensors"
@@ -223,6 +224,7 @@ class Run:
         sums: dict[str, list[float]] = {}
         begun = time.monotonic()
         for batch in self.batches():
+            self.model.model.vision_tower.requires_grad_(not self.args.vision_steps <= self.step < self.encoder_from)
             parts, hits = self.losses(batch)
             loss = parts["places"] if len(parts) == 1 else parts["answers"] + 0.15 * parts["places"] + args.looks * parts["looks"]
             loss.backward()
@@ -264,6 +266,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--cool-down", type=float, default=0.3, help="share of --steps over which the learning rate goes to nought"
+    )
+    parser.add_argument(
+        "--encoder-rests",
+        type=float,
+        default=0.5,
+        help="share of --steps in which only the projector and the language model learn",
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--looks", type=float, default=0.3, help="weight of where to look")

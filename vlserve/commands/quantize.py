@@ -102,4 +102,10 @@ def describe(report: dict[str, Any]) -> str:
         f"perplexity of {perplexity['tokens']} held-out tokens of {perplexity['of']}: "
         f"{perplexity['before']:.4f} before, {perplexity['after']:.4f} after"
     )
+    accuracy = report["accuracy"]
+    lines.append(
+        f"given word for word: {accuracy['before']:.1%} of {accuracy['answers']} {perplexity['of']} before, "
+        f"{accuracy['after']:.1%} after; first choice: {accuracy['tokens_before']:.1%} of the tokens before, "
+        f"{accuracy['tokens_after']:.1%} after"
+    )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ WHOLE = PromptOptions(add_generation_prompt=False)
 class Sample:
     token_ids: list[int]
     spans: list[Span]
-    is_answer: list[bool]  # of each token: whether an assistant says it
+    is_answer: list[bool]  # of each token: whether the model would say it as an assistant
 
 
 def is_held_out(index: int, number: int) -> bool:
@@ -106,7 +106,7 @@ def _make_sample(messages: Any, folder: Path, checkpoint: Checkpoint, builder: P
     tiles = iter(asyncio.run(loader.load(images, checkpoint.image_config)))
     shown = [_message(turn, tiles) for turn in turns]
     whole = builder.build(shown, WHOLE)
-    return Sample(whole.token_ids, whole.spans, _answers(shown, whole, builder))
+    return Sample(whole.token_ids, whole.spans, _answers(shown, whole, builder, checkpoint.end_token_ids))
 
 
 def _located(part: str | ImagePart, folder: Path) -> str | ImagePart:
@@ -126,8 +126,8 @@ def _message(turn: Turn, tiles: Iterator[Any]) -> Message:
     return Message(turn.role, parts, turn.is_string, turn.fields)
 
 
-def _answers(messages: list[Message], whole: Prompt, builder: PromptBuilder) -> list[bool]:
-    """Which tokens are answers: those that come after the opening of an assistant's turn, up to its end.
+def _answers(messages: list[Message], whole: Prompt, builder: PromptBuilder, end_ids: frozenset[int]) -> list[bool]:
+    """Which tokens are answers: what comes after the opening of an assistant's turn, up to the token that ends it.
 
     Where a template shows an earlier answer differently from one that is being given, nothing of it is counted.
     """
@@ -138,5 +138,7 @@ def _answers(messages: list[Message], whole: Prompt, builder: PromptBuilder) -> 
         opened = builder.build(messages[:index]).token_ids
         closed = builder.build(messages[: index + 1], WHOLE).token_ids
         if whole.token_ids[: len(opened)] == opened and whole.token_ids[: len(closed)] == closed:
-            is_answer[len(opened) : len(closed)] = [True] * (len(closed) - len(opened))
+            said = closed[len(opened) :]
+            length = next((i + 1 for i, token in enumerate(said) if token in end_ids), len(said))
+            is_answer[len(opened) : len(opened) + length] = [True] * length
     return is_answer

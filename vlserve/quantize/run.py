@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,10 @@ from vlserve.quantize.streams import (
     NOT_SCORED,
     LayerRunner,
     Streams,
+    answers_of,
     embed_samples,
-    perplexity,
     read_streams,
+    score,
     watch_inputs,
 )
 
@@ -108,6 +110,11 @@ def _asked(
     }
 
 
+def _interval() -> float:
+    """Seconds between updates of the progress bar; in a log file now and then will do."""
+    return 0.1 if sys.stderr.isatty() else 30.0
+
+
 @contextmanager
 def _named(index: int) -> Iterator[None]:
     try:
@@ -146,7 +153,7 @@ class _Run:
             return read_streams(state[0]), state[1]
         samples = read_samples(self.source.checkpoint, self.settings, self.source.config.max_position_embeddings)
         model = self.source.outer_model(self.dtype, self.device)
-        with tqdm(desc="samples", total=len(samples), unit="sample", disable=None) as bar:
+        with tqdm(desc="samples", total=len(samples), unit="sample", mininterval=_interval()) as bar:
             streams = embed_samples(model, samples, bar.update)
         if not (streams.next_ids != NOT_SCORED).any():
             raise ConfigError(
@@ -159,7 +166,7 @@ class _Run:
         runner = LayerRunner(self.source.config, streams.longest, self.dtype, self.device)
         each = 2 * len(streams.lengths) + 3 * len(streams.held_out_lengths) + len(LINEARS)
         number = self.source.num_layers
-        with tqdm(total=each * number, initial=each * num_done, disable=None, bar_format=BAR) as bar:
+        with tqdm(total=each * number, initial=each * num_done, mininterval=_interval(), bar_format=BAR) as bar:
             for index in range(num_done, number):
                 bar.set_description_str(f"layer {index + 1}/{number}")
                 self._layer(index, streams, runner, bar.update)
@@ -197,7 +204,7 @@ class _Run:
 
     def _finish(self, streams: Streams) -> None:
         model = self.source.outer_model(self.dtype, self.device)
-        before, after = (perplexity(model, x, streams.next_ids) for x in (streams.original, streams.rounded))
+        before, after = (score(model, x, streams.next_ids) for x in (streams.original, streams.rounded))
         del model
         shards = [*self._outer_shards(), *(self.output.layer_file(i) for i in range(self.source.num_layers))]
         checkpoint, modules = self.source.checkpoint, self.source.outer_modules()
@@ -210,8 +217,15 @@ class _Run:
             "perplexity": {
                 "of": "answers" if streams.scores_answers else "text",
                 "tokens": int((streams.next_ids != NOT_SCORED).sum()),
-                "before": before,
-                "after": after,
+                "before": before.perplexity,
+                "after": after.perplexity,
+            },
+            "accuracy": {
+                "answers": int(answers_of(streams.next_ids).max()) + 1,
+                "before": before.answers_right,
+                "after": after.answers_right,
+                "tokens_before": before.tokens_right,
+                "tokens_after": after.tokens_right,
             },
             "layers": [self.output.layer_report(index) for index in range(self.source.num_layers)],
         }

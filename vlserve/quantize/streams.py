@@ -165,14 +165,33 @@ def watch_inputs(layer: DecoderLayer, device: torch.device) -> Iterator[dict[str
         inputs.finish()
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model says what comes next."""
+
+    perplexity: float
+    tokens_right: float  # share of the tokens that are its first choice
+    answers_right: float  # share of the answers whose every token is: those it gives itself, word for word, when it is greedy
+
+
 @torch.inference_mode()
-def perplexity(model: Model, x: torch.Tensor, next_ids: torch.Tensor, rows_at_once: int = 512) -> float:
+def score(model: Model, x: torch.Tensor, next_ids: torch.Tensor, rows_at_once: int = 512) -> Score:
     """Of the tokens that count; x [T, C] is what the last layer gives, as a model with its head has it."""
     decoder, rows = model.decoder, (next_ids != NOT_SCORED).nonzero().flatten()
-    total = torch.zeros((), dtype=torch.float64)
+    total, right = torch.zeros((), dtype=torch.float64), []
     for part in rows.split(rows_at_once):
         hidden = rms_norm(x[part].to(decoder.norm.device, decoder.norm.dtype), decoder.norm, decoder.config.rms_norm_eps)
         logits = decoder.logits(hidden)
         assert logits is not None
-        total += nn.functional.cross_entropy(logits, next_ids[part].to(logits.device), reduction="sum").double().cpu()
-    return float((total / len(rows)).exp())
+        ids = next_ids[part].to(logits.device)
+        total += nn.functional.cross_entropy(logits, ids, reduction="sum").double().cpu()
+        right.append((logits.argmax(-1) == ids).cpu())
+    answers = answers_of(next_ids)[rows]
+    whole = torch.ones(int(answers[-1]) + 1).scatter_reduce(0, answers, torch.cat(right).float(), "amin")
+    return Score(float((total / len(rows)).exp()), float(torch.cat(right).float().mean()), float(whole.mean()))
+
+
+def answers_of(next_ids: torch.Tensor) -> torch.Tensor:
+    """Which answer each token that counts belongs to, from 0: a run of such tokens is one."""
+    counts = (next_ids != NOT_SCORED).long()
+    return (counts.diff(prepend=counts.new_zeros(1)) == 1).cumsum(0) - 1
