@@ -39,6 +39,8 @@ EXAMPLES = (
     ("How many shapes are there?", "shapes.png"),
     ("Describe the picture.", "shapes.png"),
     ("What colour is the heart?", "heart.png"),
+    ("Which bar is the tallest?", "chart.png"),
+    ("写的是什么？", "word.png"),
 )
 MAX_PICTURE = "20mb"  # in base64 and with the rest of a conversation, a request still fits into what servers take
 JOINER = "\u2060"  # no width, no meaning

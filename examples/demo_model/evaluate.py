@@ -52,10 +52,10 @@ def converse(items: Sequence[Item], openings: Sequence[Conversation], ask_all: A
     return replies
 
 
-def ask_pipeline(items: Sequence[Item], model: str) -> list[list[str]]:
+def ask_pipeline(items: Sequence[Item], model: str, options: dict[str, str]) -> list[list[str]]:
     from vlserve import VLPipeline
 
-    with VLPipeline(model) as pipe:
+    with VLPipeline(model, **options) as pipe:
 
         def ask_all(conversations: Sequence[Conversation]) -> list[str]:
             return [answer.text for answer in pipe(list(conversations), max_tokens=MAX_TOKENS, temperature=0.0)]
@@ -142,6 +142,13 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="model, or its id at --url")
     parser.add_argument("--url", help="an OpenAI-compatible server's base URL; default: VLPipeline in this process")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of VLPipeline, e.g. kv_cache_dtype=int8; again for more",
+    )
     parser.add_argument("--concurrency", type=int, default=16, help="requests at a time, with --url")
     parser.add_argument("--number", type=int, default=2000, help="questions in all, evenly over tasks and languages")
     parser.add_argument("--seed", type=int, default=12345)
@@ -152,6 +159,10 @@ def read_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.number < 1:
         parser.error(f"--number is {args.number}; it must be at least 1")
+    if wrong := [option for option in args.option if "=" not in option]:
+        parser.error(f"--option is {wrong[0]!r}; it must be NAME=VALUE")
+    if args.option and args.url:
+        parser.error("--option is for a model in this process; give it to the server instead")
     return args
 
 
@@ -159,7 +170,10 @@ def main() -> None:
     args = read_arguments()
     items = make_items(args.number, args.seed, args.tasks)
     saved = read_saved(args.compare, items) if args.compare else None
-    replies = ask_http(items, args.model, args.url, args.concurrency) if args.url else ask_pipeline(items, args.model)
+    if args.url:
+        replies = ask_http(items, args.model, args.url, args.concurrency)
+    else:
+        replies = ask_pipeline(items, args.model, dict(option.split("=", 1) for option in args.option))
     marks = [is_right(item, said[-1]) for item, said in zip(items, replies, strict=True)]
     wrong = [(item, said) for item, said, mark in zip(items, replies, marks, strict=True) if not mark]
     for item, said in wrong[: args.show_wrong]:

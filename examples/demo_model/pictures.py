@@ -71,10 +71,19 @@ def draw_scene(rng: random.Random, *, small: bool = False, lone: Kind | None = N
     """One to nine shapes; `small` pictures have few shapes and one tile; `lone` asks for one shape, perhaps of a certain kind."""
     width, height = choose_size(rng, small)
     short = min(width, height)
-    number = 1 if lone else rng.choice((1, 2, 2, 3, 3, 4, 4, 5)) if small or rng.random() < 0.75 else rng.randint(4, 9)
+    number = (
+        1
+        if lone
+        else rng.choice((1, 2, 2, 3, 3, 4, 4, 5))
+        if small or rng.random() < 0.62
+        else rng.choice((4, 5, 6, 7, 7, 8, 8, 9, 9))
+    )
     background = background_colour(rng)
     palette = few(rng, [c for c in COLOURS if is_clear(c, background)])
     shapes = few(rng, list(SHAPES))
+    if number > 3 and rng.random() < 0.6:  # many of a kind, to be counted
+        shapes += [rng.choice(shapes)] * rng.choice((0, 6, 24))
+        palette += [rng.choice(palette)] * rng.choice((0, 6, 24))
     image, draw = new_canvas(rng, width, height, background)
     things: list[Thing] = []
     circles: list[tuple[float, float, float]] = []

@@ -147,9 +147,9 @@ def draw_lesson(rng: random.Random, crowded: float) -> Picture:
 
 def draw(rng: random.Random, *, small: bool = False) -> Picture:
     kind = rng.random()
-    if kind < 0.66:
+    if kind < 0.6:
         return draw_scene(rng, small=small)
-    if kind < 0.86:
+    if kind < 0.88:
         return draw_text(rng, number=rng.random() < 0.42)
     return draw_chart(rng)
 

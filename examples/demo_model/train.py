@@ -72,19 +72,24 @@ class Optimiser:
         inner = [n for n, p in self.parameters.items() if p.ndim == 2 and "layer" in n and "embed" not in n]
         outer = [n for n in self.parameters if n not in inner]
         self.parts = (
-            torch.optim.Muon([self.masters[n] for n in inner], lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([self.masters[n] for n in outer], lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.Muon(self._groups(inner), lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(self._groups(outer), lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self.rates = (lr, lr / 4)
 
-    def step(self, share: float) -> None:
-        """One step at `share` of the full rate."""
+    def _groups(self, names: list[str]) -> list[dict[str, Any]]:
+        """The encoder's weights first, then the others."""
+        encoder = [n for n in names if n.startswith("model.vision_tower.")]
+        return [{"params": [self.masters[n] for n in part]} for part in (encoder, [n for n in names if n not in encoder])]
+
+    def step(self, *shares: float) -> None:
+        """One step, the encoder's weights and the others each at their share of the full rate."""
         for name, p in self.parameters.items():
             self.masters[name].grad = None if p.grad is None else p.grad.float()
             p.grad = None
         torch.nn.utils.clip_grad_norm_([m for m in self.masters.values() if m.grad is not None], 1.0)
         for part, rate in zip(self.parts, self.rates, strict=True):
-            for group in part.param_groups:
+            for group, share in zip(part.param_groups, shares, strict=True):
                 group["lr"] = rate * share
             part.step()
         with torch.no_grad():
@@ -228,7 +233,8 @@ class Run:
             parts, hits = self.losses(batch)
             loss = parts["places"] if len(parts) == 1 else parts["answers"] + 0.15 * parts["places"] + args.looks * parts["looks"]
             loss.backward()
-            self.optimiser.step(self.share())
+            share = self.share()
+            self.optimiser.step(share * (args.encoder_lr if self.step >= args.vision_steps else 1), share)
             self.step += 1
             bar.update()
             self.seconds, begun = self.seconds + time.monotonic() - begun, time.monotonic()
@@ -274,6 +280,9 @@ def main() -> None:
         help="share of --steps in which only the projector and the language model learn",
     )
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--encoder-lr", type=float, default=0.3, help="share of the learning rate for the encoder in steps with answers"
+    )
     parser.add_argument("--looks", type=float, default=0.3, help="weight of where to look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
