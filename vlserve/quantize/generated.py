@@ -90,25 +90,26 @@ def _picture_questions(rng: random.Random, things: list[Thing]) -> list[tuple[st
     names = [_a(f"{colour} {shape}") for shape, colour, _, _ in sorted(things, key=lambda thing: (thing[3], thing[2]))]
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    one = f"{colour} {shape}"
+    is_there = (shape, colour) in {thing[:2] for thing in things}
     found = [
-        (rng.choice(("Describe the picture.", "What is in the picture?", "What do you see?")), _sentence(listed)),
-        (rng.choice(("How many shapes are there?", "How many shapes do you see?")), f"{len(things)}."),
-        (f"Is there {_a(f'{colour} {shape}')}?", "Yes." if (shape, colour) in {thing[:2] for thing in things} else "No."),
+        (rng.choice(("Describe the picture.", "What is in the picture?", "What do you see?")), f"The picture shows {listed}."),
+        (
+            rng.choice(("How many shapes are there?", "How many shapes do you see?")),
+            f"There are {len(things)} shapes." if len(things) > 1 else "There is 1 shape.",
+        ),
+        (f"Is there {_a(one)}?", f"Yes, there is {_a(one)}." if is_there else f"No, there is no {one}."),
     ]
     for thing in things:
         if sum(other[0] == thing[0] for other in things) == 1:
-            found.append((f"What colour is the {thing[0]}?", _sentence(thing[1])))
+            found.append((f"What colour is the {thing[0]}?", f"The {thing[0]} is {thing[1]}."))
         if sum(other[1] == thing[1] for other in things) == 1:
-            found.append((f"What shape is the {thing[1]} object?", _sentence(_a(thing[0]))))
+            found.append((f"What shape is the {thing[1]} one?", f"The {thing[1]} one is {_a(thing[0])}."))
     return found
 
 
 def _a(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:] + "."
 
 
 def _text_question(rng: random.Random) -> tuple[str, str]:
