@@ -9,10 +9,10 @@ from vlserve import VLPipeline
 
 PICTURES = Path(__file__).parent / "pictures"
 TURNS = (
-    ("What do you see?", "shapes.png"),
-    ("How many shapes are there?", None),
+    ("How many shapes are there?", "shapes.png"),
+    ("Describe the picture.", None),
     ("星形是什么颜色？", None),
-    ("Where is the star? Give me the box.", None),
+    ("And where is it?", None),
     ("哪根柱子最高？", "chart.png"),
     ("How tall is bar B?", None),
     ("What word is written here?", "word.png"),

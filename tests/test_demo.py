@@ -69,7 +69,7 @@ def test_it_answers_right_far_more_often_than_chance(pipe: VLPipeline) -> None:
     items = [item for item in make_items(120, seed=7, tasks=("shape", "colour")) if item.language == "en"]
     answers = pipe([(item.turns[0], item.images[0]) for item in items], max_tokens=24)
     right = sum(is_right(item, answer.text) for item, answer in zip(items, answers, strict=True))
-    assert right >= 0.45 * len(items), f"{right} of {len(items)}; guessing gives about a ninth"
+    assert right >= 0.8 * len(items), f"{right} of {len(items)}; guessing gives about a ninth"
 
 
 def test_the_readmes_question(pipe: VLPipeline) -> None:

@@ -24,6 +24,19 @@ class Piece:
     via: Points = ()  # what has to be found before it; the same where there is no such thing
 
 
+def loosely(rng: random.Random, text: str, language: str) -> str:
+    """The question as it may also be written: another word for picture, a few words before it, no capital, no full stop."""
+    for old, new in phrases.OTHER_WORDS[language]:
+        if old in text and rng.random() < 0.3:
+            text = text.replace(old, new)
+    if rng.random() < 0.12:
+        before = rng.choice(phrases.OPENINGS[language])
+        text = before + (text[0].lower() + text[1:] if before[-2:] != ". " else text)
+    if rng.random() < 0.2:
+        text = text[0].lower() + text[1:]
+    return text.rstrip(".?。？") if rng.random() < 0.15 else text
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     task: str
@@ -51,7 +64,7 @@ class Asker:
 
     def say(self, key: str, **values: str) -> str:
         """One phrasing of `key` in the conversation's language, filled in."""
-        text = self.rng.choice(phrases.PHRASES[key][self.language]).format(**values)
+        text = loosely(self.rng, self.rng.choice(phrases.PHRASES[key][self.language]).format(**values), self.language)
         if self.numbered and self.language == "en":
             number = ("first", "second", "third")[self.current]
             where = self.rng.choice((f"In picture {self.current + 1}, ", f"In the {number} picture, "))

@@ -284,6 +284,8 @@ PHRASES = {
         """
         Which bar is tallest?|Which bar is the tallest?|Which is the tallest bar?|What is the tallest bar?
         Which bar is highest?|Which bar is the highest?|Name the tallest bar.|Which bar has the largest value?
+        Which of the bars is the tallest?|What is the name of the tallest bar?|Which letter is the tallest bar?
+        Which one is tallest?
         """,
         """
         哪个条最高？|最高的条是哪个？|哪根柱子最高？|最高的柱子是哪个？|哪个柱子最高？|最高的是哪个？|哪一个最高？|哪个的值最大？
@@ -405,6 +407,21 @@ PHRASES = {
         两张图的颜色相同吗？|两张图是同样的颜色吗？|两个图形的颜色一样吗？|两张图的颜色一样吗？
         """,
     ),
+}
+OTHER_WORDS = {
+    "en": (("picture", "image"), ("picture", "drawing"), ("colour", "color"), ("What is", "What's"), ("Name the", "Give the")),
+    "zh": (
+        ("图中", "图片里"),
+        ("图里", "画面中"),
+        ("图里", "图中"),
+        ("张图", "张图片"),
+        ("是什么", "是啥"),
+        ("有几个", "有多少"),
+    ),
+}
+OPENINGS = {
+    "en": ("Please tell me, ", "Look at the picture. ", "Hey, ", "So, ", "Say, ", "Now ", "Look closely. ", "And "),
+    "zh": ("请看图，", "请问，", "请告诉我，", "看看这张图，", "那么，", "麻烦看一下，", "现在，"),
 }
 ANSWERS = {
     "it is shape": {"en": "It is {shape}.", "zh": "它是{shape}。"},

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 import phrases
-from asker import Asker, Piece, Points, Turn, article, colour_piece, place_of, place_piece, plural, shape_piece
+from asker import Asker, Piece, Points, Turn, article, colour_piece, loosely, place_of, place_piece, plural, shape_piece
 from kinds import ask_box, ask_colour, ask_count, ask_describe, ask_each, ask_is, ask_json, ask_presence, ask_shape
 from layout import ask_edge, ask_neighbour, ask_relative, ask_size, ask_where
 from world import COLOURS, SHAPES, name
@@ -53,7 +53,7 @@ def ask_chart(a: Asker) -> Turn:
 SCENE_TASKS: tuple[tuple[Callable[[Asker], Turn | None], float], ...] = (
     (ask_shape, 1.0),
     (ask_colour, 1.3),
-    (ask_count, 1.6),
+    (ask_count, 2.4),
     (ask_where, 1.0),
     (ask_relative, 1.2),
     (ask_neighbour, 0.7),
@@ -174,5 +174,5 @@ def about(rng: random.Random, language: str) -> Turn:
         )
         question = rng.choice(phrases.PHRASES[key][language]).format(**values)
     else:
-        question = rng.choice(phrases.TALK[kind][language])
+        question = loosely(rng, rng.choice(phrases.TALK[kind][language]), language)
     return Turn("about", language, question, (Piece(phrases.REPLIES[kind][language]),))

@@ -186,7 +186,7 @@ def _one_picture(row: Row, rng: random.Random) -> None:
     while not full and not (part >= 8 and not picture.things):
         part, before = part + 1, row.lengths()
         asker = Asker(rng, [picture], _language(rng))
-        turn = (picture.things and rng.random() < 0.03 and ask_missing(asker)) or ask(asker)
+        turn = (picture.things and rng.random() < 0.015 and ask_missing(asker)) or ask(asker)
         row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", part)
         row.add_answer(turn, part)
         if rng.random() < 0.3 and (more := ask_again(Asker(rng, [picture], turn.language), turn)):
@@ -241,7 +241,7 @@ def _conversation(row: Row, rng: random.Random) -> None:
             before = None
         turn: Turn | None = None
         asker, kind = Asker(rng, pictures, language, current=len(pictures) - 1), rng.random()
-        if not pictures or kind < 0.08:
+        if not pictures or kind < 0.04:
             turn = about(rng, language)
             while pictures and turn.text in phrases.REPLIES["no picture"].values():
                 turn = about(rng, language)

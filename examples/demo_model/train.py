@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parent))
 from curves import plot
@@ -124,8 +126,11 @@ class Run:
     args: argparse.Namespace
 
     def __post_init__(self) -> None:
-        self.tokenizer = build_tokenizer(self.args.seed)
+        start: Path | None = self.args.start
+        self.tokenizer = Tokenizer.from_file(str(start / "tokenizer.json")) if start else build_tokenizer(self.args.seed)
         self.model = build_model(self.tokenizer, self.args.seed).train()
+        if start:
+            self.model.load_state_dict(AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32).state_dict())
         self.model.place_head = PlaceHead(self.model.config.text_config.hidden_size)  # removed before the model is written
         self.model.to(self.args.device, torch.bfloat16)
         self.pointing = Pointing(self.model)
@@ -266,6 +271,7 @@ def main() -> None:
     parser.add_argument("--vision-batch", type=int, default=40, help="pictures in each of them")
     parser.add_argument("--crowded", type=float, default=0.8, help="share of crowded pictures among them")
     parser.add_argument("--encoder", type=Path, help="begin with the encoder of an earlier run: its encoder.safetensors")
+    parser.add_argument("--start", type=Path, help="begin with the weights and the tokenizer of a finished model: its folder")
     parser.add_argument("--steps", type=int, default=1800, help="steps with answers")
     parser.add_argument(
         "--batch", type=int, default=24, help="rows of about 300 tokens, with one to three pictures, in each of them"
