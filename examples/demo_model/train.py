@@ -213,17 +213,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and curves, outside the repository")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--vision-steps", type=int, default=900, help="steps for the encoder alone")
-    parser.add_argument("--vision-batch", type=int, default=40, help="pictures in each of them")
+    parser.add_argument("--vision-steps", type=int, default=2600, help="steps for the encoder alone")
+    parser.add_argument("--vision-batch", type=int, default=32, help="pictures in each of them")
     parser.add_argument("--crowded", type=float, default=0.8, help="share of crowded pictures among them")
     parser.add_argument("--encoder", type=Path, help="begin with the encoder of an earlier run: its encoder.safetensors")
     parser.add_argument("--start", type=Path, help="begin with the weights and the tokenizer of a finished model: its folder")
-    parser.add_argument("--steps", type=int, default=1800, help="steps with answers")
+    parser.add_argument("--steps", type=int, default=3750, help="steps with answers")
     parser.add_argument(
-        "--batch", type=int, default=24, help="rows of about 300 tokens, with one to three pictures, in each of them"
+        "--batch", type=int, default=16, help="rows of about 300 tokens, with one to three pictures, in each of them"
     )
     parser.add_argument(
-        "--cool-down", type=float, default=0.3, help="share of --steps over which the learning rate goes to nought"
+        "--cool-down", type=float, default=0.5, help="share of --steps over which the learning rate goes to nought"
     )
     parser.add_argument(
         "--encoder-rests",
