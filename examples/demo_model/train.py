@@ -228,10 +228,10 @@ def main() -> None:
     parser.add_argument(
         "--encoder-rests",
         type=float,
-        default=0.5,
+        default=0.32,
         help="share of --steps in which only the projector and the language model learn",
     )
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument(
         "--encoder-lr", type=float, default=0.3, help="share of the learning rate for the encoder in steps with answers"
     )
