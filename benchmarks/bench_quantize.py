@@ -47,9 +47,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def show(reports: dict[str, Any]) -> None:
     linears = list(next(iter(reports.values()))["layers"][0]["linear_errors"])
-    print(
-        print("\nmeans over the layers: error of each linear layer on the calibration samples; of a layer, and drift, held out")
-    )
+    print("\nmeans over the layers: error of each linear layer on the calibration samples; of a layer, and drift, held out")
     print(f"{'method':8}" + "".join(f"{name.split('.')[-1]:>11}" for name in linears) + f"{'layer':>9}{'drift':>9}")
     for method, report in reports.items():
         cells = [mean(layer["linear_errors"][name] for layer in report["layers"]) for name in linears]
