@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 import phrases
-from pictures import Picture, Thing
+from pictures import Kind, Picture, Thing
 from world import PLACES, name
 
 Points = tuple[tuple[int, float, float], ...]  # picture, x and y as shares of its width and height
@@ -45,6 +45,7 @@ class Turn:
     answer: tuple[Piece, ...]
     thing: Thing | None = None  # what "it" in the next question can mean
     picture: int = 0
+    kind: Kind | None = None  # what "them" in the next question can mean
 
     @property
     def text(self) -> str:
@@ -83,8 +84,14 @@ class Asker:
             pieces += [Piece(before), value if isinstance(value, Piece) else Piece(value)]
         return tuple(p for p in (*pieces, Piece(rest)) if p.text)
 
-    def turn(self, task: str, question: str, answer: tuple[Piece, ...], thing: Thing | None = None) -> Turn:
-        return Turn(task, self.language, question, answer, thing, self.current)
+    def turn(
+        self, task: str, question: str, answer: tuple[Piece, ...], thing: Thing | None = None, kind: Kind | None = None
+    ) -> Turn:
+        return Turn(task, self.language, question, answer, thing, self.current, kind)
+
+    def of(self, shape: str | None, colour: str | None) -> tuple[Thing, ...]:
+        """The things of a shape, of a colour, or of both."""
+        return tuple(t for t in self.things if shape in (None, t.shape) and colour in (None, t.colour))
 
     def name(self, key: str) -> str:
         return name(key, self.language)
@@ -96,12 +103,13 @@ class Asker:
         return ((self.current, NOWHERE, NOWHERE),)
 
     def called(self, thing: Thing, by: str = "shape colour both") -> str | None:
-        """A name that means this thing alone: "star", "red shape" or "red star"; without article."""
+        """A name that means this thing alone: "star", "red shape", "red one" or "red star"; without article."""
         ways = []
         if "shape" in by and sum(t.shape == thing.shape for t in self.things) == 1:
             ways += [self.name(thing.shape)] * 2
         if "colour" in by and sum(t.colour == thing.colour for t in self.things) == 1:
-            ways.append(self.one(None, thing.colour))
+            some = self.one(None, thing.colour)
+            ways.append(f"{self.name(thing.colour)} one" if self.language == "en" and self.rng.random() < 0.5 else some)
         if "both" in by and sum((t.shape, t.colour) == (thing.shape, thing.colour) for t in self.things) == 1:
             ways.append(self.one(thing.shape, thing.colour))
         return self.rng.choice(ways) if ways else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import phrases
 from asker import Asker, Piece, Turn, article, colour_piece, full_piece, place_of, place_piece, plural, shape_piece
-from pictures import Thing
+from pictures import Kind, Thing
 from world import COLOURS, SHAPES
 
 
@@ -34,46 +34,54 @@ def ask_colour(a: Asker) -> Turn | None:
     return a.turn("colour", a.say("colour", thing=called), answer, thing)
 
 
-def wanted(a: Asker) -> tuple[str | None, str | None, tuple[Thing, ...]]:
-    """A shape, colour, both or neither to be counted or looked for, mostly of what is there, and the things that are it."""
-    kind, rng = a.rng.random(), a.rng
-    thing = rng.choice(a.things)
-    shape = thing.shape if rng.random() < 0.75 else rng.choice(list(SHAPES))
-    colour = thing.colour if rng.random() < 0.75 else rng.choice(list(COLOURS))
-    shape, colour = (
-        (None, None) if kind < 0.2 else (shape, None) if kind < 0.5 else (None, colour) if kind < 0.8 else (shape, colour)
-    )
-    return shape, colour, tuple(t for t in a.things if shape in (None, t.shape) and colour in (None, t.colour))
+def wanted(a: Asker) -> Kind:
+    """A shape, colour, both or neither to be counted or looked for; of what is there, as often many as few."""
+    rng = a.rng
+    if rng.random() < 0.2:  # which may not be there
+        shape, colour = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
+        thing = rng.choice(a.things)
+        return rng.choice(((shape, None), (None, colour), (shape, thing.colour), (thing.shape, colour)))
+    by_number: dict[int, list[Kind]] = {}
+    for t in a.things:
+        for kind in ((t.shape, None), (None, t.colour), (t.shape, t.colour)):
+            by_number.setdefault(len(a.of(*kind)), []).append(kind)
+    by_number.setdefault(len(a.things), []).append((None, None))
+    return rng.choice(by_number[rng.choice(sorted(by_number))])
 
 
 def ask_count(a: Asker) -> Turn:
-    shape, colour, found = wanted(a)
-    one = a.one(shape, colour)
-    many = plural(one, 2) if a.language == "en" else one
+    shape, colour = wanted(a)
+    found, one = a.of(shape, colour), a.one(shape, colour)
+    thing = found[0] if len(found) == 1 else None
+    return a.turn("count", a.say("count", things=many(a, one)), count_reply(a, found, one), thing, (shape, colour))
+
+
+def count_reply(a: Asker, found: tuple[Thing, ...], one: str) -> tuple[Piece, ...]:
     count = Piece(str(len(found)), a.at(*found) + a.end())
-    answer = a.reply(
-        "one" if len(found) == 1 else "count", count=count, things=plural(one, len(found)) if a.language == "en" else one
-    )
-    return a.turn("count", a.say("count", things=many), answer, found[0] if len(found) == 1 else None)
+    return a.reply("one" if len(found) == 1 else "count", count=count, things=many(a, one, len(found)))
+
+
+def many(a: Asker, one: str, number: int = 2) -> str:
+    return plural(one, number) if a.language == "en" else one
 
 
 def ask_presence(a: Asker) -> Turn:
-    shape, colour, found = wanted(a)
+    shape, colour = None, None
     while not (shape or colour):
-        shape, colour, found = wanted(a)
-    if found and a.rng.random() < 0.25:  # more than some number
-        least = max(0, len(found) + a.rng.choice((-2, -1, 0, 1)))
-        one = a.one(shape, colour)
-        things = plural(one, 2) if a.language == "en" else one
+        shape, colour = wanted(a)
+    found, one = a.of(shape, colour), a.one(shape, colour)
+    if found and a.rng.random() < 0.3:  # more than some number
+        least = max(1, len(found) + a.rng.choice((-2, -1, 0, 1)))
         yes = len(found) > least
         reply = a.reply("yes" if yes else "no", rest=Piece("", ()))
         answer = (Piece(reply[0].text, a.at(*found) + a.end()), *reply[1:])
-        return a.turn("yes_no", a.say("more than", number=str(least), things=things), answer)
-    one = a.one(shape, colour)
+        number = phrases.NUMBERS[a.language][least] if a.rng.random() < 0.6 else str(least)
+        return a.turn("yes_no", a.say("more than", number=number, things=many(a, one)), answer)
     text = article(one) if a.language == "en" else one
     answer = a.reply("there is" if found else "there is no", thing=text if found else one)
     answer = (Piece(answer[0].text, a.at(*found) or a.end()), *answer[1:])
-    return a.turn("yes_no", a.say("presence", thing=text), answer, found[0] if len(found) == 1 else None)
+    question = a.say("presence", thing=text, things=many(a, one))
+    return a.turn("yes_no", question, answer, found[0] if len(found) == 1 else None, (shape, colour) if found else None)
 
 
 def ask_is(a: Asker) -> Turn | None:

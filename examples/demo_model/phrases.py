@@ -79,7 +79,7 @@ PHRASES = {
         """
         Is there {thing}?|Is there {thing} in the picture?|Do you see {thing}?|Can you see {thing}?
         Does the picture have {thing}?|Is there {thing} here?|Does the picture show {thing}?|Can you find {thing}?
-        Is {thing} in the picture?
+        Is {thing} in the picture?|Are there any {things}?|Do you see any {things}?|Are there {things} in the picture?
         """,
         """
         有{thing}吗？|图中有{thing}吗？|图里有没有{thing}？|你看到{thing}了吗？|这里有{thing}吗？|有没有{thing}？|能看到{thing}吗？|图中能找到{thing}吗？
@@ -108,7 +108,8 @@ PHRASES = {
         """
         Where is the {thing}, seen from the {other}?|Where is the {thing} relative to the {other}?
         On which side of the {other} is the {thing}?|Where is the {thing} compared to the {other}?
-        Where is the {thing} from the {other}?
+        Where is the {thing} from the {other}?|From the {other}, where is the {thing}?
+        With respect to the {other}, where is the {thing}?
         """,
         """
         {thing}在{other}的哪边？|{thing}在{other}的什么位置？|从{other}看，{thing}在哪边？|{thing}在{other}的哪个方向？|相对于{other}，{thing}在哪里？
@@ -345,11 +346,19 @@ PHRASES = {
     ),
     "and count": _lines(
         """
-        How many of them are there?|And how many of them are there?|How many of those do you see?
-        How many are there of that shape?|How many of this shape are there?
+        How many of them are there?|And how many of them are there?|How many of those do you see?|How many are there?
+        How many?|And how many are there?|How many of them do you see?
         """,
         """
-        这样的有几个？|那有几个？|这种图形有几个？|它们有几个？|一共有几个这样的？|有几个这种形状？
+        有几个？|那有几个？|它们有几个？|一共有几个？|有多少个？|几个呢？|共有多少个？
+        """,
+    ),
+    "and count of that": _lines(
+        """
+        How many are there of that shape?|How many of this shape are there?|How many such shapes are there?
+        """,
+        """
+        这样的有几个？|这种图形有几个？|一共有几个这样的？|有几个这种形状？
         """,
     ),
     "and is": _lines(
@@ -407,6 +416,10 @@ PHRASES = {
         两张图的颜色相同吗？|两张图是同样的颜色吗？|两个图形的颜色一样吗？|两张图的颜色一样吗？
         """,
     ),
+}
+NUMBERS = {
+    "en": ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    "zh": ("零", "一", "两", "三", "四", "五", "六", "七", "八", "九", "十"),
 }
 OTHER_WORDS = {
     "en": (("picture", "image"), ("picture", "drawing"), ("colour", "color"), ("What is", "What's"), ("Name the", "Give the")),

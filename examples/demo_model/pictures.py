@@ -75,15 +75,13 @@ def draw_scene(rng: random.Random, *, small: bool = False, lone: Kind | None = N
         1
         if lone
         else rng.choice((1, 2, 2, 3, 3, 4, 4, 5))
-        if small or rng.random() < 0.62
+        if small or rng.random() < 0.5
         else rng.choice((4, 5, 6, 7, 7, 8, 8, 9, 9))
     )
     background = background_colour(rng)
     palette = few(rng, [c for c in COLOURS if is_clear(c, background)])
     shapes = few(rng, list(SHAPES))
-    if number > 3 and rng.random() < 0.6:  # many of a kind, to be counted
-        shapes += [rng.choice(shapes)] * rng.choice((0, 6, 24))
-        palette += [rng.choice(palette)] * rng.choice((0, 6, 24))
+    kinds = _kinds(rng, number, shapes, palette)
     image, draw = new_canvas(rng, width, height, background)
     things: list[Thing] = []
     circles: list[tuple[float, float, float]] = []
@@ -95,7 +93,7 @@ def draw_scene(rng: random.Random, *, small: bool = False, lone: Kind | None = N
         x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
         if any(math.hypot(x - a, y - b) < radius + r + 0.03 * short for a, b, r in circles):
             continue
-        shape, colour = rng.choice(shapes), rng.choice(palette)
+        shape, colour = kinds[len(things)]
         if lone:
             shape, colour = lone[0] or shape, lone[1] if lone[1] and is_clear(lone[1], background) else colour
         points = outline(rng, shape) * radius + complex(x, y)
@@ -108,11 +106,22 @@ def draw_scene(rng: random.Random, *, small: bool = False, lone: Kind | None = N
     return Picture(finish(rng, image), tuple(things))
 
 
+def _kinds(rng: random.Random, number: int, shapes: list[str], palette: list[str]) -> list[tuple[str, str]]:
+    """Shapes with their colours; among more than three, mostly some number of one shape, of one colour, or of both."""
+    kinds = [(rng.choice(shapes), rng.choice(palette)) for _ in range(number)]
+    if number > 3 and rng.random() < 0.8:
+        shape, colour = rng.choice(((kinds[0][0], None), (None, kinds[0][1]), kinds[0]))
+        alike = rng.randint(2, number)
+        kinds = [(shape or s, colour or c) if i < alike else (s, c) for i, (s, c) in enumerate(kinds)]
+        rng.shuffle(kinds)
+    return kinds
+
+
 def draw_text(rng: random.Random, *, number: bool) -> Picture:
     """A number of up to four digits, or a word of three to eight letters, half to nearly all of the picture wide."""
     if number:
         text = str(rng.randrange(10 ** rng.randint(1, 4)))
-    elif rng.random() < 0.5:
+    elif rng.random() < 0.6:
         text = rng.choice(WORDS)
     else:
         text = "".join(rng.choice("aeiouy" if i % 2 else "bcdfghjklmnpqrstvwxz") for i in range(rng.randint(3, 8)))

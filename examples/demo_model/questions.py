@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import phrases
 from asker import Asker, Piece, Points, Turn, article, colour_piece, loosely, place_of, place_piece, plural, shape_piece
-from kinds import ask_box, ask_colour, ask_count, ask_describe, ask_each, ask_is, ask_json, ask_presence, ask_shape
+from kinds import ask_box, ask_colour, ask_count, ask_describe, ask_each, ask_is, ask_json, ask_presence, ask_shape, count_reply
 from layout import ask_edge, ask_neighbour, ask_relative, ask_size, ask_where
 from world import COLOURS, SHAPES, name
 
@@ -53,17 +53,17 @@ def ask_chart(a: Asker) -> Turn:
 SCENE_TASKS: tuple[tuple[Callable[[Asker], Turn | None], float], ...] = (
     (ask_shape, 1.0),
     (ask_colour, 1.3),
-    (ask_count, 2.4),
-    (ask_where, 1.0),
+    (ask_count, 2.6),
+    (ask_where, 1.2),
     (ask_relative, 1.2),
     (ask_neighbour, 0.7),
     (ask_edge, 0.6),
     (ask_size, 1.2),
-    (ask_presence, 1.1),
-    (ask_is, 0.4),
+    (ask_presence, 1.4),
+    (ask_is, 0.5),
     (ask_describe, 0.7),
     (ask_each, 0.7),
-    (ask_box, 0.9),
+    (ask_box, 1.1),
     (ask_json, 1.0),
 )
 
@@ -84,6 +84,11 @@ def ask(a: Asker) -> Turn:
 def ask_again(a: Asker, before: Turn) -> Turn | None:
     """A question that leaves out what the turn before was about."""
     thing, rng = before.thing, a.rng
+    if before.kind and rng.random() < (0.4 if thing else 1.0):
+        one, found = a.one(*before.kind), a.of(*before.kind)
+        if before.task == "count" or not found:
+            return None
+        return a.turn("follow_up", a.say("and count"), count_reply(a, found, one), thing)
     if thing is None or thing not in a.things:
         return None
     kind = rng.choice([k for k in ("colour", "shape", "where", "box", "same", "is") if k != before.task])
@@ -94,13 +99,8 @@ def ask_again(a: Asker, before: Turn) -> Turn | None:
     elif kind == "where" and place_of(thing):
         turn = a.turn("follow_up", a.say("and where"), a.reply("it is at", place=place_piece(a, thing)), thing)
     elif kind == "same":
-        found = tuple(t for t in a.things if t.shape == thing.shape)
-        one = a.name(thing.shape)
-        things = plural(one, len(found)) if a.language == "en" else one
-        count = Piece(str(len(found)), a.at(*found) + a.end(), a.at(thing))
-        turn = a.turn(
-            "follow_up", a.say("and count"), a.reply("one" if len(found) == 1 else "count", count=count, things=things), thing
-        )
+        found = a.of(thing.shape, None)
+        turn = a.turn("follow_up", a.say("and count of that"), count_reply(a, found, a.name(thing.shape)), thing)
     elif kind == "is":
         colour = thing.colour if rng.random() < 0.5 else rng.choice(list(COLOURS))
         answer = a.reply("yes it is" if colour == thing.colour else "no it is", colour=colour_piece(a, thing))
@@ -117,16 +117,13 @@ def ask_compare(a: Asker) -> Turn | None:
     if any(not p.things for p in pictures):
         return None
     everything: Points = tuple((i, *t.centre) for i, p in enumerate(pictures) for t in p.things)
-    kind = rng.choice(("more", "which has", "which has", "same"))
-    if kind == "same":
-        if len(pictures) != 2 or any(len(p.things) != 1 for p in pictures):
-            kind = "more"
-        else:
-            one, other = (p.things[0] for p in pictures)
-            key = rng.choice(("same shape", "same colour"))
-            same = one.shape == other.shape if key == "same shape" else one.colour == other.colour
-            reply = a.reply("yes" if same else "no", rest="")
-            return a.turn("compare", a.say(key), (Piece(reply[0].text, everything), *reply[1:]))
+    if len(pictures) == 2 and all(len(p.things) == 1 for p in pictures) and rng.random() < 0.7:
+        one, other = (p.things[0] for p in pictures)
+        key = rng.choice(("same shape", "same colour"))
+        same = one.shape == other.shape if key == "same shape" else one.colour == other.colour
+        reply = a.reply("yes" if same else "no", rest="")
+        return a.turn("compare", a.say(key), (Piece(reply[0].text, everything), *reply[1:]))
+    kind = rng.choice(("more", "which has", "which has"))
     shape, colour = rng.choice([(s, None) for s in SHAPES] * 5 + [(None, c) for c in COLOURS] * 4 + [(None, None)] * 25)
     if kind == "which has":
         shape, colour = rng.choice(

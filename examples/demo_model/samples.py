@@ -156,9 +156,11 @@ def draw(rng: random.Random, *, small: bool = False) -> Picture:
 
 def make_row(tokenizer: Tokenizer, rng: random.Random) -> Row:
     row, kind = Row(tokenizer), rng.random()
-    if kind < 0.62:
+    if kind < 0.34:
         _one_picture(row, rng)
-    elif kind < 0.78:
+    elif kind < 0.64:
+        _many_pictures(row, rng)
+    elif kind < 0.82:
         _several_pictures(row, rng)
     else:
         _conversation(row, rng)
@@ -171,14 +173,7 @@ def _language(rng: random.Random) -> str:
 
 def _one_picture(row: Row, rng: random.Random) -> None:
     """A picture, then independent questions, each perhaps with another one after it."""
-    picture = draw(rng)
-    if rng.random() < 0.06:  # the question before the picture
-        turn = ask(Asker(rng, [picture], _language(rng)))
-        row.add("<|im_start|>user\n" + turn.question, 0)
-        row.add_picture(picture, 0)
-        row.add("<|im_end|>\n<|im_start|>assistant\n", 0)
-        row.add_answer(turn, 0)
-        return
+    picture = draw_scene(rng) if rng.random() < 0.9 else draw_chart(rng)
     row.add("<|im_start|>user\n", 0)
     row.add_picture(picture, 0)
     part = 0
@@ -186,7 +181,7 @@ def _one_picture(row: Row, rng: random.Random) -> None:
     while not full and not (part >= 8 and not picture.things):
         part, before = part + 1, row.lengths()
         asker = Asker(rng, [picture], _language(rng))
-        turn = (picture.things and rng.random() < 0.015 and ask_missing(asker)) or ask(asker)
+        turn = (picture.things and rng.random() < 0.004 and ask_missing(asker)) or ask(asker)
         row.add(turn.question + "<|im_end|>\n<|im_start|>assistant\n", part)
         row.add_answer(turn, part)
         if rng.random() < 0.3 and (more := ask_again(Asker(rng, [picture], turn.language), turn)):
@@ -195,14 +190,32 @@ def _one_picture(row: Row, rng: random.Random) -> None:
         full = row.cut(before)
 
 
+def _many_pictures(row: Row, rng: random.Random) -> None:
+    """Pictures that have nothing to do with one another, mostly of text, each with one question before or after it."""
+    row.add("<|im_start|>user\n", 0)
+    part, full = 0, False
+    while not full:
+        part, before, kind = part + 1, row.lengths(), rng.random()
+        text = kind < 0.72
+        picture = draw_text(rng, number=kind < 0.22) if text else draw(rng, small=True)
+        turn = ask(Asker(rng, [*(p for p, _ in row.pictures), picture], _language(rng), current=len(row.pictures)))
+        first = rng.random() < 0.2
+        if first:
+            row.add(turn.question, part)
+        row.add_picture(picture, part)
+        row.add(("" if first else turn.question) + "<|im_end|>\n<|im_start|>assistant\n", part)
+        row.add_answer(turn, part)
+        full = row.cut(before)
+
+
 def _several_pictures(row: Row, rng: random.Random) -> None:
     """Two or three pictures, and questions that compare them or are about one of them."""
     kind = rng.random()
     number = 2 if rng.random() < 0.55 else 3
-    if kind < 0.25:  # of one shape each
+    if kind < 0.3:  # of one shape each
         pictures = [draw_scene(rng, small=True, lone=(None, None))]
         thing = pictures[0].things[0]
-        alike = rng.choice([(thing.shape, None), (None, thing.colour), (None, None)])
+        alike = (rng.choice((thing.shape, None)), rng.choice((thing.colour, None)))
         pictures.append(draw_scene(rng, small=True, lone=alike))
     elif kind < 0.85:
         pictures = [draw_scene(rng, small=True) for _ in range(number)]

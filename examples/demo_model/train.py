@@ -111,11 +111,12 @@ class Run:
         save_file(tensors, self.args.work / "encoder.safetensors")
 
     def take_encoder(self, path: Path) -> None:
-        """Begin with an encoder that `save_encoder` wrote."""
+        """Begin with an encoder that `save_encoder` wrote; only its head for places if a whole model is begun with."""
         stored = load_file(path)
         with torch.no_grad():
             for name, p in self.encoder_parameters().items():
-                p.copy_(stored[name])
+                if name.startswith("place_head.") or not self.args.start:
+                    p.copy_(stored[name])
 
     def batches(self) -> Iterable[dict[str, torch.Tensor]]:
         """What is left of the encoder's steps, then of the answers'."""
@@ -216,7 +217,11 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=2600, help="steps for the encoder alone")
     parser.add_argument("--vision-batch", type=int, default=32, help="pictures in each of them")
     parser.add_argument("--crowded", type=float, default=0.8, help="share of crowded pictures among them")
-    parser.add_argument("--encoder", type=Path, help="begin with the encoder of an earlier run: its encoder.safetensors")
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        help="begin with the encoder of an earlier run, its encoder.safetensors; with --start, only with its head for places",
+    )
     parser.add_argument("--start", type=Path, help="begin with the weights and the tokenizer of a finished model: its folder")
     parser.add_argument("--steps", type=int, default=3750, help="steps with answers")
     parser.add_argument(
