@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from vlserve.kernels.awq import awq_dequantize, awq_matmul, awq_matmul_ref
-from vlserve.kernels.awq_cpu import awq_matmul_cpu, pack_for_cpu
+from vlserve.kernels.awq_cpu import pack_for_cpu
+from vlserve.kernels.awq_pairs import pack_for_gpu
 from vlserve.kernels.int8_head import int8_matmul, int8_matmul_ref, quantise_rows
+from vlserve.kernels.with_triton import runs_triton
 
 LAYERS = {"qkv_proj": (1152, 896), "o_proj": (896, 896), "gate_up_proj": (9728, 896), "down_proj": (896, 4864)}
 HEAD = (151_674, 896)
@@ -38,9 +40,10 @@ def four_bits(outputs: int, inputs: int, device: torch.device) -> tuple[Matmul, 
     scales = (torch.rand(outputs, inputs // GROUP, device=device) / 100 + 0.001).bfloat16()
     zeros = torch.randint(4, 12, scales.shape, dtype=torch.uint8, device=device)
     dense = awq_dequantize(codes, scales, zeros)
-    packed = pack_for_cpu(codes, scales, zeros) if device.type == "cpu" else None
+    pack = pack_for_cpu if device.type == "cpu" else pack_for_gpu if runs_triton(codes) else None
+    packed = None if pack is None else pack(codes, scales, zeros)
     return (
-        lambda x: awq_matmul(x, codes, scales, zeros) if packed is None else awq_matmul_cpu(x, packed),
+        lambda x: awq_matmul(x, codes, scales, zeros) if packed is None else packed.matmul(x),
         lambda x: F.linear(x, dense),
         lambda x: awq_matmul_ref(x, codes, scales, zeros),
     )

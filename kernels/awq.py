@@ -40,7 +40,8 @@ def awq_dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
 def awq_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """As `awq_matmul_ref`, summed in float32; raises ValueError when shapes or types do not fit.
 
-    On a CPU `awq_cpu.pack_for_cpu` once and `awq_cpu.awq_matmul_cpu` are faster.
+    Faster are `awq_cpu.pack_for_cpu` or `awq_pairs.pack_for_gpu` once, and the product with what they return. On a GPU this one is
+    for what cannot be put in pairs: float32, and groups of 16.
     """
     _check(codes, scales, zeros)
     if x.shape[-1] != 2 * codes.shape[1] or x.ndim != 2:

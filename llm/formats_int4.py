@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlserve.kernels.awq import awq_matmul
-from vlserve.kernels.awq_cpu import PackedInt4, awq_matmul_cpu, pack_for_cpu
+from vlserve.kernels.awq_cpu import PackedInt4, pack_for_cpu
+from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu, takes_pairs
+from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.formats import ReadSlot, Slot
 from vlserve.llm.packing import MIDDLE, Layout, pack_pairs, stored_zeros_are_less
 from vlserve.llm.parallel import Span
@@ -52,7 +54,7 @@ class GroupedInt4Format(nn.Module):
         self.scales = _parameter(rows, groups, dtype)
         self.zeros = _parameter(rows, groups, torch.uint8)
         self.order = None if form.order is None else _parameter(in_features, None, torch.int32)
-        self.packed: PackedInt4 | None = None  # on a CPU, once the weights are there
+        self.packed: PackedInt4 | PairedWeights | None = None  # once the weights are there
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
@@ -61,7 +63,7 @@ class GroupedInt4Format(nn.Module):
         if self.size != x.shape[-1]:
             x = F.pad(x, (self.front, self.size - self.front - x.shape[-1]))
         packed = self.packed
-        out = awq_matmul(x, self.codes, self.scales, self.zeros) if packed is None else awq_matmul_cpu(x, packed)
+        out = awq_matmul(x, self.codes, self.scales, self.zeros) if packed is None else packed.matmul(x)
         return out if bias is None else out + bias
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
@@ -82,13 +84,18 @@ class GroupedInt4Format(nn.Module):
             first += span.size
 
     def finish(self) -> None:
-        """Puts the inputs' order in place, which no tensor of the checkpoint fills by itself, and codes as a CPU wants them."""
+        """Puts the inputs' order in place, which no tensor of the checkpoint fills by itself, and codes as devices want them."""
         if self.order is not None and self.form.order is not None:
             self.order.data.copy_(self.form.order)
-        if self.codes.device.type == "cpu":
-            self.packed = pack_for_cpu(self.codes.data, self.scales.data, self.zeros.data)
-            for name in ("codes", "scales", "zeros"):
-                parameter = getattr(self, name)
+        parameters = self.codes, self.scales, self.zeros
+        codes, scales, zeros = (parameter.data for parameter in parameters)
+        if runs_triton(codes):
+            if takes_pairs(self.size, scales.shape[1], scales.dtype):
+                self.packed = pack_for_gpu(codes, scales, zeros)
+        elif codes.device.type == "cpu":
+            self.packed = pack_for_cpu(codes, scales, zeros)
+        if self.packed is not None:
+            for parameter in parameters:
                 parameter.data = parameter.data.new_empty(0)  # the packed form holds what it needs
 
     @property

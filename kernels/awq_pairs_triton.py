@@ -1,0 +1,275 @@
+"""`awq_pairs` on a GPU: products of up to 128 rows that read each weight once, and the dequantisation for more rows.
+
+A product is three kernels. The first adds up each group's activations; the second multiplies, in float32 sums, numbers that are a
+magic number plus a code, and takes magic number and zero point, times those sums, off what comes out, before the scale; where the
+inputs are split, the third adds the parts up, in their order. The weights are the left factor: so each thread's registers
+hold what it has loaded itself. With float16 every second plane of codes is used where it lies, 4 bits up, as 16 times itself.
+Source of magic numbers and of the order in words: Kim et al. 2022 (arXiv 2211.10017); of the split: arXiv 2402.00025.
+Letters and layout: awq_pairs.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vlserve.kernels.awq_pairs import INPUTS, PairedWeights
+from vlserve.kernels.launch import Launch, choose, device_of, split
+
+REDUCED = 256  # outputs of a program that adds up parts
+SUMMED = 16  # blocks of a program that adds up activations
+IS_INTERPRETED = triton.knobs.runtime.interpret  # then there is no assembler, and bfloat16 is taken for whole numbers
+FACTORS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _bits(words, FROM: tl.constexpr, TYPE: tl.constexpr):
+    return ((words >> FROM) & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
+
+
+@triton.jit
+def _plane(words, PLANE: tl.constexpr, TYPE: tl.constexpr, OUT: tl.constexpr, ASM: tl.constexpr):
+    """words [N, 16] -> [N, 32] of magic number plus code, or plus 16 times the code in float16's odd planes."""
+    HALF: tl.constexpr = tl.float16 == TYPE
+    SHIFT: tl.constexpr = PLANE // 2 * 8 if HALF else PLANE * 4
+    MASK: tl.constexpr = 0x00F000F0 if HALF and PLANE % 2 == 1 else 0x000F000F
+    MAGIC: tl.constexpr = 0x64006400 if HALF else 0x43004300
+    if ASM:  # (words & MASK) | MAGIC, which the compiler makes two instructions of
+        pairs = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words >> SHIFT, MASK, MAGIC], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        pairs = ((words >> SHIFT) & MASK) | MAGIC
+    both = tl.join(_bits(pairs, 0, TYPE), _bits(pairs, 16, TYPE))
+    return tl.reshape(both, (words.shape[0], 32)).to(OUT)
+
+
+@triton.jit
+def _scales(words, TYPE: tl.constexpr):
+    """[N/2] words of two scales -> [N] float32, in the order of the outputs."""
+    both = tl.join(_bits(words, 0, TYPE), _bits(words, 16, TYPE))  # [u v r, h]
+    turned = tl.permute(tl.reshape(both, (words.shape[0] // 8, 8, 2)), (0, 2, 1))
+    return tl.reshape(turned, (2 * words.shape[0],)).to(tl.float32)
+
+
+@triton.jit
+def _zeros(words):
+    """[N/4] words of four zeros -> [N] float32, in the order of the outputs."""
+    first = tl.join(words & 255, (words >> 8) & 255)
+    second = tl.join((words >> 16) & 255, (words >> 24) & 255)
+    four = tl.reshape(tl.join(first, second), (words.shape[0] // 16, 2, 8, 2, 2))  # [tile, v, r, h, u]
+    return tl.reshape(tl.permute(four, (0, 4, 1, 3, 2)), (4 * words.shape[0],)).to(tl.float32)
+
+
+@triton.jit
+def _words(at, num_blocks, num_tiles, TILES: tl.constexpr, tile):
+    """Pointers to the first block's words of TILES tiles from `tile`, [64 TILES, 16]; beyond the end, the last tile's."""
+    row = tl.arange(0, 64 * TILES)
+    tiles = tl.minimum(tile + row // 64, num_tiles - 1) if TILES > 1 else tile + row // 64
+    places = tiles.to(tl.int64) * num_blocks * 1024 + row % 64 * 16
+    return at + places[:, None] + tl.arange(0, 16)[None]
+
+
+@triton.jit
+def _of_groups(at, num_groups, num_tiles, TILES: tl.constexpr, WIDTH: tl.constexpr, tile):
+    """As `_words`, to what the first group has, of WIDTH words a tile: [WIDTH TILES]."""
+    place = tl.arange(0, WIDTH * TILES)
+    tiles = tl.minimum(tile + place // WIDTH, num_tiles - 1) if TILES > 1 else tile + place // WIDTH
+    return at + tiles.to(tl.int64) * num_groups * WIDTH + place % WIDTH
+
+
+@triton.jit
+def _add_planes(
+    product, words, x_at, token_there,
+    FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """product [N, T] plus the planes FIRST, FIRST + STEP, ... before LAST of words [N, 16] times their inputs."""
+    for plane in tl.static_range(FIRST, LAST, STEP):
+        inputs = tl.load(x_at + 32 * plane, mask=token_there, other=0.0).to(FACTOR)
+        product = tl.dot(_plane(words, plane, TYPE, FACTOR, ASM), inputs, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _add_group(
+    product, words, zero, x_at, sum_at, num_tokens, token_there,
+    NUMBER: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """product, of zeros, plus (codes - zero) times the inputs of a block's group NUMBER, of GROUPS."""
+    FIRST: tl.constexpr = NUMBER * (4 // GROUPS)
+    LAST: tl.constexpr = FIRST + 4 // GROUPS
+    if tl.float16 == TYPE:  # odd planes are 16 times themselves
+        plain = tl.load(sum_at + 2 * NUMBER * num_tokens, mask=token_there, other=0.0)
+        offset = tl.load(sum_at + (2 * NUMBER + 1) * num_tokens, mask=token_there, other=0.0)
+        product = _add_planes(product, words, x_at, token_there, FIRST // 2 * 2 + 1, LAST, 2, TYPE, FACTOR, ASM)
+        product = product * 0.0625 - offset
+        product = _add_planes(product, words, x_at, token_there, (FIRST + 1) // 2 * 2, LAST, 2, TYPE, FACTOR, ASM)
+        return product - plain * zero
+    plain = tl.load(sum_at + NUMBER * num_tokens, mask=token_there, other=0.0)
+    product = _add_planes(product, words, x_at, token_there, FIRST, LAST, 1, TYPE, FACTOR, ASM)
+    return product - plain * (zero + 128.0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_outputs", "num_blocks", "num_groups", "num_tiles", "blocks_each"])
+def _matmul(
+    x, words, scales, zeros, sums, out, num_tokens, num_outputs, num_blocks, num_groups, num_tiles, blocks_each,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    FACTOR: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Blocks part * blocks_each, ... of the inputs into out [parts, T, N]; FACTOR: the type of the products' factors."""
+    TYPE: tl.constexpr = x.dtype.element_ty
+    HALF: tl.constexpr = tl.float16 == TYPE
+    TILES: tl.constexpr = BLOCK_N // 64
+    GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1  # of a block
+    SUMS: tl.constexpr = GROUPS * 2 if HALF else GROUPS
+    part, tile = tl.program_id(2), tl.program_id(0) * TILES
+    first = part * blocks_each
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_there = (token < num_tokens)[None]
+    word_at = _words(words, num_blocks, num_tiles, TILES, tile) + first.to(tl.int64) * 1024
+    scale_at = _of_groups(scales, num_groups, num_tiles, TILES, 32, tile)
+    zero_at = _of_groups(zeros, num_groups, num_tiles, TILES, 16, tile)
+    x_at = x + (token.to(tl.int64)[None] * num_blocks + first) * 128 + tl.arange(0, 32)[:, None]
+    sum_at = sums + first.to(tl.int64) * SUMS * num_tokens + token[None]
+    total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for block in tl.range(first, tl.minimum(first + blocks_each, num_blocks), num_stages=STAGES):
+        packed = tl.reshape(tl.load(word_at), (BLOCK_N, 4, 4))  # [n, c, q]: a thread's words lie side by side
+        packed = tl.reshape(tl.permute(packed, (0, 2, 1)), (BLOCK_N, 16))
+        for number in tl.static_range(GROUPS):
+            group = block * 128 // GROUP + number
+            scale = _scales(tl.load(scale_at + group * 32), TYPE)[:, None]
+            zero = _zeros(tl.load(zero_at + group * 16))[:, None]
+            product = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            total += scale * _add_group(
+                product, packed, zero, x_at, sum_at, num_tokens, token_there, number, GROUPS, TYPE, FACTOR, ASM
+            )  # fmt: skip
+        word_at += 1024
+        x_at += 128
+        sum_at += SUMS * num_tokens
+    output = tile * 64 + tl.arange(0, BLOCK_N)
+    places = (part.to(tl.int64) * num_tokens + token)[None] * num_outputs + output[:, None]
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=token_there & (output < num_outputs)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+def _group_sums(x, sums, num_tokens, num_blocks, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """x [T, K'] -> sums [K'/128, GROUPS, kinds, T] float32: of a group's inputs, and, with float16, of them times their magic."""
+    HALF: tl.constexpr = x.dtype.element_ty == tl.float16
+    token = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    there = (block < num_blocks)[:, None]
+    inputs = tl.load(x + (token * num_blocks + block)[:, None] * 128 + tl.arange(0, 128)[None], mask=there, other=0.0)
+    planes = tl.sum(tl.reshape(inputs.to(tl.float32), (BLOCKS, 4, 32)), 2)
+    groups = block[:, None] * GROUPS + tl.arange(0, GROUPS)[None]
+    plain = tl.sum(tl.reshape(planes, (BLOCKS, GROUPS, 4 // GROUPS)), 2)
+    if HALF:
+        tl.store(sums + groups.to(tl.int64) * 2 * num_tokens + token, plain, mask=there)
+        magic = tl.where(tl.arange(0, 4) % 2 == 0, 1024.0, 64.0)[None]  # odd planes' products are divided by 16
+        offset = tl.sum(tl.reshape(planes * magic, (BLOCKS, GROUPS, 4 // GROUPS)), 2)
+        tl.store(sums + (groups.to(tl.int64) * 2 + 1) * num_tokens + token, offset, mask=there)
+    else:
+        tl.store(sums + groups.to(tl.int64) * num_tokens + token, plain, mask=there)
+
+
+@triton.jit(do_not_specialize=["num_parts", "size"])
+def _add_parts(parts, out, num_parts, size, BLOCK: tl.constexpr):
+    """parts [P, T * N] float32 -> their sum in out's type."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = place < size
+    total = tl.zeros([BLOCK], tl.float32)
+    at = parts + place
+    for _ in range(num_parts):
+        total += tl.load(at, mask=there, other=0.0)
+        at += size
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["num_outputs", "num_blocks", "num_groups"])
+def _dequantize(words, scales, zeros, out, num_outputs, num_blocks, num_groups, GROUP: tl.constexpr):
+    """One block of one tile into out [N, K'], rounded once."""
+    TYPE: tl.constexpr = out.dtype.element_ty
+    GROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+    tile, block = tl.program_id(0), tl.program_id(1)
+    packed = tl.load(_words(words, num_blocks, 0, 1, tile) + block.to(tl.int64) * 1024)
+    packed = tl.reshape(tl.permute(tl.reshape(packed, (64, 4, 4)), (0, 2, 1)), (64, 16))
+    output = tile * 64 + tl.arange(0, 64)
+    at = out + (output.to(tl.int64)[:, None] * num_blocks + block) * 128 + tl.arange(0, 32)[None]
+    for plane in tl.static_range(4):
+        group = block * 128 // GROUP + plane * GROUPS // 4
+        scale = _scales(tl.load(_of_groups(scales, num_groups, 0, 1, 32, tile) + group * 32), TYPE)
+        zero = _zeros(tl.load(_of_groups(zeros, num_groups, 0, 1, 16, tile) + group * 16))
+        codes = tl.join((packed >> 4 * plane) & 15, (packed >> (4 * plane + 16)) & 15)
+        weights = (tl.reshape(codes, (64, 32)).to(tl.float32) - zero[:, None]) * scale[:, None]
+        tl.store(at + 32 * plane, weights.to(TYPE), mask=(output < num_outputs)[:, None])
+
+
+def group_sums(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x [T, K'], with `group` inputs to a scale, -> what `pairs_matmul_triton` wants beside it, float32 [K'/128, sums, T]."""
+    x = x.contiguous()
+    num_tokens, num_blocks = len(x), x.shape[1] // INPUTS
+    groups = max(1, INPUTS // group)
+    kinds = 2 if x.dtype == torch.float16 else 1
+    sums = torch.empty(num_blocks, groups * kinds, num_tokens, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _group_sums[(triton.cdiv(num_blocks, SUMMED), num_tokens)](x, sums, num_tokens, num_blocks, GROUPS=groups, BLOCKS=SUMMED)
+    return sums
+
+
+def pairs_matmul_triton(x: torch.Tensor, packed: PairedWeights, *, sums: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K'] -> [T, N] in x's type; the checks are `PairedWeights.matmul`'s.
+
+    Args:
+        sums: `group_sums` of x, where several layers have the same inputs.
+    """
+    x = x.contiguous()
+    architecture, multiprocessors = device_of(x.device.index)
+    launch = choose(architecture, len(x), packed.outputs)
+    programs = triton.cdiv(packed.outputs, launch.block_n) * triton.cdiv(len(x), launch.block_t)
+    parts = split(launch, programs, packed.words.shape[1], multiprocessors)
+    return multiply(x, packed, group_sums(x, packed.group) if sums is None else sums, launch, parts)
+
+
+def multiply(x: torch.Tensor, packed: PairedWeights, sums: torch.Tensor, launch: Launch, parts: int) -> torch.Tensor:
+    """As `pairs_matmul_triton`, launched as given, the inputs in `parts`."""
+    out = torch.empty(len(x), packed.outputs, dtype=x.dtype, device=x.device)
+    if parts == 1:
+        multiply_parts(x, packed, sums, launch, out[None])
+        return out
+    workspace = torch.empty(parts, *out.shape, dtype=torch.float32, device=x.device)
+    multiply_parts(x, packed, sums, launch, workspace)
+    with torch.cuda.device_of(x):
+        _add_parts[(triton.cdiv(out.numel(), REDUCED),)](workspace, out, parts, out.numel(), BLOCK=REDUCED)
+    return out
+
+
+def multiply_parts(x: torch.Tensor, packed: PairedWeights, sums: torch.Tensor, launch: Launch, out: torch.Tensor) -> None:
+    """Part p of the inputs into out [P, T, N]."""
+    num_blocks, num_groups = packed.words.shape[1], packed.scales.shape[1]
+    tiles = triton.cdiv(packed.outputs, launch.block_n), triton.cdiv(len(x), launch.block_t)
+    with torch.cuda.device_of(x):
+        _matmul[(*tiles, len(out))](
+            *(x, packed.words, packed.scales.view(torch.int32), packed.zeros.view(torch.int32), sums, out),
+            *(len(x), packed.outputs, num_blocks, num_groups, len(packed.words), triton.cdiv(num_blocks, len(out))),
+            GROUP=packed.group,
+            BLOCK_T=launch.block_t,
+            BLOCK_N=launch.block_n,
+            STAGES=launch.stages,
+            FACTOR=tl.float32 if IS_INTERPRETED else FACTORS[x.dtype],
+            ASM=not IS_INTERPRETED,
+            num_warps=launch.warps,
+            maxnreg=launch.registers,
+        )
+
+
+def pairs_dequantize_triton(packed: PairedWeights) -> torch.Tensor:
+    """The weights [N, K'], in the type of the scales."""
+    tiles, num_blocks = packed.words.shape[:2]
+    out = torch.empty(packed.outputs, packed.padded_inputs, dtype=packed.scales.dtype, device=packed.words.device)
+    with torch.cuda.device_of(out):
+        _dequantize[(tiles, num_blocks)](
+            *(packed.words, packed.scales.view(torch.int32), packed.zeros.view(torch.int32), out),
+            *(packed.outputs, num_blocks, packed.scales.shape[1]),
+            GROUP=packed.group,
+        )
+    return out
