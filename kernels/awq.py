@@ -40,8 +40,8 @@ def awq_dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
 def awq_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """As `awq_matmul_ref`, summed in float32; raises ValueError when shapes or types do not fit.
 
-    Faster are `awq_cpu.pack_for_cpu` or `awq_pairs.pack_for_gpu` once, and the product with what they return. On a GPU this one is
-    for what cannot be put in pairs: float32, and groups of 16.
+    Faster are `awq_cpu.pack_for_cpu` or `awq_pairs.pack_for_gpu` once, and the product with what they return. On a GPU this one
+    is for what cannot be put in pairs: float32, and groups of 16.
     """
     _check(codes, scales, zeros)
     if x.shape[-1] != 2 * codes.shape[1] or x.ndim != 2:
@@ -50,7 +50,7 @@ def awq_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros
         from vlserve.kernels.awq_cpu import PlainInt4
 
         return PlainInt4(codes, scales, zeros).matmul(x)
-    if len(x) >= DENSE_ROWS:
+    if len(x) >= DENSE_ROWS or x.dtype == torch.float32:  # tensor cores would round it
         return F.linear(x, awq_dequantize(codes, scales, zeros).to(x.dtype))
     from vlserve.kernels.awq_triton import awq_matmul_triton
 

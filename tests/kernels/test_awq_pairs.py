@@ -1,6 +1,6 @@
 """Products with codes in pairs equal the definition in float64: in Triton's interpreter, or compiled where there is a GPU.
 
-In the interpreter bfloat16 is multiplied as float32, from the same bits; only the last rounding, which the interpreter gets wrong, differs.
+In the interpreter bfloat16 is multiplied as float32, from the same bits; only the last rounding, which it gets wrong, differs.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
 """Triton's kernels of the cache in eight bits equal the definitions: interpreted on the CPU, compiled where there is a GPU.
 
-The interpreter is wrong in bfloat16, which is therefore left to a GPU; that it compiles is checked everywhere.
+The interpreter is wrong in bfloat16, which is therefore left to a GPU; that it compiles is checked in test_compiled.py.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -81,42 +78,3 @@ def test_paged_attention(
         scales[(codes == 0).all(-1)] = float("nan")
     got = kv_triton.paged_attention_triton(*(query.to(DEVICE), moved(keys), moved(values), moved_metadata(metadata)), dim**-0.5)
     assert got.dtype == dtype and rms_ratio(got.cpu(), want) < TOLERANCE[dtype]
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from vlserve.kernels import kv_triton
-
-def build(kernel, types, constants, capability):
-    names = kernel.arg_names
-    signature = dict(zip(names, types)) | {name: "constexpr" for name in constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(types) if type.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-
-for is_e4m3 in (False, True):
-    for capability in (80, 90):
-        codes, dtype = "*u8" if is_e4m3 else "*i8", "*bf16"
-        caches = [codes, "*i16", codes, "*i16"]
-        build(
-            kv_triton._store_kernel,
-            [dtype, dtype, *caches, "*i64", "i32", "i32", "i32", "i32"],
-            dict(HEADS=2, DIM=80, DIM_PADDED=128, LARGEST=448.0, TINY=2.0**-120, IS_E4M3=is_e4m3),
-            capability,
-        )
-        ptx = build(
-            kv_triton._attention_kernel,
-            [dtype, dtype, *caches, "*i64", "*i64", "fp32", "i32"],
-            dict(KV_HEADS=2, GROUP=7, GROUP_PADDED=8, DIM=64, DIM_PADDED=64, BLOCK_SIZE=16, TOKENS=2, TILE=kv_triton.TILE,
-                 IS_E4M3=is_e4m3, IS_NATIVE=is_e4m3 and capability >= 89),
-            capability,
-        )
-        assert "mma" in ptx and ("e4m3x2" in ptx) == (is_e4m3 and capability >= 89), (is_e4m3, capability)
-"""
-
-
-def test_they_compile_for_cards_with_and_without_e4m3() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)
