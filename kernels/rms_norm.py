@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from vlserve.kernels.with_triton import runs_triton
+
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension; x [..., C], weight [C] -> [..., C]."""
@@ -28,6 +30,10 @@ def add_rms_norm_ref(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As `rms_norm_ref`; raises ValueError when weight is not one value per channel."""
     _check(x, weight)
+    if runs_triton(x):
+        from vlserve.kernels.rms_norm_triton import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps)
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     return rms_norm_ref(x, weight, eps)
@@ -37,6 +43,11 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     """As `add_rms_norm_ref`; raises ValueError when the shapes do not fit."""
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} but residual is {tuple(residual.shape)}")
+    if runs_triton(x):
+        from vlserve.kernels.rms_norm_triton import add_rms_norm_triton
+
+        _check(x, weight)
+        return add_rms_norm_triton(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps), total
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from vlserve.kernels.with_triton import runs_triton
+
 
 def silu_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [..., 2F], gate first -> [..., F]."""
@@ -19,5 +21,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """As `silu_mul_ref`; raises ValueError for an odd last dimension."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"the last dimension is {gate_up.shape[-1]}, expected gate and up of equal width")
+    if runs_triton(gate_up):
+        from vlserve.kernels.silu_mul_triton import silu_mul_triton
+
+        return silu_mul_triton(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -1,0 +1,62 @@
+"""`rms_norm` and `add_rms_norm` on a GPU: a program a row, in float32, rounded once. Shapes: as in rms_norm.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `rms_norm_ref`; rows of x may lie apart."""
+    return _launch(x, None, weight, eps)[0]
+
+
+def add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `add_rms_norm_ref`: the norm is that of the rounded sum."""
+    return _launch(x, residual, weight, eps)
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = x.shape[-1]
+    rows = _rows(x)
+    residual_rows = rows if residual is None else _rows(residual)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = out if residual is None else torch.empty_like(out)
+    padded = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        _kernel[(len(rows),)](
+            *(out, total, rows, residual_rows, weight.contiguous(), rows.stride(0), residual_rows.stride(0), eps),
+            WIDTH=width,
+            WIDTH_PADDED=padded,
+            ADDS=residual is not None,
+            num_warps=min(16, max(1, padded // 256)),  # eight numbers a thread, which is sixteen bytes, until there are 16 warps
+        )
+    return out, total
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@triton.jit
+def _kernel(
+    out, total, x, residual, weight, x_stride, residual_stride, eps,
+    WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH_PADDED)
+    mask = c < WIDTH
+    numbers = tl.load(x + row * x_stride + c, mask=mask, other=0.0).to(tl.float32)
+    if ADDS:
+        numbers += tl.load(residual + row * residual_stride + c, mask=mask, other=0.0).to(tl.float32)
+        rounded = numbers.to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + c, rounded, mask=mask)
+        numbers = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(numbers * numbers, 0) / WIDTH + eps)
+    weights = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + c, (numbers * scale * weights).to(out.dtype.element_ty), mask=mask)
