@@ -9,7 +9,8 @@ M blocks per sequence at most, L context length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,9 @@ class AttentionMetadata:
     context_lens: tuple[int, ...]
     block_tables: torch.Tensor  # [B, M] int64, padded with a block of the same sequence
     slots: torch.Tensor  # [T] int64, where the new keys and values go
-    lengths: torch.Tensor  # [B, 3] int64: first query token among the T, query_len, context_len
-    decodes: tuple[DecodeGroup, ...]
+    decodes: tuple[DecodeGroup, ...]  # these two for torch's operators
     prefills: tuple[Prefill, ...]
+    launches: dict[tuple[int, ...], Any] = field(default_factory=dict)  # for Triton's kernels, by shape; made by the first layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,16 +71,15 @@ def plan_attention(
         raise ValueError(f"query_lens sum to {sum(query_lens)}, but there are {len(slots)} slots")
     decode: list[tuple[int, int, int]] = []  # (context_len, sequence, row)
     prefills = []
-    lengths = []
+    is_for_torch = not runs_triton(block_tables)
     start = 0
     for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         if not 1 <= query_len <= context_len:
             raise ValueError(f"sequence {i} has {query_len} query tokens in a context of {context_len}")
-        if query_len == 1:
+        if query_len == 1 and is_for_torch:
             decode.append((context_len, i, start))
-        else:
+        elif is_for_torch:
             prefills.append(_plan_prefill(start, query_len, context_len, block_tables[i], block_size))
-        lengths.append((start, query_len, context_len))
         start += query_len
     groups: list[list[tuple[int, int, int]]] = []
     for entry in sorted(decode):
@@ -92,7 +92,6 @@ def plan_attention(
         context_lens=context_lens,
         block_tables=block_tables,
         slots=slots,
-        lengths=torch.tensor(lengths, device=block_tables.device),
         decodes=tuple(_plan_decode(group, block_tables, block_size) for group in groups),
         prefills=tuple(prefills),
     )
@@ -135,8 +134,8 @@ def paged_attention(
     num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
-    if isinstance(key_cache, QuantizedBlocks) and isinstance(value_cache, QuantizedBlocks) and runs_triton(query):
-        from vlserve.kernels.kv_triton import paged_attention_triton
+    if runs_triton(query):
+        from vlserve.kernels.paged_attention_triton import paged_attention_triton
 
         return paged_attention_triton(query, key_cache, value_cache, metadata, scale)
     out = torch.empty_like(query)

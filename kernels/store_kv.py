@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks, quantize, quantize_ref
-from vlserve.kernels.with_triton import runs_triton
 
 
 def store_kv_ref(key: torch.Tensor, value: torch.Tensor, key_cache: Blocks, value_cache: Blocks, slots: torch.Tensor) -> None:
@@ -36,10 +35,6 @@ def store_kv(key: torch.Tensor, value: torch.Tensor, key_cache: Blocks, value_ca
         value_cache.flatten(0, 1).index_copy_(0, slots, value)
         return
     assert isinstance(key_cache, QuantizedBlocks) and isinstance(value_cache, QuantizedBlocks), "a layer has one kind of blocks"
-    if runs_triton(key):
-        from vlserve.kernels.kv_triton import store_kv_triton
-
-        return store_kv_triton(key, value, key_cache, value_cache, slots)
     numbers = torch.stack((key, value)).float()  # a decode step is a few tokens: half the operators, half the time
     for cache, codes, scales in zip((key_cache, value_cache), *quantize(numbers, key_cache.codes.dtype), strict=True):
         cache.codes.flatten(0, 1).index_copy_(0, slots, codes)

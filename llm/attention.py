@@ -7,9 +7,7 @@ from torch import nn
 
 from vlserve.kernels.kv_codes import Blocks
 from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention
-from vlserve.kernels.rms_norm import rms_norm
-from vlserve.kernels.rotary import rotary
-from vlserve.kernels.store_kv import store_kv
+from vlserve.kernels.rotary_store import rotary_store
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear
 from vlserve.llm.parallel import Split
@@ -43,9 +41,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x [T, C] -> [T, C]; writes this step's keys and values to the cache."""
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = rms_norm(query, self.q_norm, self.eps), rms_norm(key, self.k_norm, self.eps)
-        query, key = rotary(query, *cos_sin), rotary(key, *cos_sin)
-        store_kv(key, value, *cache, metadata.slots)
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        query = rotary_store(query, key, value, cos_sin, cache, metadata.slots, norms, self.eps)
         out = paged_attention(query, *cache, metadata, self.head_dim**-0.5)
         return self.o_proj(out.flatten(1))

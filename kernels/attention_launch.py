@@ -1,0 +1,128 @@
+"""How paged attention is cut into programs for a GPU: tiles, Q-blocks, and parts of long contexts. Pure Python, no tensors.
+
+A Q-block is the rows of one tile: some query tokens of one sequence times the G query heads of a KV head. Its context is
+cut into chunks, each a program's, so that a few long sequences keep all multiprocessors busy; what the programs of a
+Q-block found is merged after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+LEAST_ROWS, MOST_ROWS = 16, 128  # of a tile; 16 is the least that tensor cores multiply
+IN_FLIGHT = (
+    48 * 1024
+)  # bytes of keys and values that a program asks for ahead; an H200 has 26 KB under way in each multiprocessor
+# in bytes of keys and values that a multiprocessor reads meanwhile, by the bandwidth and latencies of an H100:
+PROGRAM_BYTES = 24 * 1024  # a program's start and end
+PART_BYTES = 8 * 1024  # a part's result, written and read
+MERGE_BYTES = 64 * 1024  # a second kernel
+GOOD_ENOUGH = 1.1  # times the ideal: no more parts are looked for
+MOST_PROGRAMS = 16  # a multiprocessor, once contexts are cut: bounds the memory of parts
+PARTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256)  # of the longest context, to be tried
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """A tile has `rows` rows, of `tokens` query tokens, and `positions` keys; `num_warps` and `num_stages` are Triton's."""
+
+    rows: int
+    tokens: int
+    positions: int
+    num_warps: int
+    num_stages: int
+
+
+@lru_cache
+def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch: int) -> Tiling:
+    """For up to `longest_query` query tokens a sequence and `group` query heads a KV head.
+
+    Args:
+        itemsize: bytes of a number in the cache; where they are four, products go without tensor cores, in small tiles.
+        arch: compute capability, 80 for 8.0; before 90 tensor cores take keys and values from registers.
+    """
+    wanted = longest_query * group
+    rows = MOST_ROWS if wanted > 32 and itemsize < 4 else 32 if wanted > LEAST_ROWS else LEAST_ROWS
+    rows = max(rows, _power_of_2(group))
+    each = 2 * _power_of_2(dim) * itemsize  # bytes a position
+    if itemsize == 4:
+        positions, ahead = 16, 1
+    elif rows > 32:
+        positions, ahead = (32 if itemsize == 1 or (dim > 64 and arch < 90) else 64), 2
+    else:
+        positions = 128 if each < 256 else 64
+        ahead = -(-IN_FLIGHT // (positions * each))
+    return Tiling(
+        rows=rows,
+        tokens=1 if longest_query == 1 else rows // group,
+        positions=positions,
+        num_warps=8 if rows > 32 else 4,
+        num_stages=1 + 2 * ahead,  # a tile's addresses are loaded one stage ahead of its numbers
+    )
+
+
+def choose_chunk(lengths: Sequence[int], kv_heads: int, *, tile: int, tile_bytes: int, num_sms: int) -> int:
+    """Tiles of a context that one program goes over; as many as the longest has where no context is worth cutting.
+
+    Args:
+        lengths: positions that each Q-block looks at; each has a program a KV head and chunk.
+        tile: positions of a tile. tile_bytes: their keys and values of one head. num_sms: multiprocessors of the device.
+
+    The time of a choice is estimated in bytes: programs go to multiprocessors as these become free, so all take the mean
+    time, rounded up to whole programs, and the longest program may begin last.
+    """
+    tiles = [-(-length // tile) for length in lengths]
+    longest, whole = max(tiles), sum(tiles) * kv_heads
+    uncut = len(tiles) * kv_heads
+    ideal = max(whole * tile_bytes + uncut * PROGRAM_BYTES, num_sms * (tile_bytes + PROGRAM_BYTES)) / num_sms
+    best, chosen = float("inf"), longest
+    for parts in PARTS:
+        chunk = -(-longest // parts)
+        programs = sum(-(-count // chunk) for count in tiles) * kv_heads
+        if parts > 1 and programs > max(MOST_PROGRAMS * num_sms, 2 * uncut):
+            break
+        mean = whole / programs
+        time = -(-programs // num_sms) * (mean * tile_bytes + PROGRAM_BYTES + (PART_BYTES if parts > 1 else 0))
+        time += (chunk - mean) * tile_bytes + (MERGE_BYTES if parts > 1 else 0)
+        if time < best:
+            best, chosen = time, chunk
+        if best <= GOOD_ENOUGH * ideal or chunk == 1:
+            break
+    return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The programs of one launch, each named by an item: a Q-block and a part of its context, for every KV head.
+
+    A sequence's items follow one another: its first `n` are the first parts of its n Q-blocks, the next n their second parts.
+    """
+
+    sequences: list[tuple[int, int, int, int, int]]  # first item, sequence, first query token, query_len, context_len
+    items: list[int]  # the place in `sequences` of each item
+    merges: list[int]  # first items of Q-blocks whose sequence is cut
+
+
+def make_schedule(sequences: Sequence[tuple[int, int, int, int]], *, tokens: int, chunk: int) -> Schedule:
+    """sequences: (sequence, first query token, query_len, context_len); tokens of a Q-block, positions of a chunk."""
+    schedule = Schedule(sequences=[], items=[], merges=[])
+    for place, sequence in enumerate(sequences):
+        _, _, query_len, context_len = sequence
+        first, num_blocks, parts = len(schedule.items), -(-query_len // tokens), -(-context_len // chunk)
+        schedule.sequences.append((first, *sequence))
+        schedule.items.extend([place] * (num_blocks * parts))
+        if parts > 1:
+            schedule.merges.extend(range(first, first + num_blocks))
+    return schedule
+
+
+def looked_at(query_len: int, context_len: int, tokens: int) -> list[int]:
+    """Positions that each Q-block of a sequence looks at, for `choose_chunk`."""
+    before = context_len - query_len
+    return [before + min(first + tokens, query_len) for first in range(0, query_len, tokens)]
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
