@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 LEAST_ROWS, MOST_ROWS = 16, 128  # of a tile; 16 is the least that tensor cores multiply
-IN_FLIGHT = (
-    48 * 1024
-)  # bytes of keys and values that a program asks for ahead; an H200 has 26 KB under way in each multiprocessor
+IN_FLIGHT = 48 * 1024  # bytes of keys and values that a program asks for ahead; an H200 needs 26 KB a multiprocessor
 # in bytes of keys and values that a multiprocessor reads meanwhile, by the bandwidth and latencies of an H100:
 PROGRAM_BYTES = 24 * 1024  # a program's start and end
 PART_BYTES = 8 * 1024  # a part's result, written and read
@@ -40,7 +38,8 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
     """For up to `longest_query` query tokens a sequence and `group` query heads a KV head.
 
     Args:
-        itemsize: bytes of a number in the cache; where they are four, products go without tensor cores, in small tiles.
+        itemsize: bytes of a number in the cache; 4 as well where queries are float32, whose products go without tensor
+            cores, in small tiles.
         arch: compute capability, 80 for 8.0; before 90 tensor cores take keys and values from registers.
     """
     wanted = longest_query * group
@@ -50,7 +49,11 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
     if itemsize == 4:
         positions, ahead = 16, 1
     elif rows > 32:
-        positions, ahead = (32 if itemsize == 1 or (dim > 64 and arch < 90) else 64), 2
+        positions, ahead = 64, 2
+        if itemsize == 1:  # registers for the codes' numbers
+            positions //= 2
+        if arch < 90 and dim > 64:
+            positions //= 2
     else:
         positions = 128 if each < 256 else 64
         ahead = -(-IN_FLIGHT // (positions * each))

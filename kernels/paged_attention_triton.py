@@ -3,38 +3,22 @@
 A program takes a tile of rows, which are query tokens of one sequence times the G query heads of one KV head, and goes over
 a chunk of the context in tiles of positions: those that all rows see without a mask, then the rest. Scores are in units of
 log2. Keys and values in eight bits become numbers of the query's type, and their scales go to the scores and weights.
-Which program does what is `attention_launch`'s. Shapes: as in paged_attention.py; P items, R rows of a Q-block.
+Which program does what is `attention_plan`'s. Shapes: as in paged_attention.py; P items, R rows of a Q-block.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.attention_launch import Tiling, choose_chunk, choose_tiling, looked_at, make_schedule
+from vlserve.kernels.attention_plan import Launch, plan_launches
 from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks
 from vlserve.kernels.kv_codes_triton import number_of_bits, numbers_of_pairs, reads_e4m3
 from vlserve.kernels.paged_attention import AttentionMetadata
 
 COLUMNS = tl.constexpr(5)  # of a sequence in the schedule
 MERGED_AT_ONCE = 16  # parts
-SMS_OF_INTERPRETER = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Launch:
-    """Either the decodes or the prefills of a step, for every layer."""
-
-    tiling: Tiling
-    schedule: torch.Tensor  # [5 * sequences + items + merges] int32
-    tables: torch.Tensor  # [B, M] int32
-    num_sequences: int
-    num_items: int
-    num_merges: int
-    chunk: int  # tiles
 
 
 def paged_attention_triton(
@@ -53,51 +37,9 @@ def paged_attention_triton(
     """
     query = query.contiguous()
     out = torch.empty_like(query)
-    num_sms = num_sms or _num_sms(query.device)
-    stored = key_cache.codes if isinstance(key_cache, QuantizedBlocks) else key_cache
-    shape = (query.shape[1], *stored.shape[2:], stored.itemsize, num_sms)
-    if shape not in metadata.launches:
-        metadata.launches[shape] = _plan(metadata, *shape)
-    for launch in metadata.launches[shape]:
+    for launch in plan_launches(metadata, query, key_cache, num_sms):
         _run(launch, out, query, key_cache, value_cache, scale)
     return out
-
-
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return SMS_OF_INTERPRETER
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _plan(metadata: AttentionMetadata, heads: int, kv_heads: int, dim: int, itemsize: int, num_sms: int) -> list[Launch]:
-    start, decodes, prefills = 0, [], []
-    for i, (query_len, context_len) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
-        (decodes if query_len == 1 else prefills).append((i, start, query_len, context_len))
-        start += query_len
-    tables, launches = metadata.block_tables.to(torch.int32).contiguous(), []
-    major, minor = torch.cuda.get_device_capability(tables.device) if tables.is_cuda else (8, 0)
-    for sequences in filter(None, (decodes, prefills)):
-        longest = max(query_len for _, _, query_len, _ in sequences)
-        tiling = choose_tiling(longest, heads // kv_heads, dim, itemsize, 10 * major + minor)
-        lengths = [
-            length for *_, query_len, context_len in sequences for length in looked_at(query_len, context_len, tiling.tokens)
-        ]
-        tile_bytes = 2 * tiling.positions * dim * itemsize
-        chunk = choose_chunk(lengths, kv_heads, tile=tiling.positions, tile_bytes=tile_bytes, num_sms=num_sms)
-        schedule = make_schedule(sequences, tokens=tiling.tokens, chunk=chunk * tiling.positions)
-        numbers = [number for sequence in schedule.sequences for number in sequence] + schedule.items + schedule.merges
-        launches.append(
-            Launch(
-                tiling=tiling,
-                schedule=torch.tensor(numbers, dtype=torch.int32, device=tables.device),
-                tables=tables,
-                num_sequences=len(sequences),
-                num_items=len(schedule.items),
-                num_merges=len(schedule.merges),
-                chunk=chunk,
-            )
-        )
-    return launches
 
 
 def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, scale: float) -> None:
@@ -285,7 +227,8 @@ def _attention_kernel(
             KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, True,
         )  # fmt: skip
     is_whole = stop <= chunk * TILE
-    shares = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # a row that has seen nothing: its logarithm stays -inf
+    shares = 1.0 / total[:, None]
     parts = tl.program_id(0).to(tl.int64) * (TOKENS * GROUP) + row
     part_places = parts[:, None] * DIM + EACH * d[None, :]
     _store(out, places, results, part_places, result * shares, is_number, is_whole)

@@ -126,16 +126,16 @@ def _kernel(
     IS_CODED: tl.constexpr, IS_E4M3: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     token, kind, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, HALF_PADDED)
-    if kind == 0:
-        h = tl.arange(0, HEADS_PADDED)
-        mask = (h < HEADS)[:, None] & (d < HALF)[None, :]
-        first, second = _load_halves(query, token, query_token, query_head, h, d, mask, HALF)
-        first, second = _norm_and_turn(
-            first, second, q_norm, cos, sin, token, cos_stride, sin_stride, d, eps, HALF, HAS_NORMS
+    if kind == 0:  # names of its own: Triton wants one shape for a name in both branches
+        q_h = tl.arange(0, HEADS_PADDED)
+        q_mask = (q_h < HEADS)[:, None] & (d < HALF)[None, :]
+        q_first, q_second = _load_halves(query, token, query_token, query_head, q_h, d, q_mask, HALF)
+        q_first, q_second = _norm_and_turn(
+            q_first, q_second, q_norm, cos, sin, token, cos_stride, sin_stride, d, eps, HALF, HAS_NORMS
         )  # fmt: skip
-        pointers = out + (token * HEADS + h)[:, None] * (2 * HALF) + d[None, :]
-        tl.store(pointers, first.to(out.dtype.element_ty), mask=mask)
-        tl.store(pointers + HALF, second.to(out.dtype.element_ty), mask=mask)
+        pointers = out + (token * HEADS + q_h)[:, None] * (2 * HALF) + d[None, :]
+        tl.store(pointers, q_first.to(out.dtype.element_ty), mask=q_mask)
+        tl.store(pointers + HALF, q_second.to(out.dtype.element_ty), mask=q_mask)
     else:
         h = tl.arange(0, KV_HEADS_PADDED)
         mask = (h < KV_HEADS)[:, None] & (d < HALF)[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heapq import heapreplace
 from itertools import product
 
 import pytest
@@ -21,8 +22,7 @@ def makespan(lengths: list[int], kv_heads: int, num_sms: int) -> tuple[int, floa
         for first in range(0, tiles, chunk):
             for _ in range(kv_heads):
                 size = min(chunk, tiles - first)
-                free = min(range(num_sms), key=work.__getitem__)
-                work[free] += size
+                heapreplace(work, work[0] + size)
                 total += size
     return max(work), total / num_sms
 

@@ -13,6 +13,7 @@ import torch
 
 from tests.kernels.test_kernels import TOLERANCE, paged, rms_ratio, tensors
 from tests.kernels.test_kv_codes import KINDS
+from vlserve.kernels import attention_plan
 from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks
 from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention_ref
 
@@ -66,10 +67,10 @@ def check(mix: Mix, heads: int, kv_heads: int, dim: int, size: int, dtype: torch
 
 
 SHAPES = [  # query_lens and context_lens, query heads, KV heads, head_dim, page
-    pytest.param(((1, 1, 1), (1, 33, 300)), 14, 2, 64, 16, id="decode 14/2"),
+    pytest.param(((1, 1, 1), (1, 33, 200)), 14, 2, 64, 16, id="decode 14/2"),
     pytest.param(((1, 7, 1, 18), (40, 7, 1, 50)), 8, 4, 80, 5, id="mixed 8/4"),
     pytest.param(((3, 1), (34, 32)), 16, 8, 96, 128, id="mixed 16/8"),
-    pytest.param(((1, 9), (65, 140)), 40, 8, 128, 16, id="mixed 40/8"),
+    pytest.param(((1, 3), (65, 90)), 40, 8, 128, 16, id="mixed 40/8"),
     pytest.param(((2,), (65,)), 24, 1, 24, 64, id="prefill 24/1"),
 ]
 
@@ -83,14 +84,17 @@ def test_it_equals_its_definition(
     check(mix, heads, kv_heads, dim, size, dtype, kind)
 
 
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mix", [((1, 1), (300, 700)), ((20, 3), (397, 70))], ids=str)
+@pytest.mark.parametrize(
+    "dtype,kind",
+    [(torch.float32, None), (torch.float16, None), (torch.float16, torch.int8), (torch.bfloat16, torch.uint8)],
+    ids=str,
+)
+@pytest.mark.parametrize("mix", [((1, 1), (150, 300)), ((4, 2), (195, 70))], ids=str)
 def test_parts_of_a_context_merge(
     mix: Mix, dtype: torch.dtype, kind: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last part of 397 positions begins within the queries, so that some rows see nothing of it."""
-    monkeypatch.setattr(triton_form, "choose_chunk", lambda *args, **kwargs: 1)
+    """The last part of 195 positions begins within the queries, so that some rows see nothing of it."""
+    monkeypatch.setattr(attention_plan, "choose_chunk", lambda *args, **kwargs: 1)
     (launch,) = check(mix, 14, 2, 64, 16, dtype, kind)
     assert launch.num_merges and launch.num_items > 2 * launch.num_sequences
 
@@ -108,7 +112,7 @@ def test_scores_far_apart_do_not_overflow() -> None:
 def test_the_smallest_and_largest_values_of_float16_survive_their_codes(size: float, kind: torch.dtype) -> None:
     query, keys, values, metadata, _ = paged((1,), (100,), heads=2, kv_heads=1, dim=64, size=16, dtype=torch.float16, kind=kind)
     assert isinstance(values, QuantizedBlocks)
-    values.scales *= size / 4
+    values = replace(values, scales=values.scales * (size / 4))
     want = paged_attention_ref(query.double(), keys, values, metadata, 0.125)
     got, _ = attend(query, keys, values, metadata)
     rounding = 2.0**-24 / size  # of float16's own smallest numbers
