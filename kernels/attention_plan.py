@@ -39,7 +39,9 @@ def _plan(metadata: AttentionMetadata, query: torch.Tensor, stored: torch.Tensor
     heads, (kv_heads, dim) = query.shape[1], stored.shape[2:]
     sms, arch = _device(query.device)
     itemsize = 4 if query.dtype is torch.float32 else stored.itemsize
-    start, decodes, prefills = 0, [], []
+    decodes: list[tuple[int, int, int, int]] = []
+    prefills: list[tuple[int, int, int, int]] = []
+    start = 0
     for i, (query_len, context_len) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
         (decodes if query_len == 1 else prefills).append((i, start, query_len, context_len))
         start += query_len

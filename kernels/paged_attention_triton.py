@@ -48,7 +48,7 @@ def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Bloc
     group = heads // kv_heads
     caches = [key_cache, value_cache]
     is_coded = isinstance(key_cache, QuantizedBlocks)
-    is_e4m3 = is_coded and key_cache.codes.dtype is torch.uint8
+    is_e4m3 = isinstance(key_cache, QuantizedBlocks) and key_cache.codes.dtype is torch.uint8
     codes = [cache.codes.view(torch.int16) if isinstance(cache, QuantizedBlocks) else cache for cache in caches]
     scales = [cache.scales.view(torch.int16) if isinstance(cache, QuantizedBlocks) else None for cache in caches]
     rows = tiling.tokens * group

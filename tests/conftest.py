@@ -12,8 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():  # Triton's kernels then run on the CPU, interpreted; it reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU are checked on the CPU; 0 runs them on a GPU
-
 import pytest
 import torch
 

@@ -195,8 +195,8 @@ def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     held = 5 * hidden * b * tokens + tokens * decoder.head_dim * FLOAT32 + _index_bytes(step, tokens)
     # what came before the chunk makes a mask necessary
     mask = min(tokens, length) * length if length > tokens else 0
-    # query, key and value in one tensor; query and key turned; the result; keys and values, gathered from their blocks; the mask
-    attention = (3 * query + 3 * kv) * b * tokens + 2 * length * kv * b + mask
+    # query, key and value in one tensor; the query turned; the result; keys and values, gathered from their blocks; the mask
+    attention = (3 * query + 2 * kv) * b * tokens + 2 * length * kv * b + mask
     # within torch's kernel: its own result with the log-sum-exp, and the mask as numbers
     inside = (query * b + part.query_heads * FLOAT32) * tokens + mask * b
     if step.kv_dtype != "auto":
@@ -206,10 +206,11 @@ def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     if step.kv_dtype != "auto":  # while storing: key and value in float32, their quotients, codes and scales
         storing = 2 * kv * (2 * FLOAT32 + KV_CODE) + 2 * part.kv_heads * KV_SCALE
         attention = max(attention, ((2 * query + 3 * kv) * b + storing) * tokens + mask)
-    rotation = (3 * query + 2 * kv + 2 * query) * b * tokens  # both halves, their products and their sum, after qk norms
+    # query, key and value in one tensor; both halves of what is turned, their products and their sum; what norms gave
+    rotation = max(3 * query + 2 * kv, 2 * query + 4 * kv) + decoder.qk_norm * (query + kv)
     feed_forward = 4 * max(part.feed_forward, part.shared_feed_forward) * b * tokens  # gate and up, silu(gate), the product
     norm = hidden * (b + (2 * FLOAT32 if b < FLOAT32 else 0)) * tokens  # 16 bits are normed in float32
-    return held + max(attention, rotation, feed_forward, norm)
+    return held + max(attention, rotation * b * tokens, feed_forward, norm)
 
 
 def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bool) -> int:

@@ -47,7 +47,7 @@ class Code:
     `spills`: instructions that read or write local memory; `shared`: bytes; `widest`: bits of the widest global load.
     `ahead`: of a turn, the loads straight to shared memory, for a later turn, by their width in bits; `waited_for`: other loads.
     `per_weight`: instructions of a turn times threads, over its weights; None without `weights`.
-    `units`: the kinds of tensor core instructions, and "e4m3" where the device converts by itself.
+    `units`: the kinds of tensor core instructions.
     """
 
     name: str
@@ -113,7 +113,7 @@ def _compile(case: Case) -> Code:
         ahead=_widths(loop, "LDGSTS"),
         waited_for=sum(_widths(loop, "LDG").values()),
         per_weight=round(len(loop) * 32 * compiled.metadata.num_warps / case.weights, 2) if case.weights else None,
-        units=tuple(sorted(units | ({"e4m3"} if "e4m3x2" in ptx else set()))),
+        units=tuple(sorted(units)),
     )
 
 

@@ -23,7 +23,6 @@ PAIRS = "vlserve.kernels.awq_pairs_triton"
 PER_WEIGHT = {16: 2.5, 32: 3.1, 64: 6.2}
 REGISTERS = {16: 170, 32: 192, 64: 180}
 SHARED = {16: 48 * 1024, 32: 48 * 1024, 64: 64 * 1024}
-MULTIPLY = ("_matmul", "_attention_kernel")
 FINER = {80: ("fp16", 32), 90: ("bf16", 32), 100: ("fp16", 64)}  # inputs of a group, by architecture
 
 
@@ -78,31 +77,10 @@ def others() -> list[Case]:
     ]
 
 
-def eight_bit_cache() -> list[Case]:
-    """The kernels of keys and values in eight bits; E4M3 by the device's own conversion where it has one."""
-    cases = []
-    for number in ARCHITECTURES:
-        for kind in ("i8", "u8"):
-            caches, is_e4m3 = (f"*{kind}", "*i16") * 2, kind == "u8"
-            name = "E4M3" if is_e4m3 else "int8"
-            sizes = {"DIM": 80, "DIM_PADDED": 128, "IS_E4M3": is_e4m3}
-            store = {"HEADS": 2, "LARGEST": 448.0, "TINY": 2.0**-120, **sizes}
-            shapes = {"KV_HEADS": 2, "GROUP": 7, "GROUP_PADDED": 8, "BLOCK_SIZE": 16, "TOKENS": 2, "TILE": 32}
-            attention = shapes | sizes | {"DIM": 64, "DIM_PADDED": 64, "IS_NATIVE": is_e4m3 and number >= 89}
-            for kernel, types, constants in (
-                ("_store_kernel", ("*bf16", "*bf16", *caches, "*i64", *["i32"] * 4), store),
-                ("_attention_kernel", ("*bf16", "*bf16", *caches, "*i64", "*i64", "fp32", "i32"), attention),
-            ):
-                title, module = f"{name} cache, {kernel.strip('_')}", "vlserve.kernels.kv_triton"
-                case = Case(name=title, module=module, kernel=kernel, architecture=number, types=types, constants=constants)
-                cases.append(case)
-    return cases
-
-
 @cache
 def table() -> dict[tuple[str, int], Code]:
     """All compiled, once a process, by name and architecture."""
-    cases = [case for case, _ in products()] + others() + eight_bit_cache()
+    cases = [case for case, _ in products()] + others()
     codes = compile_all(cases)
     print("\n" + HEADER, *codes, sep="\n")
     return {(case.name, case.architecture): code for case, code in zip(cases, codes, strict=True)}
@@ -124,9 +102,8 @@ def test_products_with_four_bits(case: Case, launch: Launch) -> None:
         assert code.per_weight is not None and code.per_weight <= PER_WEIGHT[rows], code
 
 
-@pytest.mark.parametrize("case", others() + eight_bit_cache(), ids=named)
+@pytest.mark.parametrize("case", others(), ids=named)
 def test_other_kernels(case: Case) -> None:
     code = table()[case.name, case.architecture]
     assert not code.spills and code.registers <= 128 and code.shared <= 48 * 1024, code
-    assert bool(set(code.units) - {"e4m3"}) == (case.kernel in MULTIPLY), code
-    assert ("e4m3" in code.units) == case.constants.get("IS_NATIVE", False)
+    assert bool(code.units) == (case.kernel == "_matmul"), code

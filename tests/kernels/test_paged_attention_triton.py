@@ -89,11 +89,11 @@ def test_it_equals_its_definition(
     [(torch.float32, None), (torch.float16, None), (torch.float16, torch.int8), (torch.bfloat16, torch.uint8)],
     ids=str,
 )
-@pytest.mark.parametrize("mix", [((1, 1), (150, 300)), ((4, 2), (195, 70))], ids=str)
+@pytest.mark.parametrize("mix", [((1, 1), (150, 300)), ((4, 2), (387, 70))], ids=str)
 def test_parts_of_a_context_merge(
     mix: Mix, dtype: torch.dtype, kind: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last part of 195 positions begins within the queries, so that some rows see nothing of it."""
+    """The last part of 387 positions begins within the queries, so that some rows see nothing of it."""
     monkeypatch.setattr(attention_plan, "choose_chunk", lambda *args, **kwargs: 1)
     (launch,) = check(mix, 14, 2, 64, 16, dtype, kind)
     assert launch.num_merges and launch.num_items > 2 * launch.num_sequences
@@ -108,15 +108,15 @@ def test_scores_far_apart_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", (1e-5, 3e4))
+@pytest.mark.parametrize("size", (1e-3, 3e4))
 def test_the_smallest_and_largest_values_of_float16_survive_their_codes(size: float, kind: torch.dtype) -> None:
     query, keys, values, metadata, _ = paged((1,), (100,), heads=2, kv_heads=1, dim=64, size=16, dtype=torch.float16, kind=kind)
     assert isinstance(values, QuantizedBlocks)
     values = replace(values, scales=values.scales * (size / 4))
     want = paged_attention_ref(query.double(), keys, values, metadata, 0.125)
     got, _ = attend(query, keys, values, metadata)
-    rounding = 2.0**-24 / size  # of float16's own smallest numbers
-    assert rms_ratio(got, want) < TOLERANCE[torch.float16] + rounding
+    rounding = 2.0**-25  # float16's smallest numbers are twice as far apart
+    assert (got - want).abs().max() < TOLERANCE[torch.float16] * want.abs().max() + 1.01 * rounding
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="takes nine gigabytes of a GPU's memory; here untouched pages take none")
