@@ -83,6 +83,7 @@ def test_the_question_may_come_before_the_picture(pipe: VLPipeline) -> None:
     """As in OpenAI's own examples."""
     picture: Any = {"type": "image", "image": ROOT / "examples/pictures/shapes.png"}
     for question, answer in (
+        ("How many shapes are there?", "There are 3 shapes."),
         ("What colour is the star?", "The star is yellow."),
         ("What shape is the red one?", "The red one is a circle."),
     ):
