@@ -57,7 +57,7 @@ def products() -> list[tuple[Case, Launch]]:
 
 def others() -> list[Case]:
     """(name, module, kernel, types, constants, multiples of 16) of what works beside the products, or where they do not."""
-    int8, awq, i32 = "vlserve.kernels.int8_head_triton", "vlserve.kernels.awq_triton", "i32"
+    int8, awq, i32 = "vlserve.kernels.head_triton", "vlserve.kernels.awq_triton", "i32"
     blocks = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128}
     dense = {"GROUP": 128, "BLOCK_N": 16, "BLOCK_K": 256}
     fine = {"GROUP": 16, "ONE_GROUP": False, "SPLITS": 1, "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 32}
