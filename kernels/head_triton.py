@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_N, BLOCK_K = 64, 128
+BLOCK_N = 64
+BLOCK_K = {True: 128, False: 64}  # by whether weights are codes; 128 bytes
+STAGES = {True: 3, False: 5}
 
 
 @triton.jit
@@ -48,10 +50,11 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None) 
     x, weight = x.contiguous(), weight.contiguous()
     (num_tokens, num_inputs), num_outputs = x.shape, len(weight)
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
+    is_coded = scales is not None
     block_t = min(64, max(16, triton.next_power_of_2(num_tokens)))
     with torch.cuda.device_of(x):
         _matmul[(triton.cdiv(num_outputs, BLOCK_N), triton.cdiv(num_tokens, block_t))](
             x, weight, scales, out, num_tokens, num_outputs, num_inputs,
-            BLOCK_T=block_t, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, IS_CODED=scales is not None,
+            BLOCK_T=block_t, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K[is_coded], IS_CODED=is_coded, num_stages=STAGES[is_coded],
         )  # fmt: skip
     return out

@@ -91,8 +91,9 @@ def head(dtype: str, weight: str, architecture: int, rows: int = 16) -> Case:
         kernel="_matmul",
         architecture=architecture,
         types=(f"*{dtype}", f"*{weight}", "*fp32" if weight == "i8" else None, f"*{dtype}", *["i32"] * 3),
-        constants={"BLOCK_T": rows, "BLOCK_N": 64, "BLOCK_K": 128, "IS_CODED": weight == "i8"},
+        constants={"BLOCK_T": rows, "BLOCK_N": 64, "BLOCK_K": 128 if weight == "i8" else 64, "IS_CODED": weight == "i8"},
         multiples=("num_inputs",),
+        options={"num_stages": 3 if weight == "i8" else 5},
         registers=ALL if dtype == "fp32" else 128,
         shared=(160 if dtype == "fp32" else 96) * 1024,
         in_suite=dtype == "bf16" and rows == 16,
@@ -113,6 +114,9 @@ def attention(
         "IS_NATIVE": is_native, "LIFT": 6 if codes and dtype == "fp16" else 0,
     }  # fmt: skip
     decodes = longest_query == 1
+    is_wide = (
+        tiling.positions * _power_of_2(dim) * (1 if codes else itemsize) >= 16 * 32 * tiling.num_warps
+    )  # a tile has 16 bytes a thread
     kinds = {None: "", "int8": " int8", "e4m3": " E4M3 native" if is_native else " E4M3 by bits"}
     most = (12.0 if codes else 5.0) if decodes else (33.0 if codes and arch == 80 else 20.0)
     return Case(
@@ -130,7 +134,8 @@ def attention(
         registers=170 if decodes and dtype != "fp32" else ALL,
         shared=160 * 1024,
         per_number=None if dtype == "fp32" else most,
-        ahead=dtype != "fp32",
+        wide=is_wide,
+        ahead=is_wide and dtype != "fp32",
     )
 
 
@@ -217,11 +222,12 @@ def every_case() -> list[Case]:
         cases += [head(dtype, "i8", arch, rows) for rows in (16, 64)]
         cases += [head(dtype, dtype, arch)] * (dtype in HALF)
         kinds = (None, "int8", "e4m3")
-        cases += [attention(dtype, codes, dim, n, arch) for n, dim, codes in product((1, 512), (64, 80, 96, 128), kinds)]
+        dims, widths = ((64, 80, 96, 128), (896, 3584, 5120)) if dtype in HALF else ((64, 128), (3584,))
+        cases += [attention(dtype, codes, dim, n, arch) for n, dim, codes in product((1, 512), dims, kinds)]
         cases += [attention(dtype, None, 128, 1, arch, page=page) for page in (32, 64, 128) if dtype in HALF]
         cases += [merge(dtype, 128, arch)]
         cases += [rotary_store(dtype, codes, has_norms, arch) for codes, has_norms in product(kinds, (False, True))]
-        cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), (896, 3584, 5120))]
+        cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), widths)]
         cases += [norm(kind, dtype, 1024, arch) for kind in ("layer_norm", "add_scaled_layer_norm")]
         cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch)]
     shown = [

@@ -131,7 +131,10 @@ def _compile(case: Case) -> Code | str:
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=dict(case.options))
     except CompilationError as error:
-        return str(error).strip().splitlines()[-1]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return str(cause)
     instructions, usage = _disassemble(compiled.asm["cubin"])
     loop = _main_loop(instructions)
     units = {found[0] for _, text in instructions if (found := TENSOR_CORES.findall(text))}
@@ -140,7 +143,7 @@ def _compile(case: Case) -> Code | str:
         spills=sum(bool(re.search(r"\b(STL|LDL)\b", text)) for _, text in instructions),
         shared=compiled.metadata.shared,
         widest=max(_widths(instructions, "LDGSTS|LDG"), default=0),
-        ahead=_widths(loop, "LDGSTS"),
+        ahead=dict(_widths(loop, "LDGSTS")),
         waited_for=_widths(loop, "LDG").total(),
         per_number=round(len(loop) * 32 * compiled.metadata.num_warps / case.numbers, 2) if case.numbers else None,
         units=tuple(sorted(units)),
