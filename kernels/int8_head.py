@@ -44,7 +44,7 @@ def int8_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, codes, scales))
         raise ValueError(f"x, codes and scales are {shapes}; expected [T, K], [N, K] and [N]")
     if runs_triton(x):
-        from vlserve.kernels.int8_head_triton import int8_matmul_triton
+        from vlserve.kernels.head_triton import int8_matmul_triton
 
         return int8_matmul_triton(x, codes, scales)
     return int8_matmul_torch(x, codes, scales)

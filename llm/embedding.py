@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlserve.kernels.head import head_matmul
 from vlserve.kernels.int8_head import int8_matmul, quantise_rows
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
@@ -49,7 +50,7 @@ class VocabParallel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [R, C] -> float32 logits [R, V] on rank 0, None on the others."""
-        logits = F.linear(hidden, self.weight) if self.int8_rows is None else self.int8_rows(hidden)
+        logits = head_matmul(hidden, self.weight) if self.int8_rows is None else self.int8_rows(hidden)
         gathered = self._group.gather(logits, "logits")
         return None if gathered is None else gathered[:, : self.vocab_size].float()
 

@@ -1,4 +1,4 @@
-"""InternViT on timm's VisionTransformer, with our own attention so that fused kernels have a place.
+"""InternViT on timm's VisionTransformer, with our own attention, norms and walk through the blocks for fused kernels.
 
 timm's classes are used for everything else; its `qk_norm` is per head, InternViT-6B's is over the full
 width, hence `EncoderAttention`. The encoder is never split over ranks. Shapes: N tiles, P patches a
@@ -8,19 +8,24 @@ tile, C width.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vlserve.kernels.layer_norm import add_scaled_norm, layer_norm
 from vlserve.kernels.rms_norm import rms_norm
 from vlserve.vision.config import EncoderConfig
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm as a module, for timm's `norm_layer`."""
+
+    bias = None
 
     def __init__(self, width: int, eps: float = 1e-6, **factory: Any) -> None:
         super().__init__()
@@ -29,6 +34,31 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """With our kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Blocks(nn.Sequential):
+    """timm's blocks, each of which is x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x)).
+
+    Scale, sum and the norm that comes next, which may be the next block's, are one operation.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, P, C] -> [N, P, C]."""
+        blocks: list[Any] = list(self)
+        normed = blocks[0].norm1(x)
+        for block, following in pairwise(blocks):
+            normed, x = _add(block.attn(normed), x, block.ls1, block.norm2)
+            normed, x = _add(block.mlp(normed), x, block.ls2, following.norm1)
+        last = blocks[-1]
+        normed, x = _add(last.attn(normed), x, last.ls1, last.norm2)
+        return x + last.ls2(last.mlp(normed))
 
 
 class EncoderAttention(nn.Module):
@@ -50,10 +80,16 @@ class EncoderAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+def _add(
+    branch: torch.Tensor, residual: torch.Tensor, layer_scale: LayerScale, norm: RMSNorm | LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return add_scaled_norm(branch, residual, layer_scale.gamma, norm.weight, norm.bias, norm.eps)
+
+
 def build_encoder(config: EncoderConfig) -> VisionTransformer:
     """The encoder without weights; its parameters' names are timm's."""
-    norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
-    return VisionTransformer(
+    norm = RMSNorm if config.norm_type == "rms_norm" else LayerNorm
+    encoder = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.hidden_size,
@@ -70,3 +106,5 @@ def build_encoder(config: EncoderConfig) -> VisionTransformer:
         qk_norm=config.use_qk_norm,
         attn_layer=EncoderAttention,
     )
+    encoder.blocks = Blocks(*encoder.blocks)
+    return encoder

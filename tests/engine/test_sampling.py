@@ -82,3 +82,32 @@ def test_logprobs_are_the_models_own() -> None:
     assert result.token_id == 1 and result.logprob is not None
     assert result.logprob.logprob == pytest.approx(float(want[1]))
     assert [id for id, _ in result.logprob.top] == [4, 0]
+
+
+def test_rows_drawn_together_are_those_drawn_alone() -> None:
+    """As on a GPU, whatever each of them asks for."""
+    asked: list[dict[str, Any]] = [
+        {"temperature": 0.3},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 2.0, "min_p": 0.02},
+        {"temperature": 1.0, "top_k": 900, "top_p": 0.5, "min_p": 0.001},
+    ]
+    rows = 3 * torch.randn(len(asked), 700)
+    sequences = [sequence(id=i, seed=i, **params) for i, params in enumerate(asked)]
+    together, alone = Sampler(frozenset()), Sampler(frozenset())
+    for _ in range(20):
+        want = [s.token_id for s in alone.sample(rows, sequences)]
+        assert together._draw(rows, sequences).tolist() == want
+
+
+def test_logprobs_of_several_rows() -> None:
+    rows = torch.randn(4, 15)
+    sequences = [sequence(id=i, logprobs=number) for i, number in enumerate((3, None, 0, 20))]
+    for row, s, result in zip(rows.log_softmax(-1), sequences, Sampler(frozenset()).sample(rows, sequences), strict=True):
+        if s.sampling.logprobs is None:
+            assert result.logprob is None
+            continue
+        assert result.logprob is not None and result.logprob.logprob == float(row[result.token_id])
+        best = row.argsort(descending=True)[: s.sampling.logprobs].tolist()
+        assert result.logprob.top == [(id, float(row[id])) for id in best]

@@ -1,158 +1,91 @@
-"""Triton's kernels compiled ahead of time, for devices that need not be here, and what their machine code tells.
+"""`python -m tests.kernels.compiled` compiles every kernel for every architecture and prints docs/kernels.md.
 
-Compiling happens in a process of its own, since in the suite's own one Triton interprets. The disassembler is the one that Triton
-brings; that it is missing is an error.
+It takes minutes. What is more than its cap goes to standard error, and the status is then 1.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from importlib.metadata import version
 
-ROOT = Path(__file__).parents[2]
-TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|QGMMA)\b")
+from tests.kernels.cases import ALL, ARCHITECTURES, DTYPES, attention, every_case
+from tests.kernels.machine_code import Case, Code, compile_all, faults
 
+COLUMNS = ("kernel", "types", "configuration", "for", "registers", "spills", "shared", "load", "a number")
+TEXT = """<!-- Made by `python -m tests.kernels.compiled > docs/kernels.md` with triton {version}. -->
+# What the Triton kernels compile to
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A kernel, how it is called, and for which architecture (80, 90, 100).
+Nothing here was timed, and none of it ran on a GPU: the kernels were compiled ahead of time for A100 (sm_80), H100 and H200
+(sm_90) and B200 (sm_100), and their machine code was counted. The suite does the same for a part of the table and fails where a
+figure is over its cap, which stands behind it; so does the command above for all of it.
 
-    `types` are Triton's, by argument; pointers are aligned to 16 bytes, and so are multiples of 16 the numbers in `multiples`.
-    A constant that is a type is given by its name. `weights`: that a program multiplies in one turn of its loop.
-    """
+* **registers**: of a thread, and the cap. {most} is all that there are, so that there only spills are a limit.
+* **spills**: instructions that read or write registers' values in local memory; the cap is 0 everywhere.
+* **shared**: bytes of shared memory that a program takes, and the cap.
+* **load**: bits of the widest load from global memory; 128 is promised unless a "-" follows.
+* **a number**: instructions of a turn of the main loop times threads, over the 4-bit weights or the numbers of keys and values
+  that the turn takes; and the cap, where there is one.
 
-    name: str
-    module: str
-    kernel: str
-    architecture: int
-    types: tuple[str, ...]
-    constants: dict[str, Any]
-    multiples: tuple[str, ...] = ()
-    options: dict[str, int] = field(default_factory=dict)
-    weights: int = 0
+fp32 is there to be exact, not fast: its products go without tensor cores. Eight-bit keys and values are int8 or E4M3 codes, which
+become numbers of the query's type. For fp16 the hardware converts E4M3 from compute capability 8.9 on; below it, and for bf16
+everywhere, codes are taken apart by their bits. They are always written by their bits.
 
+## Which types compile where
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Code:
-    """What was counted, in the whole kernel or in a turn of its longest loop.
+The attention kernel, one query token, head dimension 128.
 
-    `spills`: instructions that read or write local memory; `shared`: bytes; `widest`: bits of the widest global load.
-    `ahead`: of a turn, the loads straight to shared memory, for a later turn, by their width in bits; `waited_for`: other loads.
-    `per_weight`: instructions of a turn times threads, over its weights; None without `weights`.
-    `units`: the kinds of tensor core instructions.
-    """
+{types}
 
-    name: str
-    target: str
-    registers: int
-    spills: int
-    shared: int
-    widest: int
-    ahead: dict[int, int]
-    waited_for: int
-    per_weight: float | None
-    units: tuple[str, ...]
+## All kernels
 
-    def __str__(self) -> str:
-        per_weight = "" if self.per_weight is None else f"{self.per_weight:.2f}"
-        return f"{self.name:58}{self.target:9}{self.registers:5}{self.spills:8}{self.shared:8}{self.widest:8}{per_weight:>12}"
+{table}
+"""
 
 
-HEADER = f"{'kernel, types, launch':58}{'target':9}{'regs':>5}{'spills':>8}{'shared':>8}{'widest':>8}{'per weight':>12}"
+def main() -> int:
+    cases, types = every_case(), formats()
+    native = [case for case in types if case not in cases]
+    codes = dict(zip((case.label for case in cases + native), compile_all(cases + native), strict=True))
+    missed = [f"{case.label}: {fault}" for case in cases for fault in faults(case, codes[case.label])]
+    print("\n".join(missed), file=sys.stderr)
+    table = _table(COLUMNS, [_row(case, codes[case.label]) for case in cases])
+    print(TEXT.format(version=version("triton"), most=ALL, types=_types(types, codes), table=table), end="")
+    return 1 if missed else 0
 
 
-def compile_all(cases: list[Case]) -> list[Code]:
-    """In one other process."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    given = json.dumps([asdict(case) for case in cases])
-    command = [sys.executable, "-m", __name__]
-    done = subprocess.run(command, env=environment, cwd=ROOT, input=given, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [_code(fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+def formats() -> list[Case]:
+    """Decoding in every type, also where the GPU has no such type."""
+    found = []
+    for arch in ARCHITECTURES:
+        found += [attention(dtype, codes, 128, 1, arch) for dtype in DTYPES for codes in (None, "int8")]
+        found += [attention("fp16", "e4m3", 128, 1, arch, is_native=is_native) for is_native in (False, True)]
+        found += [attention("bf16", "e4m3", 128, 1, arch)]
+    return found
 
 
-def _code(fields: dict[str, Any]) -> Code:
-    ahead = {int(bits): count for bits, count in fields["ahead"].items()}  # keys of JSON are texts
-    return Code(**fields | {"ahead": ahead, "units": tuple(fields["units"])})
+def _types(cases: list[Case], codes: dict[str, Code | str]) -> str:
+    rows: dict[str, list[str]] = {}
+    for case in cases:
+        code = codes[case.label]
+        rows.setdefault(case.dtype, [case.dtype]).append(f"no: {code}" if isinstance(code, str) else "yes")
+    return _table(("types", *(f"sm_{arch}" for arch in ARCHITECTURES)), list(rows.values()))
 
 
-def _compile(case: Case) -> Code:
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(import_module(case.module), case.kernel)
-    types = {"fp16": tl.float16, "bf16": tl.bfloat16}
-    constants = {name: types.get(value, value) for name, value in case.constants.items()}
-    signature = dict(zip(kernel.arg_names, case.types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    aligned = [i for i, kind in enumerate(case.types) if kind.startswith("*") or kernel.arg_names[i] in case.multiples]
-    source = ASTSource(
-        fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=dict(case.options))
-    ptx = compiled.asm["ptx"]
-    instructions, usage = _disassemble(compiled.asm["cubin"])
-    loop = _longest_loop(instructions)
-    units = {found[0] for _, text in instructions if (found := TENSOR_CORES.findall(text))}
-    return Code(
-        name=case.name,
-        target=re.findall(r"\.target\s+(\w+)", ptx)[0],
-        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
-        spills=sum(bool(re.search(r"\b(STL|LDL)\b", text)) for _, text in instructions),
-        shared=compiled.metadata.shared,
-        widest=max(_widths(instructions, "LDGSTS|LDG"), default=0),
-        ahead=_widths(loop, "LDGSTS"),
-        waited_for=sum(_widths(loop, "LDG").values()),
-        per_weight=round(len(loop) * 32 * compiled.metadata.num_warps / case.weights, 2) if case.weights else None,
-        units=tuple(sorted(units)),
-    )
+def _row(case: Case, code: Code | str) -> list[str]:
+    about = [case.name, case.dtype, case.setting, f"sm_{case.architecture}"]
+    if isinstance(code, str):
+        return [*about, code, "", "", "", ""]
+    load = f"{code.widest}{'' if case.wide else ' -'}"
+    each = "" if code.per_number is None else f"{code.per_number:.2f}"
+    each += f" of {case.per_number:g}" if case.per_number else ""
+    used = [f"{code.registers} of {case.registers}", str(code.spills), f"{code.shared} of {case.shared}"]
+    return [*about, *used, load, each]
 
 
-def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], str]:
-    """(address, text) of each instruction, and the listing with what the kernel uses."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", listing)
-    assert found, "nothing was disassembled"
-    return [(int(address, 16), text) for address, text in found], listing
-
-
-def _longest_loop(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The longest piece that a branch at its end goes back to the beginning of; with what is jumped over."""
-    longest: list[tuple[int, str]] = []
-    for last, (at, text) in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < at:
-            body = [one for one in instructions[: last + 1] if one[0] >= int(branch[1], 16)]
-            longest = max(longest, body, key=len)
-    return longest
-
-
-def _widths(instructions: list[tuple[int, str]], names: str) -> dict[int, int]:
-    """How many of the loads with these names there are, by width in bits."""
-    counts: dict[int, int] = {}
-    for _, text in instructions:
-        if found := re.search(rf"\b(?:{names})((?:\.\w+)+)", text):
-            width = re.search(r"\.[US]?(8|16|64|128|256)\b", found[1])
-            bits = int(width[1]) if width else 32
-            counts[bits] = counts.get(bits, 0) + 1
-    return counts
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    cases = [Case(**fields | {"types": tuple(fields["types"])}) for fields in json.load(sys.stdin)]
-    print(json.dumps([asdict(_compile(case)) for case in cases]))
+    sys.exit(main())

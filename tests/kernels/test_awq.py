@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
 
 
 def interpreted(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    from vlserve.kernels.int8_head_triton import int8_matmul_triton
+    from vlserve.kernels.head_triton import int8_matmul_triton
 
     return int8_matmul_triton(x, codes, scales)
 

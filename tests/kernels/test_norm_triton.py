@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tests.kernels.test_kernels import TOLERANCE, rms_ratio
+from vlserve.kernels.layer_norm import add_scaled_norm, add_scaled_norm_ref, layer_norm, layer_norm_ref
 from vlserve.kernels.rms_norm import add_rms_norm_ref, rms_norm_ref
 from vlserve.kernels.silu_mul import silu_mul_ref
 
 pytest.importorskip("triton")
 from tests.kernels.bfloat16 import compute_bfloat16
-from vlserve.kernels import rms_norm_triton, silu_mul_triton
+from vlserve.kernels import layer_norm_triton, rms_norm_triton, silu_mul_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -21,6 +22,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         compute_bfloat16(monkeypatch)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves out is NaN."""
+    monkeypatch.setattr(torch, "empty", lambda shape, **settings: torch.full(shape, float("nan"), **settings))
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,3 +54,46 @@ def test_silu_mul(width: int, dtype: torch.dtype) -> None:
     got = silu_mul_triton.silu_mul_triton(x.to(DEVICE))
     assert got.dtype == dtype and got.shape == (3, 2, width)
     assert rms_ratio(got.cpu(), silu_mul_ref(x.double())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", (1, 63, 1024))
+def test_layer_norm(width: int, dtype: torch.dtype, poisoned: None) -> None:
+    x, weight, bias = 3 + torch.randn(3, 5, width).to(dtype), torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    d = x.double()
+    centred = d - d.mean(-1, keepdim=True)
+    want = weight.double() * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() + bias.double()
+    got = layer_norm_triton.layer_norm_triton(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), 1e-6).cpu()
+    for form in (got, layer_norm(x, weight, bias, 1e-6), layer_norm_ref(x, weight, bias, 1e-6)):
+        assert form.dtype == dtype and form.shape == x.shape and rms_ratio(form, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("has_bias", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", (1, 63, 1024))
+def test_add_scaled_norm(width: int, dtype: torch.dtype, has_bias: bool, poisoned: None) -> None:
+    branch, residual = (3 + torch.randn(3, 5, width).to(dtype) for _ in range(2))
+    scale, weight, some = (torch.randn(width).to(dtype) for _ in range(3))
+    bias = some if has_bias else None
+    given = [None if t is None else t.to(DEVICE) for t in (branch, residual, scale, weight, bias)]
+    got = layer_norm_triton.add_scaled_norm_triton(*given, 1e-6)  # type: ignore[arg-type]
+    sums = residual.double() + scale.double() * branch.double()
+    for norm, total in (
+        (got[0].cpu(), got[1].cpu()),
+        add_scaled_norm(branch, residual, scale, weight, bias, 1e-6),
+        add_scaled_norm_ref(branch, residual, scale, weight, bias, 1e-6),
+    ):
+        assert norm.dtype == total.dtype == dtype and rms_ratio(total, sums) < TOLERANCE[dtype]
+        d = total.double()
+        want = rms_norm_ref(d, weight.double(), 1e-6) if bias is None else layer_norm_ref(d, weight, bias, 1e-6)
+        assert norm.shape == branch.shape and rms_ratio(norm, want) < TOLERANCE[dtype]
+
+
+def test_what_does_not_fit_a_norm_is_refused_with_its_numbers() -> None:
+    x, c = torch.zeros(2, 5), torch.zeros(5)
+    with pytest.raises(ValueError, match=r"bias is \(4,\), expected one value for each of the 5 channels"):
+        layer_norm(x, c, torch.zeros(4), 1e-6)
+    with pytest.raises(ValueError, match=r"branch is \(2, 5\) but residual is \(5,\); expected equal shapes"):
+        add_scaled_norm(x, c, c, c, None, 1e-6)
+    with pytest.raises(ValueError, match=r"scale is \(1,\)"):
+        add_scaled_norm(x, x, torch.zeros(1), c, c, 1e-6)

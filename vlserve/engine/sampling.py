@@ -1,9 +1,13 @@
-"""From logits to tokens, row by row as each request asks. Shapes: R rows (one a request), V vocabulary.
+"""From logits to tokens, as each request asks. Shapes: R rows (one a request), V vocabulary.
 
-A request's draws come from its own generator, so they do not depend on who else is in the batch.
+A request's draws come from its own generator, so they do not depend on who else is in the batch. On a GPU the host waits
+once, for the tokens.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +17,7 @@ from vlserve.engine.scheduler import Sampled
 from vlserve.engine.sequence import Sequence
 
 GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature leave float32's range
+DRAWN_AT_ONCE = 2**22  # logits of rows that a GPU draws from together; drawing takes some 40 bytes for each
 
 
 class Sampler:
@@ -30,83 +35,127 @@ class Sampler:
 
         Log-probabilities are the model's own, before penalties, bias and temperature.
         """
-        logprobs = self._logprobs(logits, sequences)
         grammars = {i: s.grammar for i, s in enumerate(sequences) if isinstance(s.grammar, Grammar)}
         allowed = allowed_tokens(grammars, logits.shape[1], logits.device)
         failed = {i: reason for i, reason in allowed.items() if isinstance(reason, str)}
         masks = {i: mask for i, mask in allowed.items() if isinstance(mask, torch.Tensor)}
-        rows = [self._adjust(row, sequences[i], masks.get(i)) for i, row in enumerate(logits.unbind(0))]
+        given = logits.unbind(0)
+        rows = [self._adjust(row, sequences[i], masks.get(i)) for i, row in enumerate(given)]
+        is_changed = any(row is not before for row, before in zip(rows, given, strict=True))
+        adjusted = torch.stack(rows) if is_changed else logits
+        tokens = adjusted.argmax(dim=-1)  # [R]
         drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
-        tokens = torch.stack(rows).argmax(dim=-1).tolist() if rows else []
-        for i in drawn:
-            tokens[i] = self._draw(rows[i], sequences[i])
-        return [
-            Sampled(token_id=token, logprob=_pick(logprobs.get(i), sequences[i], token), error=failed.get(i))
-            for i, token in enumerate(tokens)
-        ]
+        # one at a time on a CPU, where a sum's rounding would depend on the company
+        step = max(1, DRAWN_AT_ONCE // logits.shape[1]) if logits.is_cuda else 1
+        for first in range(0, len(drawn), step):
+            part = drawn[first : first + step]
+            places = _to_device(torch.tensor(part), logits.device)
+            tokens.index_copy_(0, places, self._draw(adjusted.index_select(0, places), [sequences[i] for i in part]))
+        logprobs = _Logprobs.of(logits, sequences, tokens)
+        ids = tokens.tolist()  # here the host waits
+        found = logprobs.read(ids) if logprobs else {}
+        return [Sampled(token_id=token, logprob=found.get(i), error=failed.get(i)) for i, token in enumerate(ids)]
 
     def _adjust(self, row: torch.Tensor, sequence: Sequence, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Penalties, bias, the ban on ending too early, and what a grammar allows; row [V] and allowed [V] bool."""
+        """Penalties, bias, the ban on ending too early, and what a grammar allows; row [V] and allowed [V] bool.
+
+        Without any of these it is `row` itself.
+        """
         p = sequence.sampling
         if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
             row = row.clone()
             _penalise(row, sequence)
         if p.logit_bias:
-            ids = torch.tensor(list(p.logit_bias), device=row.device)
-            bias = torch.tensor(list(p.logit_bias.values()), dtype=row.dtype, device=row.device)
-            row = row.index_add(0, ids, bias)
+            ids = _to_device(torch.tensor(list(p.logit_bias)), row.device)
+            row = row.index_add(0, ids, _to_device(torch.tensor(list(p.logit_bias.values()), dtype=row.dtype), row.device))
         if sequence.num_output_tokens < p.min_tokens:
-            banned = torch.tensor([*self._end_token_ids, *p.stop_token_ids], device=row.device, dtype=torch.int64)
-            if allowed is None or allowed.index_fill(0, banned, False).any():  # else the grammar is complete
-                row = row.index_fill(0, banned, float("-inf"))
+            banned = _to_device(torch.tensor([*self._end_token_ids, *p.stop_token_ids], dtype=torch.int64), row.device)
+            goes_on = row.index_fill(0, banned, float("-inf"))
+            # a grammar that allows nothing else is complete
+            row = goes_on if allowed is None else torch.where(allowed.index_fill(0, banned, False).any(), goes_on, row)
         return row if allowed is None else row.masked_fill(~allowed, float("-inf"))
 
-    def _draw(self, row: torch.Tensor, sequence: Sequence) -> int:
-        p = sequence.sampling
-        values, ids = torch.sort(row / p.temperature, descending=True, stable=True)
+    def _draw(self, rows: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        """rows [R, V] -> tokens [R]."""
+        asked, vocab_size = [s.sampling for s in sequences], rows.shape[1]
+        settings = [
+            (p.temperature, p.top_k if p.top_k > 0 else vocab_size, p.top_p if p.top_p < 1 else 2.0, p.min_p) for p in asked
+        ]  # what is off keeps all
+        there = _to_device(torch.tensor(settings, dtype=torch.float32), rows.device)
+        temperature, top_k, top_p, min_p = there.unsqueeze(-1).unbind(1)  # [R, 1] each
+        values, ids = torch.sort(rows / temperature, descending=True, stable=True)
         probabilities = values.softmax(dim=-1)
-        keep = torch.ones_like(probabilities, dtype=torch.bool)
-        if p.top_k > 0:
-            keep[p.top_k :] = False
-        if p.top_p < 1:
+        keep = torch.arange(vocab_size, device=rows.device) < top_k  # [R, V]
+        if any(p.top_p < 1 for p in asked):
             kept = probabilities.masked_fill(~keep, 0)
-            kept = kept / kept.sum()
-            keep &= kept.cumsum(0) - kept < p.top_p  # the token that crosses the bound stays
-        if p.min_p > 0:
-            keep &= probabilities >= p.min_p * probabilities[0]
+            kept = kept / kept.sum(-1, keepdim=True)
+            keep &= kept.cumsum(-1) - kept < top_p  # the token that crosses the bound stays
+        if any(p.min_p > 0 for p in asked):
+            keep &= probabilities >= min_p * probabilities[:, :1]
+        # dividing by exponential noise and taking the largest draws from the distribution
+        noise = torch.stack([self._noise(sequence, vocab_size, rows.device) for sequence in sequences])
+        best = (probabilities.masked_fill(~keep, 0) / noise.clamp_min(1e-30)).argmax(dim=-1, keepdim=True)
+        return ids.gather(1, best).squeeze(1)
+
+    def _noise(self, sequence: Sequence, size: int, device: torch.device) -> torch.Tensor:
+        """[size] float32, made where it is used; a seed draws otherwise on a GPU than on a CPU."""
         generator = self._generators.get(sequence.id)
         if generator is None:
-            generator = self._generators[sequence.id] = torch.Generator(device="cpu")
-            if p.seed is None:
+            generator = self._generators[sequence.id] = torch.Generator(device=device)
+            if sequence.sampling.seed is None:
                 generator.seed()
             else:
-                generator.manual_seed(p.seed)
-        # dividing by exponential noise and taking the largest draws from the distribution
-        noise = torch.empty(row.shape, dtype=torch.float32).exponential_(generator=generator).to(row.device)
-        return int(ids[(probabilities.masked_fill(~keep, 0) / noise.clamp_min(1e-30)).argmax()])
+                generator.manual_seed(sequence.sampling.seed)
+        return torch.empty(size, dtype=torch.float32, device=device).exponential_(generator=generator)
 
-    def _logprobs(self, logits: torch.Tensor, sequences: list[Sequence]) -> dict[int, torch.Tensor]:
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Logprobs:
+    """What was asked of rows: of each the values [1 + k], the chosen token's first, and the ids [k] of the k likeliest ones."""
+
+    rows: list[int]
+    values: list[torch.Tensor]
+    ids: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, sequences: list[Sequence], tokens: torch.Tensor) -> _Logprobs | None:
+        """On the logits' device; None when nothing was asked."""
         asked = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
         if not asked:
-            return {}
-        return dict(zip(asked, logits[asked].log_softmax(dim=-1).unbind(0), strict=True))
+            return None
+        some = logits.index_select(0, _to_device(torch.tensor(asked), logits.device)).log_softmax(dim=-1)
+        values, ids = [], []
+        for row, i in zip(some.unbind(0), asked, strict=True):
+            best = row.topk(min(sequences[i].sampling.logprobs or 0, len(row)))
+            values.append(torch.cat((row.gather(0, tokens[i : i + 1]), best.values)))
+            ids.append(best.indices)
+        return cls(rows=asked, values=values, ids=ids)
+
+    def read(self, tokens: list[int]) -> dict[int, TokenLogprob]:
+        """By row, on the host."""
+        values, ids = (iter(torch.cat(parts).tolist()) for parts in (self.values, self.ids))
+        found = {}
+        for i, some in zip(self.rows, self.ids, strict=True):
+            logprob = next(values)
+            found[i] = TokenLogprob(
+                token_id=tokens[i], logprob=logprob, top=[(next(ids), next(values)) for _ in range(len(some))]
+            )
+        return found
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
     """In place; repetition over prompt and answer (Keskar et al. 2019), presence and frequency over the answer (OpenAI)."""
     p = sequence.sampling
     if p.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
+        seen = _to_device(torch.tensor(sorted(set(sequence.token_ids))), row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    answer = sequence.token_ids[sequence.num_prompt_tokens :]
+    answer = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
     if answer and (p.presence_penalty or p.frequency_penalty):
-        ids, counts = torch.tensor(answer, device=row.device).unique(return_counts=True)
+        ids, counts = _to_device(torch.tensor([list(answer), list(answer.values())]), row.device)
         row[ids] -= p.presence_penalty + p.frequency_penalty * counts.to(row.dtype)
 
 
-def _pick(logprobs: torch.Tensor | None, sequence: Sequence, token: int) -> TokenLogprob | None:
-    if logprobs is None:
-        return None
-    values, ids = logprobs.topk(min(sequence.sampling.logprobs or 0, len(logprobs)))
-    return TokenLogprob(token_id=token, logprob=float(logprobs[token]), top=list(zip(ids.tolist(), values.tolist(), strict=True)))
+def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From pinned memory, since another copy waits until the GPU has done all that it was given before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -1,0 +1,242 @@
+"""Every Triton kernel, type, configuration and architecture, with the most that its machine code may take.
+
+The suite compiles those that are `in_suite`, compiled.py all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from tests.kernels.machine_code import Case
+from vlserve.kernels.attention_launch import choose_tiling
+from vlserve.kernels.kv_codes import TINY
+from vlserve.kernels.launch import launches
+
+ARCHITECTURES = (80, 90, 100)
+HALF = ("bf16", "fp16")
+DTYPES = (*HALF, "fp32")
+# W4A16, by rows of a program. In the time in which its memory gives a weight, a B200 can issue 2.3 instructions, others 3.3 and
+# more. With each further 16 rows a weight takes an eighth of one four times: twice in products, twice in what is added up.
+PER_WEIGHT = {16: 2.5, 32: 3.1, 64: 6.2}
+REGISTERS = {16: 170, 32: 192, 64: 180}
+FINER = {80: ("fp16", 32), 90: ("bf16", 32), 100: ("fp16", 64)}  # inputs of a group, by architecture
+ALL = 255  # registers that a thread can have: then only spills are a limit
+
+
+def four_bits() -> Iterator[Case]:
+    """Every launch of the table in both types, that of 16 narrow rows with finer groups as well."""
+    for name, table in launches().items():
+        architecture = int(name.removeprefix("sm_"))
+        for launch in dict.fromkeys(table.values()):
+            kinds = [(dtype, 128) for dtype in HALF]
+            kinds += [FINER[architecture]] * ((launch.block_t, launch.block_n) == (16, 64))
+            for dtype, group in kinds:
+                sizes = f"{launch.block_t} x {launch.block_n}, {launch.warps} warps, {launch.stages} stages"
+                limit = {"maxnreg": launch.registers} if launch.registers else {}
+                yield Case(
+                    name="4-bit product",
+                    dtype=dtype,
+                    setting=f"group {group}, {sizes}",
+                    module="vlserve.kernels.awq_pairs_triton",
+                    kernel="_matmul",
+                    architecture=architecture,
+                    types=(f"*{dtype}", "*i32", "*i32", "*i32", "*fp32", "*fp32", *["i32"] * 6),
+                    constants={"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n}
+                    | {"GROUP": group, "STAGES": launch.stages, "FACTOR": dtype, "ASM": True},
+                    options={"num_warps": launch.warps} | limit,
+                    numbers=launch.block_n * 128,
+                    registers=REGISTERS[launch.block_t],
+                    shared=(64 if launch.block_t == 64 else 48) * 1024,
+                    per_number=PER_WEIGHT[launch.block_t] if group == 128 else None,
+                    ahead=True,
+                    in_suite=dtype == "bf16" or group < 128,
+                )
+
+
+def beside(dtype: str, architecture: int) -> Iterator[Case]:
+    """What works beside the products of 4-bit weights, or where they do not."""
+    pairs, awq, i32, x = "vlserve.kernels.awq_pairs_triton", "vlserve.kernels.awq_triton", "i32", f"*{dtype}"
+
+    def case(name: str, setting: str, module: str, kernel: str, types: tuple[str, ...], **settings: object) -> Case:
+        multiples = ("num_inputs",) if module == awq else ()
+        given = {"architecture": architecture, "multiples": multiples, "in_suite": dtype == "bf16" and architecture == 80}
+        return Case(name=name, dtype=dtype, setting=setting, module=module, kernel=kernel, types=types, **given | settings)  # type: ignore[arg-type]
+
+    if dtype != "fp32":
+        sums, dense = {"GROUPS": 2, "BLOCKS": 16}, {"GROUP": 128}
+        yield case("group sums", "2 groups", pairs, "_group_sums", (x, "*fp32", i32, i32), constants=sums)
+        parts = ("*fp32", x, i32, i32)
+        yield case("parts added up", "", pairs, "_add_parts", parts, constants={"BLOCK": 256}, wide=False)
+        yield case(
+            "pairs spread out", "group 128", pairs, "_dequantize", ("*i32", "*i32", "*i32", x, *[i32] * 3), constants=dense
+        )
+    blocks = {"GROUP": 128, "BLOCK_N": 16, "BLOCK_K": 256}
+    old = ("*u8", x, "*u8")
+    yield case("bytes spread out", "group 128", awq, "_dequantize", (*old, x, *[i32] * 3), constants=blocks, wide=False)
+    group = 128 if dtype == "fp32" else 16  # groups of 16, and float32, have no pairs
+    sizes = {"GROUP": group, "ONE_GROUP": group == 128, "SPLITS": 1, "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": max(32, group)}
+    types = (x, *old, "*fp32", *[i32] * 4)
+    most = ALL if dtype == "fp32" else 128
+    yield case("bytes", f"group {group}", awq, "_matmul", types, constants=sizes, wide=False, registers=most)
+
+
+def head(dtype: str, weight: str, architecture: int, rows: int = 16) -> Case:
+    return Case(
+        name="head",
+        dtype=dtype,
+        setting=f"weights {weight}, {rows} rows",
+        module="vlserve.kernels.head_triton",
+        kernel="_matmul",
+        architecture=architecture,
+        types=(f"*{dtype}", f"*{weight}", "*fp32" if weight == "i8" else None, f"*{dtype}", *["i32"] * 3),
+        constants={"BLOCK_T": rows, "BLOCK_N": 64, "BLOCK_K": 128 if weight == "i8" else 64, "IS_CODED": weight == "i8"},
+        multiples=("num_inputs",),
+        options={"num_stages": 3 if weight == "i8" else 5},
+        registers=ALL if dtype == "fp32" else 128,
+        shared=(160 if dtype == "fp32" else 96) * 1024,
+        in_suite=dtype == "bf16" and rows == 16,
+    )
+
+
+def attention(
+    dtype: str, codes: str | None, dim: int, longest_query: int, arch: int, *, page: int = 16, is_native: bool | None = None
+) -> Case:
+    itemsize = 4 if dtype == "fp32" else 1 if codes else 2
+    tiling = choose_tiling(longest_query, 7, dim, itemsize, arch)
+    if is_native is None:
+        is_native = codes == "e4m3" and arch >= 89 and dtype == "fp16"  # bfloat16 always goes by the bits
+    stored, scales = ("*i16", "*i16") if codes else (f"*{dtype}", None)
+    constants = {
+        "KV_HEADS": 4, "GROUP": 7, "DIM": dim, "DIM_PADDED": _power_of_2(dim), "TOKENS": tiling.tokens,
+        "PAGE": page, "ROWS": tiling.rows, "TILE": tiling.positions, "IS_CODED": bool(codes), "IS_E4M3": codes == "e4m3",
+        "IS_NATIVE": is_native, "LIFT": 6 if codes and dtype == "fp16" else 0,
+    }  # fmt: skip
+    decodes = longest_query == 1
+    is_wide = (
+        tiling.positions * _power_of_2(dim) * (1 if codes else itemsize) >= 16 * 32 * tiling.num_warps
+    )  # a tile has 16 bytes a thread
+    kinds = {None: "", "int8": " int8", "e4m3": " E4M3 native" if is_native else " E4M3 by bits"}
+    most = (12.0 if codes else 5.0) if decodes else (33.0 if codes and arch == 80 else 20.0)
+    return Case(
+        name="attention, decode" if decodes else "attention, prefill",
+        dtype=f"{dtype}{kinds[codes]}",
+        setting=f"dim {dim}, page {page}",
+        module="vlserve.kernels.paged_attention_triton",
+        kernel="_attention_kernel",
+        architecture=arch,
+        types=(f"*{dtype}", "*fp32", "*fp32", f"*{dtype}", stored, scales, stored, scales, "*i32", "*i32")
+        + ("i32", "i32", "i32", "fp32"),
+        constants=constants,
+        options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
+        numbers=2 * tiling.positions * dim,
+        registers=170 if decodes and dtype != "fp32" else ALL,
+        shared=160 * 1024,
+        per_number=None if dtype == "fp32" else most,
+        wide=is_wide,
+        ahead=is_wide and dtype != "fp32",
+    )
+
+
+def merge(dtype: str, dim: int, arch: int) -> Case:
+    constants = {
+        "KV_HEADS": 4, "GROUP": 7, "DIM": dim, "DIM_PADDED": _power_of_2(dim), "TOKENS": 1, "TILE": 64, "PARTS": 16,
+    }  # fmt: skip
+    return Case(
+        name="attention, merge",
+        dtype=dtype,
+        setting=f"dim {dim}",
+        module="vlserve.kernels.paged_attention_triton",
+        kernel="_merge_kernel",
+        architecture=arch,
+        types=(f"*{dtype}", "*fp32", "*fp32", "*i32", *["i32"] * 3),
+        constants=constants,
+        in_suite=dtype == "bf16" and arch == 90,
+    )
+
+
+def rotary_store(dtype: str, codes: str | None, has_norms: bool, arch: int) -> Case:
+    stored = {None: f"*{dtype}", "int8": "*i8", "e4m3": "*u8"}[codes]
+    scales, norm = ("*i16" if codes else None), (f"*{dtype}" if has_norms else None)
+    constants = {
+        "HEADS": 28, "HEADS_PADDED": 32, "KV_HEADS": 4, "KV_HEADS_PADDED": 4, "HALF": 64, "HALF_PADDED": 64,
+        "HAS_NORMS": has_norms, "IS_CODED": bool(codes), "IS_E4M3": codes == "e4m3",
+        "LARGEST": {None: 1.0, "int8": 127.0, "e4m3": 448.0}[codes], "TINY": TINY,
+    }  # fmt: skip
+    kinds = {None: "", "int8": " int8", "e4m3": " E4M3 by bits"}
+    return Case(
+        name="rotary and store",
+        dtype=f"{dtype}{kinds[codes]}",
+        setting=f"dim 128{', norms' if has_norms else ''}",
+        module="vlserve.kernels.rotary_store_triton",
+        kernel="_kernel",
+        architecture=arch,
+        types=(*[f"*{dtype}"] * 4, "*fp32", "*fp32", norm, norm, stored, scales, stored, scales, "*i64", *["i32"] * 8, "fp32"),
+        constants=constants,
+        multiples=("query_token", "query_head", "key_token", "key_head", "value_token", "value_head", "cos_stride", "sin_stride"),
+        in_suite=(dtype, codes, has_norms, arch) == ("bf16", "e4m3", True, 80),
+    )
+
+
+def norm(kind: str, dtype: str, width: int, arch: int) -> Case:
+    """kind: as the operations are called."""
+    is_rms, padded = kind.endswith("rms_norm") and "scaled" not in kind, _power_of_2(width)
+    x, constants = f"*{dtype}", {"WIDTH": width, "WIDTH_PADDED": padded, "ADDS": kind.startswith("add")}
+    is_centred = kind.endswith("layer_norm")
+    of_residual = x if constants["ADDS"] else None
+    types = (*[x] * 5, "i32", "i32", "fp32") if is_rms else (*[x] * 3, *[of_residual] * 2, x, x if is_centred else None, "fp32")
+    return Case(
+        name=kind.replace("_", " "),
+        dtype=dtype,
+        setting=f"width {width}",
+        module=f"vlserve.kernels.{'rms' if is_rms else 'layer'}_norm_triton",
+        kernel="_kernel",
+        architecture=arch,
+        types=types,
+        constants=constants if is_rms else constants | {"IS_CENTRED": is_centred},
+        multiples=("x_stride", "residual_stride"),
+        options={"num_warps": min(16, max(1, padded // 256))},
+        in_suite=dtype == "bf16" and arch == 80 and kind.startswith("add"),
+    )
+
+
+def silu_mul(dtype: str, arch: int) -> Case:
+    return Case(
+        name="silu mul",
+        dtype=dtype,
+        setting="width 18944",
+        module="vlserve.kernels.silu_mul_triton",
+        kernel="_kernel",
+        architecture=arch,
+        types=(f"*{dtype}",) * 2,
+        constants={"WIDTH": 18944, "BLOCK": 1024},
+        in_suite=dtype == "bf16" and arch == 80,
+    )
+
+
+def every_case() -> list[Case]:
+    cases = [*four_bits()]
+    for arch, dtype in product(ARCHITECTURES, DTYPES):
+        cases += beside(dtype, arch)
+        cases += [head(dtype, "i8", arch, rows) for rows in (16, 64)]
+        cases += [head(dtype, dtype, arch)] * (dtype in HALF)
+        kinds = (None, "int8", "e4m3")
+        dims, widths = ((64, 80, 96, 128), (896, 3584, 5120)) if dtype in HALF else ((64, 128), (3584,))
+        cases += [attention(dtype, codes, dim, n, arch) for n, dim, codes in product((1, 512), dims, kinds)]
+        cases += [attention(dtype, None, 128, 1, arch, page=page) for page in (32, 64, 128) if dtype in HALF]
+        cases += [merge(dtype, 128, arch)]
+        cases += [rotary_store(dtype, codes, has_norms, arch) for codes, has_norms in product(kinds, (False, True))]
+        cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), widths)]
+        cases += [norm(kind, dtype, 1024, arch) for kind in ("layer_norm", "add_scaled_layer_norm")]
+        cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch)]
+    shown = [
+        *(attention("bf16", None, 128, n, arch) for n, arch in ((1, 80), (1, 90), (1, 100), (512, 80), (512, 90))),
+        *(attention("bf16", codes, 128, n, arch) for codes, n, arch in (("int8", 1, 80), ("e4m3", 1, 90), ("int8", 512, 80))),
+        attention("fp16", None, 80, 1, 80),
+    ]
+    return [replace(case, in_suite=True) if case in shown else case for case in cases]
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
