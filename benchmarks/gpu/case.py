@@ -12,7 +12,7 @@ from benchmarks.gpu.sizes import Work
 from vlserve.kernels.measure import Difference, difference
 
 Run = Callable[[], Any]
-# rounding to bfloat16 once is 1.7e-3 and 0; attention rounds its weights as well
+# rounding to bfloat16 once is 1.7e-3 and 0
 TOLERANCE = Difference(4e-3, 0.03)
 ON_CPU = 2**20  # bytes of inputs up to which a dry run makes real tensors
 
