@@ -29,7 +29,7 @@ lint: $(READY)-lint ## check format, style and types
 bench: $(READY)-test ## time the server on this machine: concurrency and start-up
 	$(BIN)/python benchmarks/bench_server.py
 
-# takes what is there: a GPU machine may have no way to install anything, and needs torch, Triton, timm and safetensors only
+# takes what is there: a GPU machine may have no way to install anything, and needs torch, Triton and timm only
 bench-gpu: ## check and time kernels and whole models on an NVIDIA GPU (ARGS="--dry-run" without one, "--help" for more)
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(ARGS)
 

@@ -2,7 +2,7 @@
 
 Each kernel is compared with its definition in float64 first, and one that is off gets no figure. Times are medians by CUDA events
 with the L2 cache overwritten between runs, beside what a copy and a product reach on the same card, and beside torch's and other
-packages' kernels. It needs torch, Triton, timm and safetensors; transformers, FlashInfer, gemlite, marlin and matplotlib are used
+packages' kernels. It needs torch, Triton and timm; transformers, FlashInfer, gemlite, marlin and matplotlib are used
 where they are. Without a GPU, `--dry-run` builds the inputs, plans the launches and prints what each must take at least on named
 cards. The last line is one JSON document; the exit status is 1 when a check failed.
 """

@@ -1,6 +1,6 @@
 """A whole model with random weights, made on the device, that decodes, prefills and encodes as the engine's runner does.
 
-Without scheduler, sampling and messages: one process, and of vlserve only what needs torch, Triton, timm and safetensors.
+Without scheduler, sampling, messages and checkpoints: one process, and of vlserve only what needs torch, Triton and timm.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.gpu.sizes import GROUP, Sizes
-from vlserve.architectures import find_architecture
-from vlserve.engine.model import Model
 from vlserve.kernels.measure import Difference, difference, recorded
 from vlserve.kernels.paged_attention import AttentionMetadata, plan_attention
+from vlserve.llm.config import read_decoder_config
+from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
 from vlserve.llm.kv_cache import KVCache
 from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Split
+from vlserve.vision.config import TILES_AT_ONCE, read_encoder_config, read_image_config
+from vlserve.vision.encoder import build_encoder
+from vlserve.vision.preprocess import normalise
+from vlserve.vision.projector import Projector
 
 PAGE = 16
 TOLERANCE = Difference(0.15, 1.0)  # of logits, between a prompt at once and its last token by itself: all layers' rounding
@@ -28,12 +33,30 @@ STEPS = 16
 TILES = 13  # of a picture: twelve and the thumbnail
 
 
+class Model(nn.Module):
+    """Encoder, projector and decoder, as in the engine's InternVL."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        config = sizes.config()
+        vision = read_encoder_config(config)
+        self.image_config = read_image_config({}, vision)
+        self.decoder = Decoder(read_decoder_config(config["text_config"]), Split())
+        self.encoder = build_encoder(vision)
+        self.projector = Projector(vision, sizes.hidden)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tiles [N, 3, S, S] uint8 on the CPU -> features [N, K, C]."""
+        weight, config = self.decoder.norm, self.image_config
+        mean, std = (torch.tensor(v, device=weight.device) for v in (config.mean, config.std))
+        parts = [normalise(tiles.to(weight.device), mean, std).to(weight.dtype) for tiles in pixels.split(TILES_AT_ONCE)]
+        return torch.cat([self.projector(self.encoder.forward_features(part)[:, 1:]) for part in parts])
+
+
 def build_model(sizes: Sizes, form: str, device: torch.device) -> Model:
     """In bfloat16; `form` is "bf16" or "awq"."""
-    config = sizes.config()
-    architecture = find_architecture(config)
     with torch.device("meta"):
-        model = architecture.build(config, architecture.read_image_config(config, {}), Split()).to(torch.bfloat16)
+        model = Model(sizes).to(torch.bfloat16)
         for _, linear in model.decoder.linears() if form == "awq" else ():
             old = linear.format
             linear.format = GroupedInt4Format(
