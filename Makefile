@@ -7,7 +7,7 @@ READY := .venv/.ready
 INSTALL := $(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test lint bench clean
+.PHONY: help serve demo test lint bench bench-gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -28,6 +28,10 @@ lint: $(READY)-lint ## check format, style and types
 
 bench: $(READY)-test ## time the server on this machine: concurrency and start-up
 	$(BIN)/python benchmarks/bench_server.py
+
+# takes what is there: a GPU machine may have no way to install anything, and needs torch, Triton and timm only
+bench-gpu: ## check and time kernels and whole models on an NVIDIA GPU (ARGS="--dry-run" without one, "--help" for more)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(ARGS)
 
 clean: ## remove the virtual environment and caches
 	rm -rf .venv .venv-demo .venv-ray build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -2,7 +2,8 @@
 
 A class is the rows of a product, rounded up to 16, 32, 64 or 128, and "wide" or "narrow" by the outputs. An architecture that the
 table lacks, such as sm_86 or sm_120, is launched as sm_80 is, which asks for nothing that others lack.
-The figures come from compiled code (registers, shared memory, instructions a weight) and from arithmetic, not from timings.
+The figures come from compiled code (registers, shared memory, instructions a weight) and from arithmetic; where an architecture's
+table names a card, they are the fastest of those that `python -m vlserve.kernels.tune` has timed on it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 TABLE = Path(__file__).with_name("launch.json")
 FALLBACK = "sm_80"
+CARD = "card"  # beside the classes: what the table was timed on
 ROWS = (16, 32, 64, 128)
 WIDE = 16384  # outputs
 SPLIT = 4  # tokens of a program to a block of inputs of a part: less, and writing the parts takes as long as reading weights
@@ -64,7 +66,10 @@ def split(launch: Launch, programs: int, blocks: int, multiprocessors: int) -> i
 def launches() -> dict[str, dict[str, Launch]]:
     """By architecture and class."""
     table = json.loads(TABLE.read_text())
-    return {architecture: {name: Launch(**fields) for name, fields in of.items()} for architecture, of in table.items()}
+    return {
+        architecture: {name: Launch(**fields) for name, fields in of.items() if name != CARD}
+        for architecture, of in table.items()
+    }
 
 
 @cache

@@ -1,0 +1,163 @@
+"""The GPU benchmark as far as a CPU goes: floors by hand, a whole dry run, and that a wrong result gets no speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.cards import CARDS, PER_WEIGHT
+from benchmarks.gpu.case import Built, Case, Rival
+from benchmarks.gpu.kernels import Rates, Report, run_cases
+from benchmarks.gpu.products import product
+from benchmarks.gpu.sizes import MODELS, Work
+from tests.kernels.test_compiled import PER_WEIGHT as ALLOWED
+
+ROOT = Path(__file__).parent.parent
+# what only the front, the engine's messages or comparisons need
+MISSING = (
+    "zmq",
+    "fastapi",
+    "msgspec",
+    "uvicorn",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "flashinfer",
+    "gemlite",
+    "marlin",
+    "matplotlib",
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dry() -> list[str]:
+    """What a dry run prints where there is nothing but the engine's side."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({MISSING})); sys.argv = ['x', '--dry-run', '--quick']; import runpy; "
+    code += "runpy.run_path('benchmarks/bench_gpu.py', run_name='__main__')"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def test_a_dry_run_says_what_it_is_and_ends_in_json(dry: list[str]) -> None:
+    assert any(line.startswith("nothing was timed") for line in dry)
+    result = json.loads(dry[-1])
+    assert result["timed"] is False and not result["failed"]
+    assert {row["model"] for row in result["kernels"]} == {row["model"] for row in result["models"]} == set(MODELS)
+    kinds = {row["kernel"].split(",")[0] for row in result["kernels"]}
+    assert kinds == {
+        *("AWQ product", "int8 head", "attention decode", "attention prefill"),
+        *("rms_norm", "add_rms_norm", "silu_mul", "rotary_store"),
+    }
+    for row in result["kernels"]:
+        assert set(row["cards"]) == set(CARDS) and row["built_on"] in ("cpu", "meta")
+        assert all(0 < card["floor_us"] < card["estimate_us"] and card["launch"] for card in row["cards"].values())
+    assert not any("microseconds" in row for row in result["kernels"]), "a time that nobody took"
+
+
+def test_floors_of_an_8b_decode_step_by_hand(dry: list[str]) -> None:
+    per_layer = 4608 * 3584 + 3584 * 3584 + 37888 * 3584 + 3584 * 18944
+    assert per_layer == 233_046_016
+    layers = 28 * per_layer // 2 + 28 * per_layer // 128 * 3  # codes; 16-bit scales and 8-bit zero points
+    head, norms, biases = 151_674 * 3584 * 2, 57 * 3584 * 2, 28 * 4608 * 2
+    context = 1024 * 28 * 2 * 4 * 128 * 2
+    assert MODELS["8b"].step_bytes("awq") == layers + head + norms + biases == 4_503_446_528
+    assert MODELS["8b"].decode("awq", 1, 1024).bytes == 4_503_446_528 + context == 4_562_166_784
+    rows = [row for row in json.loads(dry[-1])["models"] if row["model"] == "8b" and row.get("form") == "awq"]
+    row = next(row for row in rows if row["what"] == "decode, batch 1, context 1024")
+    assert row["floor_ms"]["H200"] == pytest.approx(4_562_166_784 / 4.8e12 * 1e3)
+    assert any(line.startswith("8b awq  decode, batch 1") and "H200 0.950 ms" in line for line in dry)
+
+
+def test_other_work_by_hand() -> None:
+    assert MODELS["1b"].weights == 24 * (1152 * 896 + 896 * 896 + 9728 * 896 + 896 * 4864)
+    assert MODELS["38b"].weights == 64 * (7168 * 5120 + 5120 * 5120 + 55296 * 5120 + 5120 * 27648)
+    assert MODELS["8b"].prefill("bf16", 1, 2).flops == 2 * (2 * 28 * 233_046_016 + 151_674 * 3584) + 4 * 3 * 28 * 128 * 28
+    case = product("8b", "qkv_proj", 4608, 3584, 16)
+    assert case.work.bytes == 4608 * 3584 // 2 + 4608 * 28 * 3 + 2 * 16 * (4608 + 3584)
+    seconds, reason = CARDS["H200"].predict(Work(4_800_000_000, 0, 1))
+    assert reason == "memory" and seconds == pytest.approx(1.1163e-3 + 2e-6, rel=1e-3)
+    few, many = (CARDS["B200"].predict(Work(0, 0, 1, count)) for count in (1e6, 1e12))
+    assert few[1] == "launches" and many[1] == "instructions"
+    assert many[0] == pytest.approx(2e-6 + 1e12 / (0.75 * 128 * 148 * (2250e12 / 148 / 8192)))
+
+
+def test_estimates_take_no_fewer_instructions_than_the_compiled_code() -> None:
+    assert PER_WEIGHT.keys() == ALLOWED.keys()
+    assert all(PER_WEIGHT[rows] >= ALLOWED[rows] for rows in ALLOWED)
+
+
+def spoiled(case: Case, spoil: Callable[[torch.Tensor], Any]) -> Case:
+    """The same, with results that `spoil` changes in place."""
+
+    def build(device: torch.device) -> Built:
+        built = case.build(device)
+
+        def run() -> torch.Tensor:
+            result = built.run()
+            spoil(result)
+            return result
+
+        return replace(built, run=run, rivals=lambda: iter([lambda: Rival(name="right", run=built.run)]))
+
+    return replace(case, build=build)
+
+
+def test_a_wrong_result_gets_no_speed() -> None:
+    right = product("tiny", "64 x 256", 64, 256, 3)
+    good = replace(right, build=lambda device: replace(right.build(device), rivals=lambda: iter(())))
+    wrong = spoiled(right, lambda result: result[1, 2].add_(1))
+    broken = spoiled(right, lambda result: result[0, 0].fill_(float("nan")))
+
+    def refuse(device: torch.device) -> Built:
+        raise ValueError("no\nway")
+
+    raising = replace(right, build=refuse)
+    timed: list[int] = []
+    lines: list[str] = []
+    report = Report(say=lines.append)
+
+    def seconds(run: Callable[[], object]) -> float:
+        timed.append(1)
+        return 2e-6
+
+    run_cases([good, wrong, broken, raising], CPU, seconds, Rates(bandwidth=1e9, rate=1e9), report, time.monotonic() + 600)
+    assert len(timed) == 1, "what is wrong is not timed at all"
+    (row,) = report.kernels
+    assert row["microseconds"] == 2.0 and row["share_of_limit"] == pytest.approx(right.work.flops / 1e9 / 2e-6)
+    assert len(report.failed) == 3 and sum(line.startswith("check failed: tiny AWQ product") for line in lines) == 3
+    assert "ValueError: no" in report.failed[2]
+
+
+def test_a_wrong_rival_gets_no_speed_either_and_time_ends() -> None:
+    case = product("tiny", "64 x 256", 64, 256, 3)
+
+    def build(device: torch.device) -> Built:
+        built = case.build(device)
+        others = [Rival(name="right", run=built.run), Rival(name="off", run=lambda: built.run() + 1)]
+        return replace(built, rivals=lambda: iter([lambda: others[0], lambda: others[1], missing, missing]))
+
+    def missing() -> Rival:
+        raise ImportError("No module named 'marlin'")
+
+    lines: list[str] = []
+    report = Report(say=lines.append)
+    cases = [replace(case, build=build)]
+    rates = Rates(bandwidth=1e9, rate=1e9)
+    run_cases(cases, CPU, lambda run: 1e-6, rates, report, time.monotonic() + 600)
+    assert report.kernels[0]["times_as_fast"] == {"right": 1.0} and not report.failed
+    assert sum("marlin" in line for line in lines) == 1 and any("with off in AWQ product" in line for line in lines)
+    run_cases(cases * 3, CPU, lambda run: 1e-6, rates, report, time.monotonic() - 1)
+    assert len(report.skipped) == 3 and len(report.kernels) == 1
