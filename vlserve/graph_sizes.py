@@ -34,6 +34,7 @@ def graph_bytes(shape: ModelShape, part: Shard, step: Step) -> int:
     sizes = decode_sizes(step.max_num_seqs)
     rows, hidden, b = sizes[-1], shape.decoder.hidden_size, step.itemsize
     blocks = -(-step.max_model_len // step.block_size)
+    # parts of long contexts and attention's schedules are a few MiB, within the segments
     held = rows * (blocks * INT32 + 3 * INT64 + hidden * b)
     pool, count = rows * _row_bytes(shape, part, step), len(sizes)
     if shape.encoder is not None:
