@@ -66,12 +66,15 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
     )
 
 
-def choose_chunk(lengths: Sequence[int], kv_heads: int, *, tile: int, tile_bytes: int, num_sms: int) -> int:
+def choose_chunk(
+    lengths: Sequence[int], kv_heads: int, *, tile: int, tile_bytes: int, num_sms: int, most_programs: int = MOST_PROGRAMS
+) -> int:
     """Tiles of a context that one program goes over; as many as the longest has where no context is worth cutting.
 
     Args:
         lengths: positions that each Q-block looks at; each has a program a KV head and chunk.
         tile: positions of a tile. tile_bytes: their keys and values of one head. num_sms: multiprocessors of the device.
+        most_programs: a multiprocessor, once contexts are cut.
 
     The time of a choice is estimated in bytes: programs go to multiprocessors as these become free, so all take the mean
     time, rounded up to whole programs, and the longest program may begin last.
@@ -84,7 +87,7 @@ def choose_chunk(lengths: Sequence[int], kv_heads: int, *, tile: int, tile_bytes
     for parts in PARTS:
         chunk = -(-longest // parts)
         programs = sum(-(-count // chunk) for count in tiles) * kv_heads
-        if parts > 1 and programs > max(MOST_PROGRAMS * num_sms, 2 * uncut):
+        if parts > 1 and programs > max(most_programs * num_sms, 2 * uncut):
             break
         mean = whole / programs
         time = -(-programs // num_sms) * (mean * tile_bytes + PROGRAM_BYTES + (PART_BYTES if parts > 1 else 0))

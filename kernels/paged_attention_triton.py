@@ -65,7 +65,7 @@ def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Bloc
     with torch.cuda.device_of(query):
         _attention_kernel[(launch.num_items * kv_heads,)](
             *(out, results, logs, query, codes[0], scales[0], codes[1], scales[1], launch.tables, launch.schedule),
-            *(launch.num_sequences, launch.tables.shape[1], launch.chunk, scale),
+            *(launch.num_sequences, launch.tables.shape[1], launch.chunk_at, scale),
             **sizes,
             PAGE=key_cache.shape[1],
             ROWS=tiling.rows,
@@ -79,7 +79,7 @@ def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Bloc
         )
         if launch.num_merges:
             _merge_kernel[(launch.num_merges * kv_heads * rows,)](
-                *(out, results, logs, launch.schedule, launch.num_sequences, launch.num_items, launch.chunk),
+                *(out, results, logs, launch.schedule, launch.num_sequences, launch.num_items, launch.chunk_at),
                 **sizes,
                 TILE=tiling.positions,
                 PARTS=MERGED_AT_ONCE,
@@ -87,10 +87,10 @@ def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Bloc
 
 
 @triton.jit
-def _find(schedule, item, num_sequences, TOKENS: tl.constexpr):
-    """An item's sequence, first query token, query_len, tokens of its context before the queries; within the sequence its
-    first token, the end of what its Q-block looks at, its part, and how many Q-blocks there are."""
-    entry = schedule + tl.load(schedule + num_sequences * COLUMNS + item) * COLUMNS
+def _find(schedule, item, place, TOKENS: tl.constexpr):
+    """Of an item of the sequence at `place`: sequence, first query token, query_len, tokens of its context before the queries;
+    within the sequence its first token, the end of what its Q-block looks at, its part, and how many Q-blocks there are."""
+    entry = schedule + place * COLUMNS
     nth = item - tl.load(entry)
     query_len, context_len = tl.load(entry + 3), tl.load(entry + 4)
     num_blocks = (query_len + TOKENS - 1) // TOKENS
@@ -172,21 +172,25 @@ def _load_scales(scales, places, is_there, IS_TAIL: tl.constexpr):
         return number_of_bits(tl.load(scales + places))
 
 
-@triton.jit(do_not_specialize=["num_sequences", "table_width", "chunk"])
+@triton.jit(do_not_specialize=["num_sequences", "table_width", "chunk_at"])
 def _attention_kernel(
     out, results, logs, query, keys, key_scales, values, value_scales, tables, schedule,
-    num_sequences, table_width, chunk, scale,
+    num_sequences, table_width, chunk_at, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOKENS: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     IS_CODED: tl.constexpr, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """One program an item and KV head. LIFT: the weights' exponents are higher by it, so that in float16 their products with
-    scales do not vanish; it leaves the result as it is."""
+    """One program an item and KV head; items below 0 are idle. LIFT: the weights' exponents are higher by it, so that in float16
+    their products with scales do not vanish; it leaves the result as it is."""
     EACH: tl.constexpr = 2 if IS_CODED else 1  # numbers of an element of the cache
     WIDTH: tl.constexpr = DIM // EACH
     WIDTH_PADDED: tl.constexpr = DIM_PADDED // EACH
     item, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    sequence, start, query_len, before, first, stop, part, _ = _find(schedule, item, num_sequences, TOKENS)
+    place = tl.load(schedule + num_sequences * COLUMNS + item)
+    if place < 0:
+        return
+    chunk = tl.load(schedule + chunk_at)
+    sequence, start, query_len, before, first, stop, part, _ = _find(schedule, item, place, TOKENS)
     begin = part * chunk * TILE
     if begin >= stop:
         return
@@ -246,17 +250,21 @@ def _store(out, places, results, part_places, result, is_number, is_whole):
         tl.store(results + part_places, result, mask=is_number)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_items", "chunk"])
+@triton.jit(do_not_specialize=["num_sequences", "num_items", "chunk_at"])
 def _merge_kernel(
-    out, results, logs, schedule, num_sequences, num_items, chunk,
+    out, results, logs, schedule, num_sequences, num_items, chunk_at,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOKENS: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row of a Q-block that is cut and KV head."""
+    """One program a row of a Q-block that is cut and KV head; idle ones as above."""
     row, head = tl.program_id(0) % (TOKENS * GROUP), tl.program_id(0) // (TOKENS * GROUP) % KV_HEADS
     merge = tl.program_id(0) // (TOKENS * GROUP * KV_HEADS)
     item = tl.load(schedule + num_sequences * COLUMNS + num_items + merge)
-    _, start, query_len, _, first, stop, _, num_blocks = _find(schedule, item, num_sequences, TOKENS)
+    if item < 0:
+        return
+    chunk = tl.load(schedule + chunk_at)
+    entry = tl.load(schedule + num_sequences * COLUMNS + item)
+    _, start, query_len, _, first, stop, _, num_blocks = _find(schedule, item, entry, TOKENS)
     token = first + row // GROUP
     if stop <= chunk * TILE or token >= query_len:
         return

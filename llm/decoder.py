@@ -95,6 +95,11 @@ class Decoder(nn.Module):
         self.rotary = rotary_table(self.config.rope, max_model_len).to(device)
 
     @property
+    def num_query_heads(self) -> int:
+        """Of this rank."""
+        return self.split.query_heads(self.config.num_attention_heads, 1).size
+
+    @property
     def num_kv_heads(self) -> int:
         """Of this rank."""
         kv = self.split.kv_heads(self.config.num_key_value_heads, self.config.head_dim)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from vlserve.kernels.kv_codes import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks
+from vlserve.kernels.upload import upload
 from vlserve.llm.config import DecoderConfig
 
 
@@ -38,6 +39,7 @@ class KVCache:
         device: torch.device,
         kv_dtype: str = "auto",
     ) -> None:
+        self.block_size = block_size
         shape = (num_blocks, block_size, num_kv_heads, config.head_dim)
 
         def make() -> Blocks:
@@ -59,6 +61,6 @@ class KVCache:
         """Zero blocks that will be filled in part: attention masks their other slots, but 0 * NaN is NaN."""
         if not blocks:
             return
-        index = torch.tensor(blocks, device=self._tensors[0].device)
+        index = upload(blocks, torch.int64, self._tensors[0].device)
         for tensor in self._tensors:
             tensor.index_fill_(0, index, 0)

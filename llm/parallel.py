@@ -24,7 +24,12 @@ class Group:
     """A rank's view of the ranks that share a model; this class is the group of one."""
 
     rank, size = 0, 1
-    seconds = 0.0  # spent in collectives
+    seconds = 0.0  # spent in collectives, but for those in a CUDA graph
+
+    @property
+    def can_record(self) -> bool:
+        """Whether collectives may be part of a CUDA graph."""
+        return True
 
     def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """The sum of every rank's x, in place. `kind` names the use, for counts and messages."""

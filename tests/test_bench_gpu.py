@@ -20,7 +20,7 @@ from benchmarks.gpu.case import Built, Case, Rival
 from benchmarks.gpu.kernels import Rates, Report, run_cases
 from benchmarks.gpu.products import product
 from benchmarks.gpu.sizes import MODELS, Work
-from tests.kernels.test_compiled import PER_WEIGHT as ALLOWED
+from tests.kernels.cases import PER_WEIGHT as ALLOWED
 
 ROOT = Path(__file__).parent.parent
 # what only the front, the engine's messages or comparisons need

@@ -105,7 +105,7 @@ def test_degrees_of_the_published_models(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTS_GIB)
 def test_weights_come_to_the_published_size(name: str) -> None:
     rank = make_plan(PUBLISHED[name][0], tp=1).ranks[0]
-    assert (rank.total_bytes - rank.activation_bytes) / GIB == pytest.approx(WEIGHTS_GIB[name], rel=0.02)
+    assert (rank.total_bytes - rank.activation_bytes - rank.graph_bytes) / GIB == pytest.approx(WEIGHTS_GIB[name], rel=0.02)
 
 
 def test_a_refusal_names_all_that_fails_and_the_way_out() -> None:
@@ -160,7 +160,10 @@ def test_what_is_replicated_and_what_shrinks() -> None:
     assert max(r.total_bytes for r in four) < 1.01 * min(r.total_bytes for r in four)
     for rank in four:
         parts = rank.vision_bytes + rank.decoder_bytes + rank.embedding_bytes + rank.activation_bytes
-        assert rank.total_bytes == parts
+        assert rank.total_bytes == parts + rank.graph_bytes
+        assert 0.1 * GIB < rank.graph_bytes < GIB
+    (eager,) = make_plan(BIG, tp=1, enforce_eager=True).ranks
+    assert (eager.graph_bytes, eager.total_bytes) == (0, one[0].total_bytes - one[0].graph_bytes)
 
 
 def test_device_memory_gives_tokens_and_requests() -> None:
@@ -293,6 +296,7 @@ def command(tmp_path: Path, config: Any, *arguments: str) -> subprocess.Complete
 
 KEYS = {"ok", "supported", "reason", "tp", "legal_tp", "legal_tp_replicated", "problems", "kv_tokens", "max_concurrent", "ranks"}
 RANK_KEYS = {"rank", "vision_bytes", "decoder_bytes", "embedding_bytes", "kv_bytes_per_token", "activation_bytes", "total_bytes"}
+RANK_KEYS |= {"graph_bytes"}
 
 
 def test_the_command_prints_one_document(tmp_path: Path) -> None:

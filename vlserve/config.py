@@ -70,6 +70,11 @@ class EngineConfig:
         choices=KV_DTYPES,
     )
     gpu_memory_utilization: float = _option(0.9, "share of a CUDA device's memory to use (no meaning on the CPU)")
+    enforce_eager: bool = _option(
+        False,
+        "launch kernels one by one on CUDA, without CUDA graphs of decode steps and of pictures with few tiles; saves the "
+        "memory that is set aside for graphs",
+    )
     vision_cache_gib: float = _option(0.25, "memory for image features kept across requests, in GiB")
     prefix_caching: bool = _option(True, "reuse the KV cache of a beginning that was seen before")
     on_rank_failure: str = _option(

@@ -56,7 +56,6 @@ FLAGS: Mapping[str, Foreign] = {
     "--swap-space": Foreign((VLLM,), "", "a request that loses its blocks is computed again"),
     "--cpu-offload-gb": Foreign((VLLM,), "", "weights stay on the device"),
     "--trust-remote-code": Foreign((VLLM, SGLANG), "", NEVER_CODE),
-    "--enforce-eager": Foreign((VLLM,), "", "there are no CUDA graphs to switch off"),
     "--quantization": Foreign((VLLM, SGLANG), "", FOUND_QUANTISED),
     "--chat-template": Foreign((VLLM, SGLANG, LMDEPLOY), "", "it is the checkpoint's chat_template.jinja"),
     "--tokenizer": Foreign((VLLM,), "", "it is the checkpoint's tokenizer.json"),

@@ -16,6 +16,7 @@ from vlserve.config import EngineConfig
 from vlserve.degrees import Problem, check_degree, check_tp, indivisible, legal_degrees, refusal_text
 from vlserve.errors import ConfigError, ModelError
 from vlserve.footprint import Cut, Shard, Step
+from vlserve.graph_sizes import graph_bytes
 from vlserve.shape import DecoderShape, Request, read_model_shape, request_tokens
 
 __all__ = ["Cut", "Plan", "Problem", "RankPlan", "Request", "check_tp", "make_plan"]
@@ -36,6 +37,7 @@ class RankPlan:
     embedding_bytes: int
     kv_bytes_per_token: int
     activation_bytes: int
+    graph_bytes: int  # set aside for CUDA graphs
     total_bytes: int
 
 
@@ -96,6 +98,7 @@ def make_plan(
     max_num_seqs: int = DEFAULTS.max_num_seqs,
     max_num_batched_tokens: int = DEFAULTS.max_num_batched_tokens,
     block_size: int = DEFAULTS.block_size,
+    enforce_eager: bool = DEFAULTS.enforce_eager,
     request: Request = ONE_PICTURE,
 ) -> Plan:
     """Plan for `tp` ranks, or for every degree that works.
@@ -117,6 +120,7 @@ def make_plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
+        enforce_eager=enforce_eager,
         gpu_memory_utilization=gpu_memory_utilization,
     )
     if tp is not None:
@@ -215,6 +219,7 @@ class _Planner:
         layers = footprint.decoder_bytes(decoder, part, itemsize)
         embeddings = footprint.embedding_bytes(decoder, part, itemsize, self.options.lm_head_bits)
         activations = footprint.activation_bytes(self.shape, part, self.step, is_first=rank == 0)
+        graphs = 0 if self.options.enforce_eager else graph_bytes(self.shape, part, self.step)
         return RankPlan(
             rank=rank,
             vision_bytes=self.vision_bytes,
@@ -222,7 +227,8 @@ class _Planner:
             embedding_bytes=embeddings,
             kv_bytes_per_token=footprint.kv_bytes_per_token(decoder, part, self.step),
             activation_bytes=activations,
-            total_bytes=self.vision_bytes + layers + embeddings + activations,
+            graph_bytes=graphs,
+            total_bytes=self.vision_bytes + layers + embeddings + activations + graphs,
         )
 
     def _budget(self) -> float:

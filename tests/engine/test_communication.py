@@ -57,9 +57,9 @@ def watch(ours: Engine, monkeypatch: pytest.MonkeyPatch) -> list[StepInput]:
     steps: list[StepInput] = []
     compute = ours.runner._compute
 
-    def noting(step: StepInput, batch: Any) -> Any:
+    def noting(step: StepInput) -> Any:
         steps.append(step)
-        return compute(step, batch)
+        return compute(step)
 
     monkeypatch.setattr(ours.runner, "_compute", noting)
     return steps

@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--" + name.replace("_", "-"), type=kind, default=field.default, choices=choices, metavar=metavar, help=text
         )
+    eager = known["enforce_eager"]
+    parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help=eager.metadata["help"])
     group = parser.add_argument_group("the requests that are counted")
     for flag, name, text in (
         ("--request-tokens", "text_tokens", "tokens of text in a prompt"),
@@ -91,6 +93,7 @@ def _make(options: argparse.Namespace) -> Plan:
         source=str(path),
         device_memory=options.device_memory,
         replicate_kv_heads=replicate_kv_heads,
+        enforce_eager=options.enforce_eager,
         request=Request(**{field.name: getattr(options, field.name) for field in fields(Request)}),
         **{name: getattr(options, name) for name in ENGINE_FLAGS},
     )
@@ -212,7 +215,7 @@ def _degrees_line(plan: Plan) -> str:
 def _memory(plan: Plan, plans: Sequence[Plan]) -> str:
     """Bytes per rank: one row a degree, or one a group of equal ranks."""
     one = plan.tp is not None
-    head = ["rank" if one else "tp", "vision", "decoder", "embeddings", "activations", "in all", "KV per token"]
+    head = ["rank" if one else "tp", "vision", "decoder", "embeddings", "activations", "CUDA graphs", "in all", "KV per token"]
     head += [] if plan.device_memory is None else ["KV tokens", "requests"] if one else ["KV tokens", "requests", "fits"]
     rows = [[name, *_bytes(rank)] for name, rank in _groups(plan)] if one else [[str(p.tp), *_bytes(p.ranks[0])] for p in plans]
     if plan.device_memory is not None:
@@ -237,8 +240,8 @@ def _groups(plan: Plan) -> list[tuple[str, RankPlan]]:
 
 
 def _bytes(rank: RankPlan) -> list[str]:
-    sizes = (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes, rank.activation_bytes, rank.total_bytes)
-    return [*map(_binary, sizes), f"{rank.kv_bytes_per_token / 1024:,.1f} KiB"]
+    sizes = (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes, rank.activation_bytes, rank.graph_bytes)
+    return [*map(_binary, (*sizes, rank.total_bytes)), f"{rank.kv_bytes_per_token / 1024:,.1f} KiB"]
 
 
 def _binary(size: int) -> str:

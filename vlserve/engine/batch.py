@@ -1,7 +1,8 @@
 """What a step computes, as every rank must know it, and the tensors made from it.
 
 Rank 0 describes a step from its sequences (`describe`) and tells the others what they do not know yet (`Announcer`, `Listener`);
-each then makes the same tensors (`make_batch`). Shapes: T tokens of all chunks, B chunks, M blocks at most, R rows that sample.
+each then lays out the same numbers (`lay_out`) and makes the same tensors (`make_batch`, or `graphs`). Shapes: T tokens of
+all chunks, B chunks, M blocks at most, R rows that sample.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from vlserve.engine.scheduler import Chunk
 from vlserve.engine.sequence import Sequence
 from vlserve.kernels.paged_attention import AttentionMetadata, plan_attention
+from vlserve.kernels.upload import upload
 
 
 class ImagePiece(msgspec.Struct, frozen=True, array_like=True):
@@ -50,13 +52,31 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
     encode: list[ImageTask]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """One step's numbers, on the host; a row is a token of it."""
+
+    ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    sample_rows: list[int]  # [R], the last rows of the chunks that sample
+    partial_blocks: list[int]  # fresh blocks that this step fills only in part
+    tables: list[list[int]]  # the blocks of each chunk
+    query_lens: tuple[int, ...]  # [B]
+    context_lens: tuple[int, ...]  # [B]
+
+    @property
+    def are_decodes(self) -> bool:
+        """Every chunk is one token."""
+        return len(self.ids) == len(self.query_lens)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     metadata: AttentionMetadata
-    sample_rows: torch.Tensor  # [R] int64, the last rows of the chunks that sample
-    partial_blocks: list[int]  # fresh blocks that this step fills only in part
+    sample_rows: torch.Tensor  # [R] int64
 
 
 def describe(chunks: list[Chunk], is_missing: Iterable[bytes]) -> StepInput:
@@ -77,8 +97,7 @@ def describe(chunks: list[Chunk], is_missing: Iterable[bytes]) -> StepInput:
     return StepInput(ids, places, pieces, list(encode.values()))
 
 
-def make_batch(step: StepInput, block_size: int, device: torch.device, last_tokens: torch.Tensor | None = None) -> Batch:
-    """One step's tensors on `device`; `last_tokens` [R] int64 are what was sampled last, for ids below 0."""
+def lay_out(step: StepInput, block_size: int) -> Rows:
     positions: list[int] = []
     slots: list[int] = []
     sample_rows: list[int] = []
@@ -92,24 +111,42 @@ def make_batch(step: StepInput, block_size: int, device: torch.device, last_toke
             partial_blocks.append(chunk.blocks[-1])
         if chunk.samples:
             sample_rows.append(len(positions) - 1)
-    width = max(len(chunk.blocks) for chunk in step.chunks)
-    tables = [chunk.blocks + chunk.blocks[-1:] * (width - len(chunk.blocks)) for chunk in step.chunks]
-    ids = torch.tensor(step.ids, device=device)
-    if last_tokens is not None:
-        ids = torch.where(ids < 0, last_tokens[(-1 - ids).clamp_min(0)], ids)
+    return Rows(
+        ids=step.ids,
+        positions=positions,
+        slots=slots,
+        sample_rows=sample_rows,
+        partial_blocks=partial_blocks,
+        tables=[chunk.blocks for chunk in step.chunks],
+        query_lens=tuple(chunk.stop - chunk.start for chunk in step.chunks),
+        context_lens=tuple(chunk.stop for chunk in step.chunks),
+    )
+
+
+def make_batch(rows: Rows, block_size: int, device: torch.device, last_tokens: torch.Tensor | None = None) -> Batch:
+    """One step's tensors on `device`, in one copy; `last_tokens` [R] int64 are what was sampled last, for ids below 0."""
+    width = max(map(len, rows.tables))
+    tables = [block for table in rows.tables for block in table + table[-1:] * (width - len(table))]
+    parts = rows.ids, rows.positions, rows.slots, rows.sample_rows, tables
+    numbers = upload([number for part in parts for number in part], torch.int64, device)
+    ids, positions, slots, sample_rows, block_tables = numbers.split([len(part) for part in parts])
     return Batch(
-        ids=ids,
-        positions=torch.tensor(positions, device=device),
+        ids=ids if last_tokens is None else known_ids(ids, last_tokens),
+        positions=positions,
         metadata=plan_attention(
-            query_lens=tuple(chunk.stop - chunk.start for chunk in step.chunks),
-            context_lens=tuple(chunk.stop for chunk in step.chunks),
-            block_tables=torch.tensor(tables, device=device),
-            slots=torch.tensor(slots, device=device),
+            query_lens=rows.query_lens,
+            context_lens=rows.context_lens,
+            block_tables=block_tables.unflatten(0, (-1, width)),
+            slots=slots,
             block_size=block_size,
         ),
-        sample_rows=torch.tensor(sample_rows, device=device, dtype=torch.int64),
-        partial_blocks=partial_blocks,
+        sample_rows=sample_rows,
     )
+
+
+def known_ids(ids: torch.Tensor, last_tokens: torch.Tensor) -> torch.Tensor:
+    """ids [T] with those below 0 taken from the tokens sampled last."""
+    return torch.where(ids < 0, last_tokens[(-1 - ids).clamp_min(0)], ids)
 
 
 class Announcement(msgspec.Struct, frozen=True, array_like=True):

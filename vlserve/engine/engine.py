@@ -12,7 +12,9 @@ import torch
 from vlserve.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.config import EngineConfig
 from vlserve.engine.grammar import GrammarCompiler
+from vlserve.engine.graphs import Recorder
 from vlserve.engine.loading import Progress, load_model, resolve_device, resolve_max_model_len
+from vlserve.engine.memory import graph_budget
 from vlserve.engine.messages import Add, Stats, TokenEvent
 from vlserve.engine.pixels import PixelStore
 from vlserve.engine.runner import Runner
@@ -28,11 +30,13 @@ COMPILING_PAUSE_S = 0.005  # when grammars are compiled and there is nothing els
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Where a rank sits: the ranks it shares the model with, its place on its machine, where it finds pictures' tiles."""
+    """Where a rank sits: the ranks it shares the model with, its place on its machine, where it finds pictures' tiles, and what
+    makes graphs for it where that is not CUDA."""
 
     group: Group = ALONE
     local_rank: int = 0
     pixels: PixelStore | None = None
+    recorder: Recorder | None = None
 
 
 def build_runner(
@@ -44,13 +48,16 @@ def build_runner(
     split = Split(group=seat.group, replicate_kv_heads=config.replicate_kv_heads)
     model = load_model(checkpoint, config, split, resolve_device(config, seat.local_rank), progress)
     progress("kv cache", 0, 0)
+    max_model_len = resolve_max_model_len(checkpoint, config, model)
     runner = Runner(
         model,
         config=config,
-        max_model_len=resolve_max_model_len(checkpoint, config, model),
+        max_model_len=max_model_len,
         end_token_ids=checkpoint.end_token_ids,
         in_use=in_use,
         pixels=seat.pixels,
+        graph_bytes=graph_budget(checkpoint, config, model, max_model_len),
+        recorder=seat.recorder,
     )
     progress("warm-up", 0, 0)
     runner.warm_up()

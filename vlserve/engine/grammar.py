@@ -19,6 +19,7 @@ import torch
 
 from vlserve.config import StructuredOutput
 from vlserve.errors import VLServeError
+from vlserve.kernels.upload import pinned
 from vlserve.structured import COMPILE_LIMIT_S, is_json, to_grammar
 
 if TYPE_CHECKING:
@@ -186,8 +187,7 @@ def allowed_tokens(grammars: dict[int, Grammar], vocab_size: int, device: torch.
     """Per row: the tokens [V] bool that its grammar allows, or why there are none."""
     if not grammars:
         return {}
-    is_cuda = device.type == "cuda"  # from pinned memory a copy waits for nothing
-    bitmask = torch.empty(len(grammars), -(-vocab_size // 32), dtype=torch.int32, pin_memory=is_cuda).fill_(-1)
+    bitmask = pinned((len(grammars), -(-vocab_size // 32)), torch.int32, device).fill_(-1)
     errors: dict[int, str] = {}
     for place, (row, grammar) in enumerate(grammars.items()):
         try:
@@ -196,7 +196,7 @@ def allowed_tokens(grammars: dict[int, Grammar], vocab_size: int, device: torch.
             log.warning("a grammar failed: %s", error)
             errors[row] = f"the answer cannot go on: {str(error).splitlines()[0]}"
     shifts = torch.arange(32, dtype=torch.int32, device=device)
-    bits = (bitmask.to(device, non_blocking=is_cuda)[:, :, None] >> shifts & 1).flatten(1)[:, :vocab_size].bool()  # [R, V]
+    bits = (bitmask.to(device, non_blocking=True)[:, :, None] >> shifts & 1).flatten(1)[:, :vocab_size].bool()  # [R, V]
     return {row: errors.get(row, bits[place]) for place, row in enumerate(grammars)}
 
 

@@ -45,6 +45,7 @@ class DistributedGroup(Group):
         self.rank, self.size = rank, size
         self.traffic: dict[str, Traffic] = {}
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._is_recording = False
         self._marker, self._store, self._timeout = marker, store, timedelta(seconds=timeout_s)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
@@ -58,6 +59,26 @@ class DistributedGroup(Group):
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = self._timeout
         self._device = dist.ProcessGroupNCCL(dist.PrefixStore("device", self._store), self.rank, self.size, options)
+
+    @property
+    def can_record(self) -> bool:
+        """Whether collectives on the device may be part of a CUDA graph: NCCL's may, Gloo's never."""
+        return self._device is not self._host
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[dict[str, Traffic]]:
+        """Collectives on the device become part of a graph: they are not timed, and what they will move is given, not counted."""
+        kept, self.traffic = self.traffic, {}
+        self._is_recording = True
+        try:
+            yield self.traffic
+        finally:
+            self.traffic, self._is_recording = kept, False
+
+    def count(self, traffic: dict[str, Traffic]) -> None:
+        """A graph with these collectives was replayed."""
+        for kind, more in traffic.items():
+            self._count(kind, more)
 
     def check(self, device: torch.device) -> None:
         """One all-reduce on the host and one on the device, with the result compared; raises EngineError."""
@@ -136,7 +157,7 @@ class DistributedGroup(Group):
     def _noted(self, kind: str, x: torch.Tensor | None) -> Iterator[dist.ProcessGroup]:
         """Counts and times a collective, and says on the board that this rank waits in it."""
         is_cuda = x is not None and x.is_cuda
-        begun, events = time.perf_counter(), _events() if is_cuda else None
+        begun, events = time.perf_counter(), _events() if is_cuda and not self._is_recording else None
         self._marker.enter(kind)
         try:
             yield self._device if is_cuda else getattr(self, "_host", None)  # none yet while it connects
@@ -152,12 +173,15 @@ class DistributedGroup(Group):
             while self._events and self._events[0][1].query():  # on CUDA, those that have ended by now
                 begin, end = self._events.popleft()
                 self.seconds += begin.elapsed_time(end) / 1000
-        else:
+        elif not self._is_recording:
             self.seconds += time.perf_counter() - begun
         if x is not None:
-            traffic = self.traffic.setdefault(kind, Traffic())
-            traffic.count += 1
-            traffic.num_bytes += x.nbytes
+            self._count(kind, Traffic(1, x.nbytes))
+
+    def _count(self, kind: str, more: Traffic) -> None:
+        traffic = self.traffic.setdefault(kind, Traffic())
+        traffic.count += more.count
+        traffic.num_bytes += more.num_bytes
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -9,12 +9,16 @@ import sys
 
 import torch
 
+from vlserve.checkpoint import Checkpoint
 from vlserve.config import EngineConfig
 from vlserve.engine.model import Model
 from vlserve.errors import ConfigError
+from vlserve.footprint import Step, shard
+from vlserve.graph_sizes import graph_bytes
 from vlserve.host_memory import available_memory
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.kv_cache import block_bytes
+from vlserve.shape import read_model_shape
 
 GIB = 2**30
 
@@ -61,6 +65,23 @@ def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_byte
             f"set kv_cache_gib to {need:.2f} or more, or max_model_len to {num_blocks * config.block_size} or less"
         )
     return num_blocks
+
+
+def graph_budget(checkpoint: Checkpoint, config: EngineConfig, model: Model, max_model_len: int) -> int:
+    """Bytes that this rank sets aside for CUDA graphs; 0 where there are to be none."""
+    dtype = model.decoder.norm.dtype
+    if config.enforce_eager:
+        return 0
+    step = Step(
+        itemsize=dtype.itemsize,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        kv_dtype=config.kv_cache_dtype,
+    )
+    shape = read_model_shape(checkpoint.config)
+    return graph_bytes(shape, shard(shape.decoder, config.tp), step)
 
 
 def _free_bytes(config: EngineConfig, device: torch.device) -> float:

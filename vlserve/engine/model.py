@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlserve.kernels.upload import upload
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats import Slot
@@ -40,6 +41,7 @@ class Model(nn.Module, ABC):
     def __init__(self, image_config: ImageConfig) -> None:
         super().__init__()
         self.image_config = image_config
+        self._mean_std: tuple[torch.Tensor, torch.Tensor] | None = None  # on the model's device, from the first tiles on
 
     @abstractmethod
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,11 +68,12 @@ class Model(nn.Module, ABC):
         return None if passed_over else name
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tiles [N, 3, S, S] uint8 on the CPU -> features [N, K, C] on the model's device."""
-        weight = self.decoder.norm
-        mean, std = (torch.tensor(v, device=weight.device) for v in (self.image_config.mean, self.image_config.std))
-        parts = pixels.split(TILES_AT_ONCE)
-        return torch.cat([self.features(normalise(tiles.to(weight.device), mean, std).to(weight.dtype)) for tiles in parts])
+        """Tiles [N, 3, S, S] uint8, from anywhere -> features [N, K, C] on the model's device."""
+        weight, config = self.decoder.norm, self.image_config
+        if self._mean_std is None:
+            self._mean_std = upload(config.mean, torch.float32, weight.device), upload(config.std, torch.float32, weight.device)
+        parts = (part.to(weight.device, non_blocking=True) for part in pixels.split(TILES_AT_ONCE))
+        return torch.cat([self.features(normalise(tiles, *self._mean_std).to(weight.dtype)) for tiles in parts])
 
     def load(self, folder: Path, progress: Callable[[int, int], None]) -> int:
         """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""

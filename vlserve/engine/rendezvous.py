@@ -121,7 +121,9 @@ def _identity(config: EngineConfig) -> dict[str, str]:
         "block_size",
         "kv_cache_dtype",
         "replicate_kv_heads",
+        "max_num_seqs",
         "max_num_batched_tokens",
+        "enforce_eager",
         "vision_cache_gib",
     )
     options = {name: str(getattr(config, name)) for name in same}

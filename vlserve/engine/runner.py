@@ -12,21 +12,32 @@ from collections.abc import Callable, Set
 import torch
 
 from vlserve.config import EngineConfig
-from vlserve.engine.batch import Announcer, Batch, ImageTask, Listener, StepInput, describe, make_batch
+from vlserve.engine.batch import Announcer, ImageTask, Listener, StepInput, describe, lay_out, make_batch
 from vlserve.engine.feature_cache import FeatureCache
+from vlserve.engine.graphs import CudaRecorder, DecodeGraphs, Recorder, TileGraphs
 from vlserve.engine.group import DistributedGroup
 from vlserve.engine.memory import GIB, fit_blocks, release_leftovers, weight_bytes
 from vlserve.engine.model import Model
 from vlserve.engine.pixels import PixelStore
 from vlserve.engine.sampling import Sampler
 from vlserve.engine.scheduler import Chunk, Sampled
+from vlserve.engine.sequence import Sequence
+from vlserve.engine.tiles import TileEncoder
+from vlserve.engine.timings import Timings
 from vlserve.kernels.paged_attention import plan_attention
+from vlserve.kernels.upload import upload
+from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.kv_cache import KVCache, block_bytes
 from vlserve.vision.config import TILES_AT_ONCE
 
 
 class Runner:
-    """Built once. `in_use` tells which pictures' features must stay; `pixels` gives the tiles of those to encode."""
+    """Built once. `in_use` tells which pictures' features must stay; `pixels` gives the tiles of those to encode.
+
+    Args:
+        graph_bytes: memory for CUDA graphs; with 0 there are none.
+        recorder: makes them; CUDA's where it is not given and the device is one.
+    """
 
     def __init__(
         self,
@@ -37,28 +48,43 @@ class Runner:
         end_token_ids: frozenset[int],
         in_use: Callable[[], set[bytes]] = set,
         pixels: PixelStore | None = None,
+        graph_bytes: int = 0,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model, self.group = model, model.decoder.split.group
         self.device, self.dtype = model.decoder.norm.device, model.decoder.norm.dtype
         self.max_model_len, self.block_size = max_model_len, config.block_size
         self.kv_dtype = config.kv_cache_dtype
-        self._num_local = config.ranks_per_node  # ranks that share rank 0's machine
         self.pixels = pixels or PixelStore([])
         model.decoder.prepare(max_model_len, self.device)
+        if recorder is None and graph_bytes and self.device.type == "cuda" and self.group.can_record:
+            recorder = CudaRecorder(self.device, graph_bytes)
+        if not runs_triton(model.decoder.norm):  # torch's operators are planned for each step
+            recorder = None
         peak_bytes = self._measure_peak(config.max_num_batched_tokens)
+        if recorder is not None:
+            peak_bytes += graph_bytes + self._cache_bytes(1)  # a block for rows of padding
         release_leftovers(self.device)
         num_blocks = fit_blocks(config, model, max_model_len, peak_bytes)
         self.num_blocks = self.group.minimum(num_blocks, "kv cache") if isinstance(self.group, DistributedGroup) else num_blocks
-        self.cache = self._make_cache(self.num_blocks)
+        self.decodes: DecodeGraphs | None = None
+        tiles: TileGraphs | None = None
+        self.cache = self._make_cache(self.num_blocks + (recorder is not None))
+        if recorder is not None:
+            limits = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
+            self.decodes = DecodeGraphs(model, self.cache, recorder, **limits, spare_block=self.num_blocks)
+            tiles = TileGraphs(model, recorder)
+        self.tiles = TileEncoder(model, self.pixels, num_local=config.ranks_per_node, graphs=tiles)
         self.features = FeatureCache(int(config.vision_cache_gib * GIB), in_use)
         self.sampler = Sampler(end_token_ids)
         self.image_queries = self.image_hits = 0  # pictures
         self.encode_s = self.step_s = self.comm_s = 0.0  # seconds in `_encode`, in `run`, and there in collectives
-        self._encoding_s = 0.0  # of this step
+        self._timings = Timings(self.device)
+        self._waiting: list[Sequence] = []  # for the pictures that this step encodes
         self._told = time.monotonic()  # when the other ranks last heard something
         self._announcer, self._listener = Announcer(), Listener()
         self._last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._fixed_bytes = weight_bytes(model) | {"kv_cache": self._cache_bytes(self.num_blocks)}
+        self._fixed_bytes = weight_bytes(model) | {"kv_cache": self._cache_bytes(self.num_blocks + (recorder is not None))}
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
@@ -70,19 +96,17 @@ class Runner:
         if isinstance(self.group, DistributedGroup):
             self.group.broadcast_message(self._announcer.step(step, chunks))
             self._told = time.monotonic()
-        logits = self._compute(step, make_batch(step, self.block_size, self.device))
+        self._waiting = [c.sequence for c in chunks if any(image.digest in missing for image in c.images)]
+        logits = self._compute(step)
         dropped = self.features.trim()
         if self.group.size > 1:  # alone it would keep them for ever: there is no message that takes them
             self._announcer.dropped(dropped)
-        self._share_encode_time(chunks, missing)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        if logits is None:
-            sampled = []
-        else:
-            sampled = self.sampler.sample(logits, sampling)
+        sampled = [] if logits is None else self.sampler.sample(logits, sampling)
+        if sampled and isinstance(self.group, DistributedGroup):
             self._announcer.sampled(sampling)
-            tokens = torch.tensor([s.token_id for s in sampled], device=self.device)
-            self.group.broadcast(tokens, "tokens")
+            self.group.broadcast(upload([s.token_id for s in sampled], torch.int64, self.device), "tokens")
+        self._timings.settle()  # a picture's time is known when its first token is
         self.step_s += time.monotonic() - begun
         self.comm_s += self.group.seconds - comm_begun
         return sampled
@@ -111,10 +135,12 @@ class Runner:
         told = self._listener.read(self.group.receive_message())
         self.features.drop(told.dropped)
         if told.step is not None:
-            batch = make_batch(told.step, self.block_size, self.device, self._last_tokens)
-            self._compute(told.step, batch)
-            if len(batch.sample_rows):
-                self._last_tokens = self.group.broadcast(torch.empty_like(batch.sample_rows), "tokens")
+            self._compute(told.step, self._last_tokens)
+            number = sum(chunk.samples for chunk in told.step.chunks)
+            if number:
+                tokens = torch.empty(number, dtype=torch.int64, device=self.device)
+                self._last_tokens = self.group.broadcast(tokens, "tokens")
+            self._timings.settle()
         return not told.is_last
 
     @torch.inference_mode()
@@ -133,55 +159,40 @@ class Runner:
         allocated = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["current"]
         return known | {"other": allocated - sum(known.values())}
 
-    def _compute(self, step: StepInput, batch: Batch) -> torch.Tensor | None:
+    def _compute(self, step: StepInput, last_tokens: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits [R, V] of the rows that sample, on rank 0; None on the others and when no row does."""
-        x = self.model.decoder.embed(batch.ids)
+        rows, decoder = lay_out(step, self.block_size), self.model.decoder
+        num_samples = len(rows.sample_rows)
+        is_text = not step.encode and not step.pieces
+        size = self.decodes.size_for(rows) if self.decodes is not None and is_text else None
+        if self.decodes is not None and size is not None:
+            hidden = self.decodes.run(size, rows, last_tokens)
+            if 0 < num_samples < len(hidden):
+                hidden = hidden[upload(rows.sample_rows, torch.int64, self.device)]
+            return decoder.logits(hidden) if num_samples else None
+        batch = make_batch(rows, self.block_size, self.device, last_tokens)
+        x = decoder.embed(batch.ids)
         if step.encode:
             self._encode(step.encode)
         for piece in step.pieces:
             features = self.features.get(piece.digest)
             assert features is not None, "features were encoded above or before, and nothing was dropped since"
             x[piece.row : piece.row + piece.stop - piece.start] = features[piece.start : piece.stop]
-        self.cache.clear(batch.partial_blocks)
-        hidden = self.model.decoder(x, batch.positions, self.cache, batch.metadata)
-        return self.model.decoder.logits(hidden[batch.sample_rows]) if len(batch.sample_rows) else None
+        if not runs_triton(x):  # whose attention reads nothing past a sequence's end
+            self.cache.clear(rows.partial_blocks)
+        hidden = decoder(x, batch.positions, self.cache, batch.metadata)
+        return decoder.logits(hidden[batch.sample_rows]) if num_samples else None
 
     def _encode(self, images: list[ImageTask]) -> None:
-        """Rank r encodes tiles r, r+N, r+2N, ... of all pictures together; one all-gather brings the features to every rank."""
-        begun = time.monotonic()
-        num_tiles, size = sum(image.num_tiles for image in images), self.group.size
-        share = -(-num_tiles // size)
-        tiles = self._tiles(images)
-        config = self.model.image_config
-        width = self.model.decoder.config.hidden_size
-        mine = torch.zeros(share, config.tokens_per_tile, width, dtype=self.dtype, device=self.device)
-        if len(tiles):
-            mine[: len(tiles)] = self.model.encode(tiles)
-        gathered = self.group.all_gather(mine, "features")  # [rank, share, K, C]; tile t is the (t // N)th of rank t % N
-        features = gathered.transpose(0, 1).flatten(0, 1)[:num_tiles]
-        for image, part in zip(images, features.split([image.num_tiles for image in images]), strict=True):
-            self.features.put(image.digest, part.flatten(0, 1).clone())
-        if self.device.type == "cuda":  # its kernels run behind: without this only their launch is timed
-            torch.cuda.synchronize(self.device)
-        self._encoding_s = time.monotonic() - begun
-        self.encode_s += self._encoding_s
+        begun, waiting = self._timings.begin(), self._waiting
 
-    def _tiles(self, images: list[ImageTask]) -> torch.Tensor:
-        """This rank's share of the pictures' tiles, [n, 3, S, S] uint8. On rank 0's machine everyone reads them where they lie;
-        a rank elsewhere gets just its own from rank 0."""
-        group, config = self.group, self.model.image_config
-        if group.rank >= self._num_local:
-            assert isinstance(group, DistributedGroup)
-            number = len(range(group.rank, sum(image.num_tiles for image in images), group.size))
-            tiles = torch.empty(number, 3, config.tile_size, config.tile_size, dtype=torch.uint8)
-            return group.receive(tiles, "pixels") if number else tiles
-        pictures = [self.pixels.open(image.digest, image.num_tiles, config.tile_size) for image in images]
-        flat = [picture[i] for picture in pictures for i in range(len(picture))]
-        for rank in range(self._num_local, min(group.size, len(flat)) if group.rank == 0 else 0):
-            assert isinstance(group, DistributedGroup)
-            group.send(torch.stack(flat[rank :: group.size]), rank, "pixels")
-        mine = flat[group.rank :: group.size]
-        return torch.stack(mine) if mine else torch.empty(0, 3, config.tile_size, config.tile_size, dtype=torch.uint8)
+        def tell(seconds: float) -> None:
+            self.encode_s += seconds
+            for sequence in waiting:
+                sequence.encode_s += seconds
+
+        self.tiles.encode(images, self.features)
+        self._timings.end(begun, tell)
 
     def _find_missing(self, chunks: list[Chunk]) -> Set[bytes]:
         missing = {i.digest for chunk in chunks for i in chunk.images if self.features.get(i.digest) is None}
@@ -195,11 +206,6 @@ class Runner:
         self.image_hits += found
         self.image_queries += found + len(missing)
         return missing
-
-    def _share_encode_time(self, chunks: list[Chunk], missing: Set[bytes]) -> None:
-        for chunk in chunks if missing else ():
-            if any(image.digest in missing for image in chunk.sequence.images):
-                chunk.sequence.encode_s += self._encoding_s
 
     def _make_cache(self, num_blocks: int) -> KVCache:
         decoder = self.model.decoder

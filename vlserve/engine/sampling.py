@@ -7,7 +7,6 @@ once, for the tokens.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +14,7 @@ from vlserve.engine.grammar import Grammar, allowed_tokens
 from vlserve.engine.messages import TokenLogprob
 from vlserve.engine.scheduler import Sampled
 from vlserve.engine.sequence import Sequence
+from vlserve.kernels.upload import upload
 
 GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature leave float32's range
 DRAWN_AT_ONCE = 2**22  # logits of rows that a GPU draws from together; drawing takes some 40 bytes for each
@@ -35,6 +35,8 @@ class Sampler:
 
         Log-probabilities are the model's own, before penalties, bias and temperature.
         """
+        if not sequences:
+            return []
         grammars = {i: s.grammar for i, s in enumerate(sequences) if isinstance(s.grammar, Grammar)}
         allowed = allowed_tokens(grammars, logits.shape[1], logits.device)
         failed = {i: reason for i, reason in allowed.items() if isinstance(reason, str)}
@@ -49,11 +51,9 @@ class Sampler:
         step = max(1, DRAWN_AT_ONCE // logits.shape[1]) if logits.is_cuda else 1
         for first in range(0, len(drawn), step):
             part = drawn[first : first + step]
-            places = _to_device(torch.tensor(part), logits.device)
+            places = upload(part, torch.int64, logits.device)
             tokens.index_copy_(0, places, self._draw(adjusted.index_select(0, places), [sequences[i] for i in part]))
-        logprobs = _Logprobs.of(logits, sequences, tokens)
-        ids = tokens.tolist()  # here the host waits
-        found = logprobs.read(ids) if logprobs else {}
+        ids, found = _read(tokens, _logprobs(logits, sequences, tokens))  # here the host waits
         return [Sampled(token_id=token, logprob=found.get(i), error=failed.get(i)) for i, token in enumerate(ids)]
 
     def _adjust(self, row: torch.Tensor, sequence: Sequence, allowed: torch.Tensor | None) -> torch.Tensor:
@@ -66,10 +66,10 @@ class Sampler:
             row = row.clone()
             _penalise(row, sequence)
         if p.logit_bias:
-            ids = _to_device(torch.tensor(list(p.logit_bias)), row.device)
-            row = row.index_add(0, ids, _to_device(torch.tensor(list(p.logit_bias.values()), dtype=row.dtype), row.device))
+            ids = upload(list(p.logit_bias), torch.int64, row.device)
+            row = row.index_add(0, ids, upload(list(p.logit_bias.values()), row.dtype, row.device))
         if sequence.num_output_tokens < p.min_tokens:
-            banned = _to_device(torch.tensor([*self._end_token_ids, *p.stop_token_ids], dtype=torch.int64), row.device)
+            banned = upload([*self._end_token_ids, *p.stop_token_ids], torch.int64, row.device)
             goes_on = row.index_fill(0, banned, float("-inf"))
             # a grammar that allows nothing else is complete
             row = goes_on if allowed is None else torch.where(allowed.index_fill(0, banned, False).any(), goes_on, row)
@@ -81,8 +81,8 @@ class Sampler:
         settings = [
             (p.temperature, p.top_k if p.top_k > 0 else vocab_size, p.top_p if p.top_p < 1 else 2.0, p.min_p) for p in asked
         ]  # what is off keeps all
-        there = _to_device(torch.tensor(settings, dtype=torch.float32), rows.device)
-        temperature, top_k, top_p, min_p = there.unsqueeze(-1).unbind(1)  # [R, 1] each
+        numbers = upload([number for row in settings for number in row], torch.float32, rows.device)
+        temperature, top_k, top_p, min_p = numbers.view(-1, 4, 1).unbind(1)  # [R, 1] each
         values, ids = torch.sort(rows / temperature, descending=True, stable=True)
         probabilities = values.softmax(dim=-1)
         keep = torch.arange(vocab_size, device=rows.device) < top_k  # [R, V]
@@ -109,53 +109,45 @@ class Sampler:
         return torch.empty(size, dtype=torch.float32, device=device).exponential_(generator=generator)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Logprobs:
-    """What was asked of rows: of each the values [1 + k], the chosen token's first, and the ids [k] of the k likeliest ones."""
+def _logprobs(
+    logits: torch.Tensor, sequences: list[Sequence], tokens: torch.Tensor
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each row that asked: values [1 + k], the chosen token's first, and ids [k] of the k likeliest tokens."""
+    asked = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
+    if not asked:
+        return {}
+    found = {}
+    some = logits.index_select(0, upload(asked, torch.int64, logits.device)).log_softmax(dim=-1)
+    for row, i in zip(some.unbind(0), asked, strict=True):
+        best = row.topk(min(sequences[i].sampling.logprobs or 0, len(row)))
+        found[i] = torch.cat((row.gather(0, tokens[i : i + 1]), best.values)), best.indices
+    return found
 
-    rows: list[int]
-    values: list[torch.Tensor]
-    ids: list[torch.Tensor]
 
-    @classmethod
-    def of(cls, logits: torch.Tensor, sequences: list[Sequence], tokens: torch.Tensor) -> _Logprobs | None:
-        """On the logits' device; None when nothing was asked."""
-        asked = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
-        if not asked:
-            return None
-        some = logits.index_select(0, _to_device(torch.tensor(asked), logits.device)).log_softmax(dim=-1)
-        values, ids = [], []
-        for row, i in zip(some.unbind(0), asked, strict=True):
-            best = row.topk(min(sequences[i].sampling.logprobs or 0, len(row)))
-            values.append(torch.cat((row.gather(0, tokens[i : i + 1]), best.values)))
-            ids.append(best.indices)
-        return cls(rows=asked, values=values, ids=ids)
-
-    def read(self, tokens: list[int]) -> dict[int, TokenLogprob]:
-        """By row, on the host."""
-        values, ids = (iter(torch.cat(parts).tolist()) for parts in (self.values, self.ids))
-        found = {}
-        for i, some in zip(self.rows, self.ids, strict=True):
-            logprob = next(values)
-            found[i] = TokenLogprob(
-                token_id=tokens[i], logprob=logprob, top=[(next(ids), next(values)) for _ in range(len(some))]
-            )
-        return found
+def _read(
+    tokens: torch.Tensor, logprobs: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[list[int], dict[int, TokenLogprob]]:
+    """tokens [R] and what `_logprobs` found, in one copy from the device; float64 has every id and every float32."""
+    if not logprobs:
+        return tokens.tolist(), {}
+    parts = [tokens, *(part for pair in logprobs.values() for part in pair)]
+    numbers = iter(torch.cat([part.double() for part in parts]).tolist())
+    ids, chosen = [int(next(numbers)) for _ in range(len(tokens))], {}
+    for i, (_, best) in logprobs.items():
+        own = next(numbers)
+        top_values, top_ids = ([next(numbers) for _ in range(len(best))] for _ in range(2))
+        chosen[i] = TokenLogprob(token_id=ids[i], logprob=own, top=list(zip(map(int, top_ids), top_values, strict=True)))
+    return ids, chosen
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
     """In place; repetition over prompt and answer (Keskar et al. 2019), presence and frequency over the answer (OpenAI)."""
     p = sequence.sampling
     if p.repetition_penalty != 1:
-        seen = _to_device(torch.tensor(sorted(set(sequence.token_ids))), row.device)
+        seen = upload(sorted(set(sequence.token_ids)), torch.int64, row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     answer = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
     if answer and (p.presence_penalty or p.frequency_penalty):
-        ids, counts = _to_device(torch.tensor([list(answer), list(answer.values())]), row.device)
+        ids, counts = upload([*answer, *answer.values()], torch.int64, row.device).view(2, -1)
         row[ids] -= p.presence_penalty + p.frequency_penalty * counts.to(row.dtype)
-
-
-def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From pinned memory, since another copy waits until the GPU has done all that it was given before."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
