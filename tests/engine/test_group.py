@@ -59,6 +59,21 @@ def test_the_minimum_and_the_first_check() -> None:
     assert together(4, work) == [7] * 4
 
 
+def test_what_a_graph_moves_is_counted_when_it_is_replayed() -> None:
+    def work(group: DistributedGroup) -> tuple[dict[str, Traffic], dict[str, Traffic]]:
+        assert not group.can_record, "Gloo's collectives are no part of a graph"
+        before = group.seconds
+        with group.recording() as moved:
+            group.all_reduce(torch.ones(3), "o_proj")
+        assert group.seconds == before and "o_proj" not in group.traffic
+        for _ in range(2):
+            group.count(moved)
+        return moved, group.traffic
+
+    for moved, traffic in together(2, work):
+        assert moved == {"o_proj": Traffic(1, 12)} and traffic["o_proj"] == Traffic(2, 24)
+
+
 def test_pixels_go_from_rank_0_to_one_other() -> None:
     def work(group: DistributedGroup) -> torch.Tensor | None:
         if group.rank == 0:

@@ -46,11 +46,12 @@ class CudaRecorder:
     def record(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # as recording begins with it, which would look like memory won
         before = torch.cuda.mem_get_info(self._device)[0]
         # thread_local: other threads, as NCCL's own, may go on asking the driver
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
-        self.num_free_bytes -= before - torch.cuda.mem_get_info(self._device)[0]
+        self.num_free_bytes -= max(0, before - torch.cuda.mem_get_info(self._device)[0])
         return graph.replay
 
 

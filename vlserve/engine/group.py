@@ -92,8 +92,11 @@ class DistributedGroup(Group):
                 )
 
     def all_reduce(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        options = dist.AllreduceOptions()
+        if hasattr(options, "asyncOp"):  # NCCL then takes the stream that computes, not one of its own that waits for it
+            options.asyncOp = False
         with self._noted(kind, x) as group:
-            group.allreduce([x]).wait()
+            group.allreduce([x], options).wait()
         return x
 
     def minimum(self, value: int, kind: str) -> int:
