@@ -114,9 +114,8 @@ def attention(
         "IS_NATIVE": is_native, "LIFT": 6 if codes and dtype == "fp16" else 0,
     }  # fmt: skip
     decodes = longest_query == 1
-    is_wide = (
-        tiling.positions * _power_of_2(dim) * (1 if codes else itemsize) >= 16 * 32 * tiling.num_warps
-    )  # a tile has 16 bytes a thread
+    tile_bytes = tiling.positions * _power_of_2(dim) * (1 if codes else itemsize)
+    is_wide = tile_bytes >= 16 * 32 * tiling.num_warps  # else a thread has fewer than 16 bytes to ask for
     kinds = {None: "", "int8": " int8", "e4m3": " E4M3 native" if is_native else " E4M3 by bits"}
     most = (12.0 if codes else 5.0) if decodes else (33.0 if codes and arch == 80 else 20.0)
     return Case(
