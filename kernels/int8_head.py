@@ -43,7 +43,7 @@ def int8_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> t
     if x.ndim != 2 or codes.ndim != 2 or x.shape[1] != codes.shape[1] or scales.shape != codes.shape[:1]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, codes, scales))
         raise ValueError(f"x, codes and scales are {shapes}; expected [T, K], [N, K] and [N]")
-    if runs_triton(x):
+    if x.dtype != torch.float32 and runs_triton(x):  # whose sums of products would not fit registers, nor tensor cores
         from vlserve.kernels.head_triton import int8_matmul_triton
 
         return int8_matmul_triton(x, codes, scales)

@@ -46,6 +46,7 @@ class Case:
     options: dict[str, int] = field(default_factory=dict)
     numbers: int = 0
     registers: int = 128
+    spills: int = 0
     shared: int = 48 * 1024
     per_number: float | None = None
     wide: bool = True
@@ -92,8 +93,8 @@ def faults(case: Case, code: Code | str) -> list[str]:
     if isinstance(code, str):
         return [f"refused: {code}"]
     found = []
-    if code.spills:
-        found.append(f"{code.spills} instructions spill")
+    if code.spills > case.spills:
+        found.append(f"{code.spills} instructions spill, {case.spills} allowed")
     if code.registers > case.registers:
         found.append(f"{code.registers} registers, {case.registers} allowed")
     if code.shared > case.shared:
