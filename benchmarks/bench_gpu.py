@@ -18,7 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it runs from a checkout that is not installed
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit("this needs torch, which is not here; on a machine that may install it: make .venv/.ready, then again")
 
 from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, SOURCES

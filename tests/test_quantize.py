@@ -194,6 +194,27 @@ def test_a_folder_with_files_is_replaced_only_by_force(model: Path, whole: dict[
     assert contents(out) == whole | {"thesis.odt": b"old"}
 
 
+def test_a_full_disk_says_whether_the_same_command_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def full(run: Any) -> None:
+        raise OSError("No space left")
+
+    monkeypatch.setattr(run_module._Run, "run", full)
+    with pytest.raises(ConfigError, match="out could not be written: No space left; make room, or give another folder"):
+        quantize(settings(model, out))
+    assert not out.exists()
+
+    def full_later(run: Any) -> None:
+        (out / WORK / "state.safetensors").touch()
+        full(run)
+
+    monkeypatch.setattr(run_module._Run, "run", full_later)
+    with pytest.raises(ConfigError, match="make room, and the same command goes on from there"):
+        quantize(settings(model, out))
+    assert (out / WORK).is_dir()
+
+
 def test_wrong_options_are_named_and_leave_nothing(model: Path, tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
     out = tmp_path / "out"
     narrow = checkpoint("qwen2")  # 48 wide

@@ -21,7 +21,7 @@ from vlserve.errors import ConfigError
 
 WORK, ASKED, STATE, CLEARED, DONE, LOCK = ".quantize-work", "asked", "state.safetensors", "cleared", "done", "lock"
 CONFIG, REPORT, INDEX = "config.json", "report.json", "model.safetensors.index.json"
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 
 
 class Output:
@@ -42,7 +42,7 @@ class Output:
         if not self.out.parent.is_dir():
             raise ConfigError(f"{out}: there is no folder {self.out.parent}; create it first")
         present = sorted(path.name for path in self.out.iterdir() if path.name != WORK) if self.out.exists() else []
-        is_begun = any((self.work / name).exists() for name in (STATE, DONE))
+        is_begun = self.is_begun
         if present and not is_begun and not force:
             raise ConfigError(f"{out} is not empty ({present[0]}); give a new or an empty folder, or --force to replace it")
         self.work.mkdir(parents=True, exist_ok=True)
@@ -64,9 +64,14 @@ class Output:
     def is_done(self) -> bool:
         return (self.work / DONE).exists()
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is work to go on with."""
+        return any((self.work / name).exists() for name in (STATE, DONE))
+
     def close(self) -> None:
         """Unlock; where nothing was done that is worth keeping, nothing is left."""
-        if self.work.exists() and not any((self.work / name).exists() for name in (STATE, DONE)):
+        if self.work.exists() and not self.is_begun:
             shutil.rmtree(self.work)
             with contextlib.suppress(OSError):  # not empty
                 self.out.rmdir()

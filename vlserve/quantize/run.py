@@ -50,6 +50,7 @@ def quantize(settings: Settings) -> dict[str, Any]:
     check_shapes(source, settings)
     device, dtype = _resolve(settings)
     asked = _asked(settings, source, calibration, device, dtype)
+    output: Output | None = None
     try:
         output = Output(settings.out, folder, asked, force=settings.force)
         try:
@@ -57,7 +58,9 @@ def quantize(settings: Settings) -> dict[str, Any]:
         finally:
             output.close()
     except OSError as error:
-        raise ConfigError(f"{settings.out} could not be written: {error}; the same command goes on from there") from error
+        is_kept = output is not None and output.is_begun
+        way = "make room, and the same command goes on from there" if is_kept else "make room, or give another folder"
+        raise ConfigError(f"{settings.out} could not be written: {error}; {way}") from error
 
 
 def check_shapes(source: Source, settings: Settings) -> None:
@@ -141,6 +144,8 @@ class _Run:
     def run(self) -> dict[str, Any]:
         if not self.output.is_done:
             streams, num_done = self._begin()
+            if num_done:
+                tqdm.write(f"going on after layer {num_done}, where an earlier run got to", file=sys.stderr)
             self._layers(streams, num_done)
             self._finish(streams)
         self.output.remove_work()
