@@ -28,7 +28,10 @@ PER_NUMBER = {(False, False): (11, 7), (False, True): (14, 11), (True, False): (
 SPILLS = {  # what is left of them, for want of registers
     ("attention, prefill", "bf16 int8", "dim 80, page 16", 80): 3,
     ("attention, prefill", "bf16 int8", "dim 96, page 16", 80): 3,
+    ("attention, prefill", "fp32 int8", "dim 64, page 16", 80): 2,
     ("attention, decode", "bf16", "dim 128, page 32", 90): 2,
+    ("attention, prefill", "fp32", "dim 64, page 16", 90): 6,
+    ("attention, prefill", "fp32 int8", "dim 64, page 16", 100): 12,
 }
 ALL = 255  # registers that a thread can have: then only spills are a limit
 

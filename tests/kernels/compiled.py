@@ -20,7 +20,7 @@ Nothing here was timed, and none of it ran on a GPU: the kernels were compiled a
 figure is over its cap, which stands behind it; so does the command above for all of it.
 
 * **registers**: of a thread, and the cap. {most} is all that there are, so that there only spills are a limit.
-* **spills**: instructions that read or write registers' values in local memory, and the cap, which is 0 but for three settings.
+* **spills**: instructions that read or write registers' values in local memory, and the cap: 0, but for six settings.
 * **shared**: bytes of shared memory that a program takes, and the cap.
 * **load**: bits of the widest load from global memory; 128 is promised unless a "-" follows.
 * **a number**: instructions of a turn of the main loop times threads, over the 4-bit weights or the numbers of keys and values
