@@ -229,11 +229,12 @@ def _encoder_peak(encoder: EncoderConfig, decoder: DecoderShape, step: Step) -> 
     tokens = min(step.max_num_batched_tokens, step.max_model_len * step.max_num_seqs)
     waiting = tokens * decoder.hidden_size * b + _index_bytes(step, tokens)
     pixels, patches = 3 * encoder.image_size**2, _positions(encoder)
-    # the encoder's input, the block's, its sum so far and the norm of it; feed-forward before and after GELU
-    feed_forward = (4 * width + 2 * encoder.intermediate_size) * b
+    # the encoder's input, the sum so far and the norm of it; feed-forward before and after GELU
+    feed_forward = (3 * width + 2 * encoder.intermediate_size) * b
     # the encoder's input, the block's, its norm, query, key and value, the result, its projection; with norms of query and key
+    # their steps in float32, and a patch's root
     attention = (8 + 2 * encoder.use_qk_norm) * width * b
-    qk_norm = (7 * b + 2 * FLOAT32) * width if encoder.use_qk_norm and b < FLOAT32 else 0
+    qk_norm = (7 * b + 2 * FLOAT32) * width + FLOAT32 if encoder.use_qk_norm and b < FLOAT32 else 0
     out = encoder.tokens_per_tile * decoder.hidden_size * b
     projector = 3 * patches * width * b + 3 * out  # the patches, shuffled, normed; then three layers' results
     normalise = pixels * (1 + 2 * FLOAT32)  # uint8, and two steps in float32

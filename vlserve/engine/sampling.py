@@ -17,7 +17,7 @@ from vlserve.engine.sequence import Sequence
 from vlserve.kernels.upload import upload
 
 GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature leave float32's range
-DRAWN_AT_ONCE = 2**22  # logits of rows that a GPU draws from together; drawing takes some 40 bytes for each
+DRAWN_AT_ONCE = 2**20  # logits of rows that a GPU draws from together; drawing takes some 40 bytes for each
 
 
 class Sampler:
@@ -41,10 +41,7 @@ class Sampler:
         allowed = allowed_tokens(grammars, logits.shape[1], logits.device)
         failed = {i: reason for i, reason in allowed.items() if isinstance(reason, str)}
         masks = {i: mask for i, mask in allowed.items() if isinstance(mask, torch.Tensor)}
-        given = logits.unbind(0)
-        rows = [self._adjust(row, sequences[i], masks.get(i)) for i, row in enumerate(given)]
-        is_changed = any(row is not before for row, before in zip(rows, given, strict=True))
-        adjusted = torch.stack(rows) if is_changed else logits
+        adjusted = self._adjust(logits, sequences, masks)
         tokens = adjusted.argmax(dim=-1)  # [R]
         drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
         # one at a time on a CPU, where a sum's rounding would depend on the company
@@ -56,7 +53,14 @@ class Sampler:
         ids, found = _read(tokens, _logprobs(logits, sequences, tokens))  # here the host waits
         return [Sampled(token_id=token, logprob=found.get(i), error=failed.get(i)) for i, token in enumerate(ids)]
 
-    def _adjust(self, row: torch.Tensor, sequence: Sequence, allowed: torch.Tensor | None) -> torch.Tensor:
+    def _adjust(self, logits: torch.Tensor, sequences: list[Sequence], masks: dict[int, torch.Tensor]) -> torch.Tensor:
+        """What is drawn from, [R, V]: `logits` itself where no row asks for anything else."""
+        given = logits.unbind(0)
+        rows = [self._adjust_row(row, sequences[i], masks.get(i)) for i, row in enumerate(given)]
+        is_changed = any(row is not before for row, before in zip(rows, given, strict=True))
+        return torch.stack(rows) if is_changed else logits
+
+    def _adjust_row(self, row: torch.Tensor, sequence: Sequence, allowed: torch.Tensor | None) -> torch.Tensor:
         """Penalties, bias, the ban on ending too early, and what a grammar allows; row [V] and allowed [V] bool.
 
         Without any of these it is `row` itself.
