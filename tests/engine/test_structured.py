@@ -426,8 +426,8 @@ def test_the_demo_chooses_right() -> None:
     for id, paint in enumerate(SHAPES.values()):
         image = Image.new("RGB", (240, 200), "white")
         paint(ImageDraw.Draw(image))
-        choices = tuple(f"A {name}." for name in ("square", "star", *SHAPES))  # as it was trained to say it
+        choices = tuple(f"It is a {name}." for name in ("square", "star", *SHAPES))  # as it was trained to say it
         params = SamplingParams(structured=StructuredOutput(choice=choices))
         add(ours, id, prompt(DEMO, "What shape is it?", [image]), params, 16)
     events = run(ours)
-    assert [text(DEMO, events[id]) for id in range(len(SHAPES))] == [f"A {name}." for name in SHAPES]
+    assert [text(DEMO, events[id]) for id in range(len(SHAPES))] == [f"It is a {name}." for name in SHAPES]
