@@ -9,8 +9,20 @@ import random
 from collections.abc import Callable
 
 import phrases
-from asker import Asker, Piece, Points, Turn, article, colour_piece, loosely, place_of, place_piece, plural, shape_piece
-from kinds import ask_box, ask_colour, ask_count, ask_describe, ask_each, ask_is, ask_json, ask_presence, ask_shape, count_reply
+from asker import Asker, Piece, Points, Turn, article, colour_piece, loosely, place_of, place_piece, shape_piece
+from kinds import (
+    ask_box,
+    ask_colour,
+    ask_count,
+    ask_describe,
+    ask_each,
+    ask_is,
+    ask_json,
+    ask_presence,
+    ask_shape,
+    count_reply,
+    many,
+)
 from layout import ask_edge, ask_neighbour, ask_relative, ask_size, ask_where
 from world import COLOURS, SHAPES, name
 
@@ -144,7 +156,7 @@ def ask_compare(a: Asker) -> Turn | None:
         things = article(one) if a.language == "en" else one
         return a.turn("compare", a.say("which has", thing=things), a.reply("which has", picture=piece, thing=things))
     key = "which more" if len(pictures) == 2 else "which most"
-    things = plural(one, 2) if a.language == "en" else one
+    things = many(a, one)
     return a.turn("compare", a.say(key, things=things), a.reply(key, picture=piece, things=things))
 
 

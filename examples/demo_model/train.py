@@ -35,7 +35,8 @@ from labels import CLASSES
 from model import IMAGE, build_model, build_tokenizer, export
 from optimiser import Optimiser
 from pointing import Pointing
-from samples import TASKS, Samples, collate, collate_pictures
+from row import TASKS
+from samples import Samples, collate, collate_pictures
 from world import LANGUAGES
 
 from vlserve.vision.preprocess import normalise
