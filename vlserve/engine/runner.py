@@ -26,6 +26,7 @@ from vlserve.engine.scheduler import Chunk, Sampled
 from vlserve.engine.sequence import Sequence
 from vlserve.engine.tiles import TileEncoder
 from vlserve.engine.timings import Timings
+from vlserve.footprint import LOGIT_COPIES
 from vlserve.kernels.paged_attention import plan_attention
 from vlserve.kernels.upload import upload
 from vlserve.kernels.with_triton import runs_triton
@@ -72,7 +73,7 @@ class Runner:
             recorder = CudaRecorder(self.device, graph_bytes)
         if not runs_triton(model.decoder.norm):  # torch's operators are planned for each step
             recorder = None
-        peak_bytes = self._measure_peak(config.max_num_batched_tokens)
+        peak_bytes = self._measure_peak(config.max_num_batched_tokens, config.max_num_seqs)
         if recorder is not None:
             peak_bytes += graph_bytes + self._cache_bytes(1)  # a block for rows of padding
         release_leftovers(self.device)
@@ -254,7 +255,7 @@ class Runner:
         return num_blocks * block_bytes(decoder.config, decoder.num_kv_heads, self.block_size, self.dtype, self.kv_dtype)
 
     @torch.inference_mode()
-    def _measure_peak(self, num_tokens: int) -> int:
+    def _measure_peak(self, num_tokens: int, max_num_seqs: int) -> int:
         """Bytes that the encoder, or a step of `num_tokens`, takes at its peak beside weights and caches; 0 on the CPU, where
         a fixed share of the memory is left over for it."""
         if self.device.type != "cuda":
@@ -275,6 +276,8 @@ class Runner:
             block_size=self.block_size,
         )
         hidden = self.model.decoder(self.model.decoder.embed(torch.zeros_like(places)), places, cache, metadata)
-        self.model.decoder.logits(hidden[:1])
+        logits = self.model.decoder.logits(hidden[:max_num_seqs])
+        if logits is not None:  # sampled from on this rank
+            logits.new_empty(LOGIT_COPIES - 1, *logits.shape)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         return max(0, peak - self._cache_bytes(num_blocks))
