@@ -19,7 +19,7 @@ from vlserve.engine.sequence import UNKNOWN, ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Chunk:
     """Tokens start..stop of a sequence, into its `blocks`; `samples` when the chunk reaches its last token."""
 
@@ -96,12 +96,12 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: not is_decode[s.id]):
             if budget == 0:
                 break
-            if sequence not in self.running:  # preempted for one before it
+            if not sequence.blocks:  # preempted for one before it
                 continue
             if self._is_full(sequence):  # its last token is on its way
                 continue
             chunk = self._chunk(sequence, sequence.num_computed, budget)
-            if not self._make_room(sequence, chunk.stop, {c.sequence.id for c in chunks}):
+            if not self._make_room(sequence, chunk.stop, chunks):
                 continue
             chunks.append(chunk)
             budget -= chunk.stop - chunk.start
@@ -160,10 +160,11 @@ class Scheduler:
     def _num_missing_blocks(self, sequence: Sequence, stop: int) -> int:
         return max(0, -(-stop // self.pool.block_size) - len(sequence.blocks))
 
-    def _make_room(self, sequence: Sequence, stop: int, scheduled: set[int]) -> bool:
+    def _make_room(self, sequence: Sequence, stop: int, chunks: list[Chunk]) -> bool:
         """Allocate blocks up to token `stop`; preempts the youngest sequences not in this step. False: preempted itself."""
         needed = self._num_missing_blocks(sequence, stop)
         while needed > self.pool.num_free:
+            scheduled = {c.sequence.id for c in chunks}
             victim = next((s for s in reversed(self.running) if s.id not in scheduled), sequence)
             self._preempt(victim)
             if victim is sequence:
