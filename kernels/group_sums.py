@@ -44,7 +44,9 @@ def group_sums(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def groups_of(sums: torch.Tensor, x: torch.Tensor) -> int:
     """How many groups of a block have sums of their own; raises ValueError when there is no room for those of x [T, K]."""
-    groups, shape = sums.shape[1] // _kinds(x.dtype), (-(-x.shape[1] // INPUTS), sums.shape[1], len(x))
+    kinds = _kinds(x.dtype)
+    groups = sums.shape[1] // kinds
+    shape = -(-x.shape[1] // INPUTS), groups * kinds, len(x)
     if groups not in (1, 2, 4) or sums.shape != shape or sums.dtype != torch.float32:
         raise ValueError(
             f"the sums are {tuple(sums.shape)} {sums.dtype}, which is no room for those of {tuple(x.shape)} {x.dtype}"
