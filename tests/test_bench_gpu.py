@@ -17,10 +17,12 @@ import torch
 
 from benchmarks.gpu.cards import CARDS, PER_WEIGHT
 from benchmarks.gpu.case import Built, Case, Rival
+from benchmarks.gpu.elementwise import gate_with_sums, norm_with_sums
 from benchmarks.gpu.kernels import Rates, Report, run_cases
 from benchmarks.gpu.products import product
-from benchmarks.gpu.sizes import MODELS, Work
+from benchmarks.gpu.sizes import MODELS, Sizes, Work
 from tests.kernels.cases import PER_WEIGHT as ALLOWED
+from vlserve.kernels.measure import difference
 
 ROOT = Path(__file__).parent.parent
 # what only the front, the engine's messages or comparisons need
@@ -87,6 +89,7 @@ def test_other_work_by_hand() -> None:
     assert MODELS["8b"].prefill("bf16", 1, 2).flops == 2 * (2 * 28 * 233_046_016 + 151_674 * 3584) + 4 * 3 * 28 * 128 * 28
     case = product("8b", "qkv_proj", 4608, 3584, 16)
     assert case.work.bytes == 4608 * 3584 // 2 + 4608 * 28 * 3 + 2 * 16 * (4608 + 3584)
+    assert case.work.launches == 2 and product("8b", "o_proj 3584 x 3584", 3584, 3584, 16).work.launches == 3
     seconds, reason = CARDS["H200"].predict(Work(4_800_000_000, 0, 1))
     assert reason == "memory" and seconds == pytest.approx(1.1163e-3 + 2e-6, rel=1e-3)
     few, many = (CARDS["B200"].predict(Work(0, 0, 1, count)) for count in (1e6, 1e12))
@@ -97,6 +100,17 @@ def test_other_work_by_hand() -> None:
 def test_estimates_take_no_fewer_instructions_than_the_compiled_code() -> None:
     assert PER_WEIGHT.keys() == ALLOWED.keys()
     assert all(PER_WEIGHT[rows] >= ALLOWED[rows] for rows in ALLOWED)
+
+
+@pytest.mark.parametrize("make", (norm_with_sums, gate_with_sums))
+def test_sums_are_checked_with_what_they_are_of(make: Callable[[Sizes, int], Case]) -> None:
+    case = make(Sizes(name="tiny", hidden=256, layers=1, heads=1, kv_heads=1, ffn=384), 3)
+    built = case.build(CPU)
+    assert built.difference().within(case.tolerance)
+    for place in (0, 1):  # the numbers, the sums
+        result = built.run()
+        result[place].view(-1)[5].add_(4)
+        assert not difference(built.observe(result), built.want()).within(case.tolerance)
 
 
 def spoiled(case: Case, spoil: Callable[[torch.Tensor], Any]) -> Case:

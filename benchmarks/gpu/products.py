@@ -13,7 +13,8 @@ from benchmarks.gpu.cards import PER_WEIGHT
 from benchmarks.gpu.case import Built, Case, Rival
 from benchmarks.gpu.sizes import GROUP, Sizes, Work, int4_bytes
 from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
-from vlserve.kernels.awq_pairs import INPUTS, ROWS, PairedWeights, pack_for_gpu, unpack_pairs
+from vlserve.kernels.awq_pairs import ROWS, PairedWeights, pack_for_gpu, unpack_pairs
+from vlserve.kernels.group_sums import INPUTS, group_sums
 from vlserve.kernels.int8_head import int8_matmul, int8_matmul_ref, quantise_rows
 from vlserve.kernels.launch import Launch, choose, split
 from vlserve.kernels.measure import by_outputs
@@ -44,7 +45,8 @@ def weights(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype)
 
 
 def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """x [T, K] times 4-bit weights [N, K]^T."""
+    """x [T, K] times 4-bit weights [N, K]^T; but for the output projection's, what makes x brings its sums."""
+    is_dense, is_summed = rows > ROWS, not name.startswith("o_proj")
 
     def launch(arch: int, multiprocessors: int) -> tuple[Launch, int]:
         chosen = choose(f"sm_{arch}", rows, outputs)
@@ -67,20 +69,22 @@ def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: 
     def build(device: torch.device) -> Built:
         given, x = weights(outputs, inputs, device, dtype), torch.randn(rows, inputs, device=device).to(dtype)
         packed = pack_for_gpu(*given)
+        sums = group_sums(x, packed.empty_sums(x)) if is_summed and not is_dense else None
         return Built(
-            run=partial(packed.matmul, x),
+            run=partial(packed.matmul, x, sums),
             want=lambda: by_outputs(partial(awq_matmul_ref, x.double()), *given),
             rivals=lambda: int4_rivals(x, given, packed),
         )
 
-    is_dense = rows > ROWS
     kind = "AWQ, dense path" if is_dense else "AWQ product"
     return Case(
         model=model,
         kernel=kind if dtype == torch.bfloat16 else f"{kind}, float16",
         shape=f"{name}, {rows} rows",
         work=Work(
-            int4_bytes(outputs * inputs) + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs, 2 if is_dense else 3
+            int4_bytes(outputs * inputs) + 2 * rows * (inputs + outputs),
+            2 * rows * outputs * inputs,
+            2 if is_dense or is_summed else 3,  # one adds up the parts
         ),
         plan=plan,
         build=build,
