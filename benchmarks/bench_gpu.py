@@ -37,6 +37,7 @@ from benchmarks.gpu.sizes import KINDS, MODELS, TINY, Sizes
 from benchmarks.gpu.steps import BATCHES, plan_steps
 from benchmarks.gpu.target_report import judge_targets, plan_targets
 from benchmarks.gpu.targets import target_cases
+from benchmarks.gpu.vision import encoder_norm
 from benchmarks.gpu.whole import needed_bytes, plan_models, rehearse, run_models
 from vlserve.kernels.measure import Timer
 from vlserve.kernels.with_triton import runs_triton
@@ -53,7 +54,7 @@ def small_cases() -> list[Case]:
     """One of each kind, small enough for the CPU's own forms."""
     cases = [product("tiny", "256 x 256", 256, 256, rows) for rows in (3, 40, 200)]
     cases += [spread_out("tiny", "256 x 256", 256, 256), int8_head("tiny", 300, 64, 3), head("tiny", 300, 64, 3)]
-    cases.append(greedy("tiny", 300, 3))
+    cases += [greedy("tiny", 300, 3), encoder_norm(TINY, 2)]
     for kind in KINDS:
         cases += [attention(TINY, 2, 1, 70, kind), attention(TINY, 1, 20, 50, kind), rotary(TINY, 5, kind)]
     return cases + [norm(TINY, 5, adds=False), norm(TINY, 5, adds=True), gate(TINY, 5)]

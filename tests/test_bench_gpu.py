@@ -67,7 +67,7 @@ def test_a_dry_run_says_what_it_is_and_ends_in_json(dry: list[str]) -> None:
     assert kinds == {
         *("AWQ product", "AWQ", "AWQ dequantise", "int8 head", "head", "greedy sampling"),
         *("attention decode", "attention prefill"),
-        *("rms_norm", "add_rms_norm", "silu_mul", "rotary_store"),
+        *("rms_norm", "add_rms_norm", "silu_mul", "rotary_store", "add_scaled_norm"),
     }
     for row in result["kernels"]:
         assert set(row["cards"]) == set(CARDS) and row["built_on"] in ("cpu", "meta")

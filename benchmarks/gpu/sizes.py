@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GROUP = 128  # inputs that share a scale and a zero point of 4-bit weights
+TILES = 13  # of a picture: twelve and the thumbnail
 KINDS = ("auto", "int8", "fp8")  # of KV cache
 
 

@@ -19,8 +19,9 @@ from benchmarks.gpu.elementwise import gate, norm, rotary
 from benchmarks.gpu.heads import drawing_kernels, greedy, head, int8_head
 from benchmarks.gpu.predict import ATTAINABLE, Kernel, Prediction, predict
 from benchmarks.gpu.products import dense_kernel, product, spread_out
-from benchmarks.gpu.sizes import MODELS, Sizes
+from benchmarks.gpu.sizes import MODELS, TILES, Sizes
 from benchmarks.gpu.steps import CONTEXT, predict_step, step_name
+from benchmarks.gpu.vision import encoder_norm
 
 EVERY = tuple(CARDS)
 HOPPER = ("H100", "H200")
@@ -72,6 +73,7 @@ def target_cases() -> list[Case]:
     cases += [product("8b", name, outputs, inputs, rows) for rows in (1, 16, 1024)] + [spread_out("8b", name, outputs, inputs)]
     cases += [attention(model, *sizes, "auto") for sizes in ((64, 1, 1024), (1, 1, 4096), (1, 2048, 2048))]
     cases += [norm(model, 4096, adds=False), norm(model, 4096, adds=True), gate(model, 4096), rotary(model, 4096, "auto")]
+    cases.append(encoder_norm(model, TILES))
     cases += [head("8b", model.vocab, model.hidden, rows) for rows in (1, 16)]
     cases += [int8_head("8b", model.vocab, model.hidden, 1)]
     return cases + [greedy("8b", model.vocab, rows) for rows in (1, 64)]
@@ -158,6 +160,7 @@ def _by_bandwidth(model: Sizes) -> list[Target]:
         "sum and norm": norm(model, 4096, adds=True),
         "gate": gate(model, 4096),
         "rotary embedding and cache": rotary(model, 4096, "auto"),
+        "encoder's scale, sum and norm": encoder_norm(model, TILES),
     }
     found = [_share(case, f"{name}, 16 MB and more", 0.85) for name, case in names.items()]
     found += [_share(head("8b", model.vocab, model.hidden, rows), "head in 16 bits", 0.85) for rows in (1, 16)]

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.gpu.cards import CARDS, floor
 from benchmarks.gpu.kernels import ERRORS, Rates, Report, first_line
-from benchmarks.gpu.models import TILES, TOLERANCE, Driver, Transformers, build_model, encode_seconds
-from benchmarks.gpu.sizes import TINY, Sizes, Work
+from benchmarks.gpu.models import TOLERANCE, Driver, Transformers, build_model, encode_seconds
+from benchmarks.gpu.sizes import TILES, TINY, Sizes, Work
 from benchmarks.gpu.steps import BATCHES, CONTEXT, FORMS, step_name
 
 STEP_TOKENS = 8192  # of a prefill, at most
