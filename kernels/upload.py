@@ -1,4 +1,4 @@
-"""Numbers from the host to a device without waiting for it."""
+"""Numbers from the host to a device and back, without waiting for it before they are needed."""
 
 from __future__ import annotations
 
@@ -18,3 +18,22 @@ def upload(numbers: Sequence[int] | Sequence[float], dtype: torch.dtype, device:
 def pinned(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory of the host, not filled, for what goes to `device` afterwards; pinned where that is CUDA."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+class Download:
+    """Numbers [n] on their way to the host; `read` waits until they are there, and for nothing that was asked for later."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._there: torch.cuda.Event | None = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = pinned(numbers.shape, numbers.dtype, numbers.device)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self) -> list[int] | list[float]:
+        if self._there is not None:
+            self._there.synchronize()
+        numbers: list[int] | list[float] = self._numbers.tolist()
+        return numbers

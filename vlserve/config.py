@@ -75,6 +75,7 @@ class EngineConfig:
         "launch kernels one by one on CUDA, without CUDA graphs of decode steps and of pictures with few tiles; saves the "
         "memory that is set aside for graphs",
     )
+    overlap: bool = _option(True, "on CUDA, prepare and start a step while the one before it computes")
     vision_cache_gib: float = _option(0.25, "memory for image features kept across requests, in GiB")
     prefix_caching: bool = _option(True, "reuse the KV cache of a beginning that was seen before")
     on_rank_failure: str = _option(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vlserve.architectures import Architecture
 
 FLOAT32 = 4  # bytes
+LOGIT_COPIES = 4  # of what is sampled from, with penalties and log-probabilities
 KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
 KV_AT_ONCE = 2**17  # keys or values that are turned into numbers together
 KV_READING = {"int8": 5, "fp8": 7}  # bytes for each of them, beside its result and its scale
@@ -214,12 +215,12 @@ def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
 
 
 def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bool) -> int:
-    """Logits of R rows. The first rank gathers them in float32 and samples: four copies with penalties and log-probabilities."""
+    """Logits of R rows. The first rank gathers them in float32 and samples."""
     tokens = min(step.max_num_batched_tokens, step.max_model_len * step.max_num_seqs)
     rows = min(step.max_num_seqs, tokens)
     held = (2 * tokens + rows) * decoder.hidden_size * step.itemsize  # embeddings, hidden states, the rows to sample
     if is_first:
-        return held + rows * decoder.vocab_size * 4 * FLOAT32
+        return held + rows * decoder.vocab_size * LOGIT_COPIES * FLOAT32
     return held + rows * part.vocabulary * step.itemsize
 
 

@@ -180,6 +180,7 @@ class _Rank:
             torch.cuda.set_device(device)
             group.use_cuda(device)
         group.check(device)
+        group.use_one_shot(device, config.ranks_per_node)
         return Seat(group=group, local_rank=arguments.local_rank, pixels=pixels)
 
     def _try_out(self, seat: Seat) -> None:

@@ -13,7 +13,7 @@ from vlserve.config import SamplingParams
 from vlserve.engine.batch import Announcement, Announcer, Batch, Listener, StepInput, describe, lay_out, make_batch
 from vlserve.engine.messages import TokenEvent
 from vlserve.engine.scheduler import Chunk, Sampled, Scheduler
-from vlserve.engine.sequence import ImageSpan, Sequence
+from vlserve.engine.sequence import UNKNOWN, ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 
 END, CPU = 7, torch.device("cpu")
@@ -22,48 +22,64 @@ END, CPU = 7, torch.device("cpu")
 class Ranks:
     """Rank 0 and one that listens, without a model: tokens are random, and the second hears messages and tokens only."""
 
-    def __init__(self, scheduler: Scheduler, rng: random.Random) -> None:
-        self.scheduler, self.rng = scheduler, rng
+    def __init__(self, scheduler: Scheduler, rng: random.Random, *, overlaps: bool = False) -> None:
+        self.scheduler, self.rng, self.overlaps = scheduler, rng, overlaps
+        self.open: tuple[list[Chunk], list[int]] = [], []
         self.announcer, self.listener = Announcer(), Listener()
-        self.last_tokens = torch.zeros(1, dtype=torch.int64)
+        self.last_tokens, self.last_rows = torch.zeros(1, dtype=torch.int64), dict[int, int]()
         self.seen: Counter[str] = Counter()
         self.messages: list[bytes] = []
 
     def step(self) -> list[TokenEvent]:
         chunks = self.scheduler.schedule()
+        if not chunks:
+            return self.commit()
         features = {image.digest for chunk in chunks for image in chunk.images if self.rng.random() < 0.5}
-        step = describe(chunks, features)
+        step = describe(chunks, features, self.last_rows)
         dropped = [bytes([self.rng.randrange(256)])] if self.rng.random() < 0.1 else []
         self.announcer.dropped(dropped)
         self.messages.append(self.announcer.step(step, chunks))
         told = self.listener.read(self.messages[-1])
         assert told.dropped == dropped and not told.is_last
         assert told.step is not None
-        self.compare(step, told.step, chunks)
+        batch = self.compare(step, told.step, chunks)
+        events = self.commit()
+        known = [id for c in chunks for id in c.sequence.token_ids[c.start : c.stop]]
+        assert all(want in (id, UNKNOWN) for id, want in zip(batch.ids.tolist(), known, strict=True))
+        assert all(UNKNOWN not in c.sequence.token_ids or c.sequence.has_ended for c in chunks)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         tokens = [self.rng.choice([END, *range(100, 140)]) for _ in sampling]
         if sampling:
-            self.announcer.sampled(sampling)
+            self.last_rows = {sequence.id: row for row, sequence in enumerate(sampling) if not sequence.has_ended}
             self.last_tokens = torch.tensor(tokens)
+        self.scheduler.expect(chunks)
+        self.open = chunks, tokens
+        return events if self.overlaps else events + self.commit()
+
+    def commit(self) -> list[TokenEvent]:
+        (chunks, tokens), self.open = self.open, ([], [])
         return self.ended(self.scheduler.commit(chunks, [Sampled(token_id=token) for token in tokens]))
 
-    def compare(self, step: StepInput, told: StepInput, chunks: list[Chunk]) -> None:
+    def compare(self, step: StepInput, told: StepInput, chunks: list[Chunk]) -> Batch:
         assert told.chunks == step.chunks, "whole block tables"
         assert (told.pieces, told.encode) == (step.pieces, step.encode)
         assert lay_out(told, 4).partial_blocks == lay_out(step, 4).partial_blocks
-        same_batch(make_batch(lay_out(told, 4), 4, CPU, self.last_tokens), make_batch(lay_out(step, 4), 4, CPU))
-        resolved = [self.last_tokens[-1 - id].item() if id < 0 else id for id in told.ids]
-        assert resolved == step.ids
+        batch = make_batch(lay_out(told, 4), 4, CPU, self.last_tokens)
+        same_batch(batch, make_batch(lay_out(step, 4), 4, CPU, self.last_tokens))
         self.seen["sampled before"] += sum(id < 0 for id in told.ids)
         self.seen["steps"] += 1
         self.seen["without samples"] += not any(chunk.samples for chunk in chunks)
         self.seen["cut pictures"] += sum(piece.start > 0 for piece in step.pieces)
+        return batch
 
     def abort(self, ids: list[int]) -> list[TokenEvent]:
         return self.ended(self.scheduler.abort(ids))
 
     def ended(self, events: list[TokenEvent]) -> list[TokenEvent]:
-        self.announcer.ended([event.id for event in events if event.finish_reason])
+        ended = [event.id for event in events if event.finish_reason]
+        self.announcer.ended(ended)
+        for id in ended:
+            self.last_rows.pop(id, None)
         return events
 
 
@@ -93,10 +109,12 @@ def sequence(rng: random.Random, id: int) -> Sequence:
     return Sequence(id=id, token_ids=ids, images=images if num_tokens else [], sampling=sampling, max_tokens=rng.randint(1, 30))
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_the_listener_knows_what_rank_0_knows(seed: int) -> None:
+@pytest.mark.parametrize("overlaps", (False, True))
+@pytest.mark.parametrize("seed", range(8))
+def test_the_listener_knows_what_rank_0_knows(seed: int, overlaps: bool) -> None:
     rng = random.Random(seed)
-    ranks = Ranks(scheduler(rng.choice((20, 24, 200)), prefix_caching=rng.random() < 0.7, budget=rng.choice((3, 16, 64))), rng)
+    s = scheduler(rng.choice((20, 24, 200)), prefix_caching=rng.random() < 0.7, budget=rng.choice((3, 16, 64)))
+    ranks = Ranks(s, rng, overlaps=overlaps)
     finished: list[int] = []
     next_id = 0
     while next_id < 25 or ranks.scheduler.has_work:
@@ -112,17 +130,19 @@ def test_the_listener_knows_what_rank_0_knows(seed: int) -> None:
             finished += [event.id for event in ranks.step() if event.finish_reason]
         elif rng.random() < 0.5:
             assert ranks.listener.read(ranks.announcer.idle()).step is None
+    ranks.commit()
     last = ranks.listener.read(ranks.announcer.idle(is_last=True))
     assert last.is_last and not ranks.listener._tables and not ranks.announcer._tables
     assert ranks.seen["sampled before"] > 20
 
 
-def test_the_schedules_have_what_can_go_wrong() -> None:
+@pytest.mark.parametrize("overlaps", (False, True))
+def test_the_schedules_have_what_can_go_wrong(overlaps: bool) -> None:
     """Else the test above shows little."""
     seen: Counter[str] = Counter()
     for seed in range(8):
         rng = random.Random(seed)
-        ranks = Ranks(scheduler(20, budget=7), rng)
+        ranks = Ranks(scheduler(20, budget=7), rng, overlaps=overlaps)
         for id in range(12):
             ranks.scheduler.add(sequence(rng, id))
         while ranks.scheduler.has_work:

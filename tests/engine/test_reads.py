@@ -59,23 +59,23 @@ SAMPLING = [
 ]
 
 
-def test_a_step_reads_once(checkpoint: Callable[..., Path], seen: Counter[str]) -> None:
+@pytest.mark.parametrize("overlaps", (False, True))
+def test_a_step_reads_once(checkpoint: Callable[..., Path], seen: Counter[str], overlaps: bool) -> None:
     from PIL import Image
 
     from tests.vision.test_preprocess import noise
 
     folder = checkpoint("qwen2")
     ours = engine(folder, max_num_batched_tokens=40)
+    ours.overlaps = overlaps
     for i, sampling in enumerate(SAMPLING):
         pictures = [Image.fromarray(noise(30, 20, seed=2))] if i == 0 else []
         add(ours, i, prompt(folder, "What is it? " * (i + 1), pictures), sampling, 4)
     num_steps = num_unsampled = 0
     while ours.has_work:
-        chunks = ours.scheduler.schedule()
         seen.clear()
         with Waits(seen):
-            sampled = ours.runner.run(chunks)
-        assert dict(seen) == {"upload": 1} | ({"tolist": 1} if sampled else {}), seen
-        num_steps, num_unsampled = num_steps + 1, num_unsampled + (not sampled)
-        ours.scheduler.commit(chunks, sampled)
+            events = ours.step()
+        assert dict(seen) == ({"upload": 1} if ours.has_work or not overlaps else {}) | ({"tolist": 1} if events else {}), seen
+        num_steps, num_unsampled = num_steps + 1, num_unsampled + (not events)
     assert num_steps > 5 and num_unsampled

@@ -22,7 +22,7 @@ def sequence(id: int = 0, prompt: tuple[int, ...] = (0,), answer: tuple[int, ...
 
 
 def pick(logits: torch.Tensor, s: Sequence, sampler: Sampler | None = None) -> int:
-    return (sampler or Sampler(frozenset([4]))).sample(logits[None].clone(), [s])[0].token_id
+    return (sampler or Sampler(frozenset([4]))).sample(logits[None].clone(), [s]).read()[0].token_id
 
 
 def frequencies(number: int = 4000, **params: Any) -> dict[int, float]:
@@ -69,7 +69,7 @@ def test_a_seed_gives_the_same_draws_in_any_company() -> None:
         sampler, s = Sampler(frozenset()), sequence(id=1, temperature=1.0, seed=5)
         others = [sequence(id=2, temperature=1.0), sequence(id=3)] if with_others else []
         rows = LOGITS.repeat(1 + len(others), 1)
-        return [sampler.sample(rows, [s, *others])[0].token_id for _ in range(40)]
+        return [sampler.sample(rows, [s, *others]).read()[0].token_id for _ in range(40)]
 
     assert draws(False) == draws(True)
     assert len(set(draws(False))) > 1
@@ -77,7 +77,7 @@ def test_a_seed_gives_the_same_draws_in_any_company() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     s = sequence(temperature=0.7, logprobs=2, logit_bias={1: 100.0}, seed=3)
-    (result,) = Sampler(frozenset()).sample(LOGITS[None], [s])
+    (result,) = Sampler(frozenset()).sample(LOGITS[None], [s]).read()
     want = LOGITS.log_softmax(0)
     assert result.token_id == 1 and result.logprob is not None
     assert result.logprob.logprob == pytest.approx(float(want[1]))
@@ -97,14 +97,14 @@ def test_rows_drawn_together_are_those_drawn_alone() -> None:
     sequences = [sequence(id=i, seed=i, **params) for i, params in enumerate(asked)]
     together, alone = Sampler(frozenset()), Sampler(frozenset())
     for _ in range(20):
-        want = [s.token_id for s in alone.sample(rows, sequences)]
+        want = [s.token_id for s in alone.sample(rows, sequences).read()]
         assert together._draw(rows, sequences).tolist() == want
 
 
 def test_logprobs_of_several_rows() -> None:
     rows = torch.randn(4, 15)
     sequences = [sequence(id=i, logprobs=number) for i, number in enumerate((3, None, 0, 20))]
-    for row, s, result in zip(rows.log_softmax(-1), sequences, Sampler(frozenset()).sample(rows, sequences), strict=True):
+    for row, s, result in zip(rows.log_softmax(-1), sequences, Sampler(frozenset()).sample(rows, sequences).read(), strict=True):
         if s.sampling.logprobs is None:
             assert result.logprob is None
             continue

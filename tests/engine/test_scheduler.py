@@ -32,6 +32,7 @@ def sequence(id: int, length: int, max_tokens: int = 5, **sampling: object) -> S
 
 def step(s: Scheduler, token: int = 1) -> tuple[list[Chunk], list[TokenEvent]]:
     chunks = s.schedule()
+    s.expect(chunks)
     return chunks, s.commit(chunks, [Sampled(token_id=token) for c in chunks if c.samples])
 
 
@@ -94,12 +95,18 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     assert chunks[0].start == 4, "two full blocks are known, the second holds the last token"
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_every_request_ends_exactly_once_whatever_happens(seed: int) -> None:
+@pytest.mark.parametrize("overlaps", (False, True))
+@pytest.mark.parametrize("seed", range(20))
+def test_every_request_ends_exactly_once_whatever_happens(seed: int, overlaps: bool) -> None:
     rng = random.Random(seed)
+
+    def commit(chunks: list[Chunk]) -> list[TokenEvent]:
+        return s.commit(chunks, [Sampled(token_id=rng.choice([1, 2, END])) for c in chunks if c.samples])
+
     s = scheduler(num_blocks=26, seqs=rng.randint(1, 6), budget=rng.randint(1, 40), max_len=100, size=4)
     ended: dict[int, int] = {}
     added = 0
+    started: list[Chunk] = []
     while added < 25 or s.has_work:
         if added < 25 and rng.random() < 0.5:
             q = sequence(added, rng.randint(1, 60), rng.randint(1, 30))
@@ -116,10 +123,16 @@ def test_every_request_ends_exactly_once_whatever_happens(seed: int) -> None:
         for c in chunks:
             assert c.start == c.sequence.num_computed < c.stop <= len(c.sequence.token_ids)
             assert len(c.sequence.blocks) * 4 >= c.stop
+            assert s.max_model_len > c.stop and c.stop - c.sequence.num_prompt_tokens < c.sequence.max_tokens
+        if overlaps:
+            events += commit(started)
         if rng.random() < 0.05:
             events += s.fail(chunks, "broken")
-        else:
-            events += s.commit(chunks, [Sampled(token_id=rng.choice([1, 2, END])) for c in chunks if c.samples])
+            chunks = []
+        s.expect(chunks)
+        started = chunks
+        if not overlaps:
+            events += commit(started)
         for e in events:
             if e.finish_reason:
                 ended[e.id] = ended.get(e.id, 0) + 1

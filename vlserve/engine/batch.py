@@ -7,7 +7,7 @@ all chunks, B chunks, M blocks at most, R rows that sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -46,7 +46,7 @@ class ChunkPlace(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepInput(msgspec.Struct, frozen=True, array_like=True):
-    ids: list[int]  # [T]; for a rank that has followed: -1-r is the token sampled last in row r
+    ids: list[int]  # [T]; -1-r is the token sampled last in row r, which every rank has on its device
     chunks: list[ChunkPlace]
     pieces: list[ImagePiece]
     encode: list[ImageTask]
@@ -79,8 +79,13 @@ class Batch:
     sample_rows: torch.Tensor  # [R] int64
 
 
-def describe(chunks: list[Chunk], is_missing: Iterable[bytes]) -> StepInput:
-    """A step's chunks, one after another; `is_missing` has the digests of pictures whose features are not there yet."""
+def describe(chunks: list[Chunk], is_missing: Iterable[bytes], last_rows: Mapping[int, int]) -> StepInput:
+    """A step's chunks, one after another.
+
+    Args:
+        is_missing: digests of pictures whose features are not there yet.
+        last_rows: the row of each sequence among the tokens that were sampled last.
+    """
     missing = set(is_missing)
     ids: list[int] = []
     pieces: list[ImagePiece] = []
@@ -88,6 +93,8 @@ def describe(chunks: list[Chunk], is_missing: Iterable[bytes]) -> StepInput:
     for chunk in chunks:
         row = len(ids)
         ids += chunk.sequence.token_ids[chunk.start : chunk.stop]
+        if chunk.samples and chunk.sequence.id in last_rows:
+            ids[-1] = -1 - last_rows[chunk.sequence.id]
         for image in chunk.images:
             start, stop = max(chunk.start, image.start), min(chunk.stop, image.stop)
             pieces.append(ImagePiece(image.digest, row + start - chunk.start, start - image.start, stop - image.start))
@@ -123,7 +130,7 @@ def lay_out(step: StepInput, block_size: int) -> Rows:
     )
 
 
-def make_batch(rows: Rows, block_size: int, device: torch.device, last_tokens: torch.Tensor | None = None) -> Batch:
+def make_batch(rows: Rows, block_size: int, device: torch.device, last_tokens: torch.Tensor) -> Batch:
     """One step's tensors on `device`, in one copy; `last_tokens` [R] int64 are what was sampled last, for ids below 0."""
     width = max(map(len, rows.tables))
     tables = [block for table in rows.tables for block in table + table[-1:] * (width - len(table))]
@@ -131,7 +138,7 @@ def make_batch(rows: Rows, block_size: int, device: torch.device, last_tokens: t
     numbers = upload([number for part in parts for number in part], torch.int64, device)
     ids, positions, slots, sample_rows, block_tables = numbers.split([len(part) for part in parts])
     return Batch(
-        ids=ids if last_tokens is None else known_ids(ids, last_tokens),
+        ids=known_ids(ids, last_tokens),
         positions=positions,
         metadata=plan_attention(
             query_lens=rows.query_lens,
@@ -164,33 +171,23 @@ class Announcer:
 
     def __init__(self) -> None:
         self._tables: dict[int, tuple[list[int], int]] = {}  # by sequence: the list, and how much of it was told
-        self._rows: dict[int, int] = {}  # sequence to its row among the tokens sampled last
         self._ended: list[int] = []
         self._dropped: list[bytes] = []
         self._encoder = msgspec.msgpack.Encoder()
 
     def step(self, step: StepInput, chunks: list[Chunk]) -> bytes:
-        ids, row = list(step.ids), 0
         known = []
         places = []
         for place, chunk in zip(step.chunks, chunks, strict=True):
-            row += place.stop - place.start
-            if place.samples and place.id in self._rows:
-                ids[row - 1] = -1 - self._rows[place.id]  # it comes with the tokens that every rank was sent
             known.append(self._num_known(chunk.sequence))
             places.append(ChunkPlace(place.id, place.start, place.stop, place.samples, place.blocks[known[-1] :]))
-        return self._message(StepInput(ids, places, step.pieces, step.encode), known)
+        return self._message(StepInput(step.ids, places, step.pieces, step.encode), known)
 
     def idle(self, *, is_last: bool = False) -> bytes:
         return self._message(None, [], is_last)
 
-    def sampled(self, sequences: list[Sequence]) -> None:
-        """One row each, in order, was sampled and sent."""
-        self._rows = {sequence.id: row for row, sequence in enumerate(sequences)}
-
     def ended(self, ids: Iterable[int]) -> None:
         for id in ids:
-            self._rows.pop(id, None)  # a request to come may have the same id
             if self._tables.pop(id, None) is not None:
                 self._ended.append(id)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from vlserve.engine.loading import Progress, load_model, resolve_device, resolve
 from vlserve.engine.memory import graph_budget
 from vlserve.engine.messages import Add, Stats, TokenEvent
 from vlserve.engine.pixels import PixelStore
-from vlserve.engine.runner import Runner
-from vlserve.engine.scheduler import Scheduler
+from vlserve.engine.runner import Runner, Started
+from vlserve.engine.scheduler import Chunk, Scheduler
 from vlserve.engine.sequence import ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 from vlserve.llm.parallel import ALONE, Group, Split
@@ -89,9 +90,12 @@ class Engine:
             image_token_id=checkpoint.image_token_id,
         )
 
+        self.overlaps = config.overlap and self.runner.device.type == "cuda"
+        self._open: Started | None = None  # the device computes it
+
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._open is not None
 
     def add(self, request: Add, pixels: list[torch.Tensor]) -> None:
         """Queue a request; `pixels` are its pictures' tiles [N, 3, S, S] uint8, in order."""
@@ -115,22 +119,44 @@ class Engine:
         return self._ended(self.scheduler.abort(ids))
 
     def step(self) -> list[TokenEvent]:
-        """Schedule, run, commit. A step that breaks ends its own requests, not the engine; with several ranks it raises, since
-        they may have parted in the middle."""
-        ended = self.scheduler.fail_unready()
+        """Schedule and start a step, take in the one before it, and sample; without `overlaps`, take in this one as well."""
+        events = self._ended(self.scheduler.fail_unready())
         chunks = self.scheduler.schedule()
-        if not chunks:
+        step = None
+        if chunks:
+            with self._failing(chunks, events):
+                step = self.runner.start(chunks)
+        elif self._open is None:
             time.sleep(COMPILING_PAUSE_S if self.has_work else 0)
-            return self._ended(ended)
+        events += self._finish()
+        if step is not None:
+            with self._failing(chunks, events):
+                self.runner.sample(step)
+                self.scheduler.expect(chunks)
+                self._open = step
+        return events if self.overlaps else events + self._finish()
+
+    def _finish(self) -> list[TokenEvent]:
+        """Take in the step that the device computes; what it sampled is known from here on."""
+        step, self._open = self._open, None
+        events: list[TokenEvent] = []
+        if step is not None:
+            with self._failing(step.chunks, events):
+                events += self._ended(self.scheduler.commit(step.chunks, self.runner.finish(step)))
+        return events
+
+    @contextlib.contextmanager
+    def _failing(self, chunks: list[Chunk], events: list[TokenEvent]) -> Iterator[None]:
+        """What breaks in it ends these chunks' requests, not the engine; with several ranks it is raised, since they may have
+        parted in the middle."""
         try:
-            sampled = self.runner.run(chunks)
+            yield
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             if self.runner.group.size > 1:
                 raise
             log.exception("a step of %d requests failed", len(chunks))
             reason = f"the engine could not compute this step: {type(error).__name__}"
-            return self._ended(ended + self.scheduler.fail(chunks, reason))
-        return self._ended(ended + self.scheduler.commit(chunks, sampled))
+            events += self._ended(self.scheduler.fail(chunks, reason))
 
     def stats(self) -> Stats:
         """A few additions; cheap enough for every step."""

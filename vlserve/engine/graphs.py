@@ -134,7 +134,7 @@ class DecodeGraphs:
         """The size of the buffers that take this step; None for one that has prefills or is too large."""
         return self.graphs.size_for(len(rows.ids)) if rows.are_decodes else None
 
-    def run(self, size: int, rows: Rows, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, size: int, rows: Rows, last_tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, C] of a step, to be used before the next one."""
         buffers = self._buffers.get(size)
         if buffers is None:
@@ -153,7 +153,7 @@ class DecodeGraphs:
         heads = decoder.num_query_heads
         return FixedDecodes(size, read_shape(heads, decoder.norm.dtype, self._device, self._cache.layers[0][0]))
 
-    def _fill(self, buffers: _Buffers, rows: Rows, last_tokens: torch.Tensor | None) -> None:
+    def _fill(self, buffers: _Buffers, rows: Rows, last_tokens: torch.Tensor) -> None:
         spare = buffers.fixed.size - len(rows.ids)
         slot, lens = self._spare_block * self._block_size, (*rows.context_lens, *[1] * spare)
         buffers.put([*rows.ids, *[0] * spare], [*rows.positions, *[0] * spare], [*rows.slots, *[slot] * spare], lens)
@@ -161,8 +161,7 @@ class DecodeGraphs:
         tables = [block for table in rows.tables for block in table + table[-1:] * (width - len(table))]
         tables += [self._spare_block] * (spare * width)
         buffers.tables[:, :width].copy_(upload(tables, torch.int32, self._device).view(-1, width))
-        if last_tokens is not None:
-            buffers.ids.copy_(known_ids(buffers.ids, last_tokens))
+        buffers.ids.copy_(known_ids(buffers.ids, last_tokens))
 
 
 class _Buffers:

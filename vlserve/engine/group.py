@@ -8,6 +8,7 @@ so that a rank that stands still can be named. Shapes: R rows, V columns.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import socket
 import time
@@ -20,9 +21,11 @@ import torch
 import torch.distributed as dist
 
 from vlserve.board import Marker
+from vlserve.engine.one_shot import OneShot, can_meet
 from vlserve.errors import EngineError
 from vlserve.llm.parallel import Group
 
+log = logging.getLogger(__name__)
 BATCH_BYTES = 8192  # of the one message that begins a step; a longer one takes a second
 
 
@@ -53,12 +56,35 @@ class DistributedGroup(Group):
         with self._noted("connecting", None):
             self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), rank, size, options)
         self._device: dist.ProcessGroup = self._host
+        self._one_shot: OneShot | None = None
 
     def use_cuda(self, device: torch.device) -> None:
         """From here on, tensors on the device go over NCCL."""
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = self._timeout
         self._device = dist.ProcessGroupNCCL(dist.PrefixStore("device", self._store), self.rank, self.size, options)
+
+    def use_one_shot(self, device: torch.device, num_local: int) -> None:
+        """From here on, small all-reduces on the device are one kernel, if that works on every rank.
+
+        Args:
+            num_local: ranks on this machine.
+        """
+        made, cause = None, "another rank could not"
+        if self.minimum(can_meet(device, self.size, num_local), "one-shot vote") == 0:
+            return
+        try:
+            made = OneShot(self._store, self.rank, self.size, device, self._timeout)
+        except RuntimeError as error:
+            cause = _shorten(error)
+        if self.minimum(made is not None, "one-shot vote") and made is not None:
+            x = torch.full((1024,), float(self.rank + 1), device=device)
+            made.all_reduce(x)
+            if self.minimum(bool((x == sum(range(1, self.size + 1))).all()), "one-shot vote"):
+                self._one_shot = made
+                return
+            cause = "the first sum was wrong"
+        log.warning("small all-reduces go over NCCL, since torch's symmetric memory does not work here: %s", cause)
 
     @property
     def can_record(self) -> bool:
@@ -96,7 +122,10 @@ class DistributedGroup(Group):
         if hasattr(options, "asyncOp"):  # NCCL then takes the stream that computes, not one of its own that waits for it
             options.asyncOp = False
         with self._noted(kind, x) as group:
-            group.allreduce([x], options).wait()
+            if self._one_shot is not None and self._one_shot.takes(x):
+                self._one_shot.all_reduce(x)
+            else:
+                group.allreduce([x], options).wait()
         return x
 
     def minimum(self, value: int, kind: str) -> int:

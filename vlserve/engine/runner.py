@@ -1,4 +1,4 @@
-"""Owns a rank's model, KV cache and feature cache, and computes steps: `run` on rank 0, `follow` on the others.
+"""Owns a rank's model, KV cache and feature cache, and computes steps: `start`, `sample`, `finish` on rank 0, `follow` elsewhere.
 
 In one step all ranks call the same collectives in the same order: the announcement, the features of new pictures, the
 embedding, two a decoder layer, the logits, the tokens.
@@ -6,8 +6,10 @@ embedding, two a decoder layer, the logits, the tokens.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
 
 import torch
 
@@ -19,16 +21,26 @@ from vlserve.engine.group import DistributedGroup
 from vlserve.engine.memory import GIB, fit_blocks, release_leftovers, weight_bytes
 from vlserve.engine.model import Model
 from vlserve.engine.pixels import PixelStore
-from vlserve.engine.sampling import Sampler
+from vlserve.engine.sampling import Drawn, Sampler
 from vlserve.engine.scheduler import Chunk, Sampled
 from vlserve.engine.sequence import Sequence
 from vlserve.engine.tiles import TileEncoder
 from vlserve.engine.timings import Timings
+from vlserve.footprint import LOGIT_COPIES
 from vlserve.kernels.paged_attention import plan_attention
 from vlserve.kernels.upload import upload
 from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.kv_cache import KVCache, block_bytes
 from vlserve.vision.config import TILES_AT_ONCE
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Started:
+    """A step that the device has been asked for."""
+
+    chunks: list[Chunk]
+    logits: torch.Tensor | None  # [R, V], until they are sampled from
+    drawn: Drawn | None = None  # what came of them
 
 
 class Runner:
@@ -61,7 +73,7 @@ class Runner:
             recorder = CudaRecorder(self.device, graph_bytes)
         if not runs_triton(model.decoder.norm):  # torch's operators are planned for each step
             recorder = None
-        peak_bytes = self._measure_peak(config.max_num_batched_tokens)
+        peak_bytes = self._measure_peak(config.max_num_batched_tokens, config.max_num_seqs)
         if recorder is not None:
             peak_bytes += graph_bytes + self._cache_bytes(1)  # a block for rows of padding
         release_leftovers(self.device)
@@ -78,38 +90,56 @@ class Runner:
         self.features = FeatureCache(int(config.vision_cache_gib * GIB), in_use)
         self.sampler = Sampler(end_token_ids)
         self.image_queries = self.image_hits = 0  # pictures
-        self.encode_s = self.step_s = self.comm_s = 0.0  # seconds in `_encode`, in `run`, and there in collectives
+        self.encode_s = self.step_s = self.comm_s = 0.0  # seconds in `_encode`, in steps, and there in collectives
         self._timings = Timings(self.device)
         self._waiting: list[Sequence] = []  # for the pictures that this step encodes
         self._told = time.monotonic()  # when the other ranks last heard something
         self._announcer, self._listener = Announcer(), Listener()
-        self._last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)  # [R], sampled last, on every rank
+        self._last_rows: dict[int, int] = {}  # the sequences that they are of
         self._fixed_bytes = weight_bytes(model) | {"kv_cache": self._cache_bytes(self.num_blocks + (recorder is not None))}
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[Sampled]:
-        """Compute a step; one result for each chunk that samples, in order."""
+    def start(self, chunks: list[Chunk]) -> Started:
+        """Ask the device for a step; a sequence's last token may be one that has not been read yet."""
+        with self._counted():
+            missing = self._find_missing(chunks)
+            step = describe(chunks, missing, self._last_rows)
+            self.pixels.lend({i.digest: i.pixels for chunk in chunks for i in chunk.images if i.digest in missing})
+            if isinstance(self.group, DistributedGroup):
+                self.group.broadcast_message(self._announcer.step(step, chunks))
+                self._told = time.monotonic()
+            self._waiting = [c.sequence for c in chunks if any(image.digest in missing for image in c.images)]
+            logits = self._compute(step)
+            dropped = self.features.trim()
+            if self.group.size > 1:  # alone it would keep them for ever: there is no message that takes them
+                self._announcer.dropped(dropped)
+            return Started(chunks=chunks, logits=logits)
+
+    @torch.inference_mode()
+    def sample(self, step: Started) -> None:
+        """Ask for its tokens, once those of the steps before it have been taken in."""
+        if step.logits is None:
+            return
+        with self._counted():
+            sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+            step.drawn, step.logits = self.sampler.sample(step.logits, sampling), None
+            self._last_tokens = self.group.broadcast(step.drawn.tokens, "tokens")
+            self._last_rows = {sequence.id: row for row, sequence in enumerate(sampling) if not sequence.has_ended}
+
+    def finish(self, step: Started) -> list[Sampled]:
+        """Wait for its tokens; one result for each chunk that samples, in order."""
+        with self._counted():
+            sampled = [] if step.drawn is None else step.drawn.read()
+            self._timings.settle()  # a picture's time is known when its first token is
+            return sampled
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
         begun, comm_begun = time.monotonic(), self.group.seconds
-        missing = self._find_missing(chunks)
-        step = describe(chunks, missing)
-        self.pixels.lend({image.digest: image.pixels for chunk in chunks for image in chunk.images if image.digest in missing})
-        if isinstance(self.group, DistributedGroup):
-            self.group.broadcast_message(self._announcer.step(step, chunks))
-            self._told = time.monotonic()
-        self._waiting = [c.sequence for c in chunks if any(image.digest in missing for image in c.images)]
-        logits = self._compute(step)
-        dropped = self.features.trim()
-        if self.group.size > 1:  # alone it would keep them for ever: there is no message that takes them
-            self._announcer.dropped(dropped)
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = [] if logits is None else self.sampler.sample(logits, sampling)
-        if sampled and isinstance(self.group, DistributedGroup):
-            self._announcer.sampled(sampling)
-            self.group.broadcast(upload([s.token_id for s in sampled], torch.int64, self.device), "tokens")
-        self._timings.settle()  # a picture's time is known when its first token is
+        yield
         self.step_s += time.monotonic() - begun
         self.comm_s += self.group.seconds - comm_begun
-        return sampled
 
     def idle(self, *, is_last: bool = False) -> None:
         """Tell the other ranks that there is nothing to do, or nothing any more."""
@@ -125,6 +155,8 @@ class Runner:
     def forget(self, ids: list[int]) -> None:
         """Sequences that ended."""
         self.sampler.forget(ids)
+        for id in ids:
+            self._last_rows.pop(id, None)  # a request to come may have the same id
         if self.group.size > 1:
             self._announcer.ended(ids)
 
@@ -135,7 +167,7 @@ class Runner:
         told = self._listener.read(self.group.receive_message())
         self.features.drop(told.dropped)
         if told.step is not None:
-            self._compute(told.step, self._last_tokens)
+            self._compute(told.step)
             number = sum(chunk.samples for chunk in told.step.chunks)
             if number:
                 tokens = torch.empty(number, dtype=torch.int64, device=self.device)
@@ -159,18 +191,18 @@ class Runner:
         allocated = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["current"]
         return known | {"other": allocated - sum(known.values())}
 
-    def _compute(self, step: StepInput, last_tokens: torch.Tensor | None = None) -> torch.Tensor | None:
+    def _compute(self, step: StepInput) -> torch.Tensor | None:
         """Logits [R, V] of the rows that sample, on rank 0; None on the others and when no row does."""
         rows, decoder = lay_out(step, self.block_size), self.model.decoder
         num_samples = len(rows.sample_rows)
         is_text = not step.encode and not step.pieces
         size = self.decodes.size_for(rows) if self.decodes is not None and is_text else None
         if self.decodes is not None and size is not None:
-            hidden = self.decodes.run(size, rows, last_tokens)
+            hidden = self.decodes.run(size, rows, self._last_tokens)
             if 0 < num_samples < len(hidden):
                 hidden = hidden[upload(rows.sample_rows, torch.int64, self.device)]
             return decoder.logits(hidden) if num_samples else None
-        batch = make_batch(rows, self.block_size, self.device, last_tokens)
+        batch = make_batch(rows, self.block_size, self.device, self._last_tokens)
         x = decoder.embed(batch.ids)
         if step.encode:
             self._encode(step.encode)
@@ -223,7 +255,7 @@ class Runner:
         return num_blocks * block_bytes(decoder.config, decoder.num_kv_heads, self.block_size, self.dtype, self.kv_dtype)
 
     @torch.inference_mode()
-    def _measure_peak(self, num_tokens: int) -> int:
+    def _measure_peak(self, num_tokens: int, max_num_seqs: int) -> int:
         """Bytes that the encoder, or a step of `num_tokens`, takes at its peak beside weights and caches; 0 on the CPU, where
         a fixed share of the memory is left over for it."""
         if self.device.type != "cuda":
@@ -244,6 +276,8 @@ class Runner:
             block_size=self.block_size,
         )
         hidden = self.model.decoder(self.model.decoder.embed(torch.zeros_like(places)), places, cache, metadata)
-        self.model.decoder.logits(hidden[:1])
+        logits = self.model.decoder.logits(hidden[:max_num_seqs])
+        if logits is not None:  # sampled from on this rank
+            logits.new_empty(LOGIT_COPIES - 1, *logits.shape)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         return max(0, peak - self._cache_bytes(num_blocks))

@@ -1,7 +1,7 @@
 """From logits to tokens, as each request asks. Shapes: R rows (one a request), V vocabulary.
 
-A request's draws come from its own generator, so they do not depend on who else is in the batch. On a GPU the host waits
-once, for the tokens.
+A request's draws come from its own generator, so they do not depend on who else is in the batch. The host waits once, when it
+reads the tokens.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections import Counter
 
 import torch
 
+from vlserve.config import SamplingParams
 from vlserve.engine.grammar import Grammar, allowed_tokens
 from vlserve.engine.messages import TokenLogprob
 from vlserve.engine.scheduler import Sampled
 from vlserve.engine.sequence import Sequence
-from vlserve.kernels.upload import upload
+from vlserve.kernels.upload import Download, upload
 
 GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature leave float32's range
+_NOBODY = Sequence(id=-1, token_ids=[0], images=[], sampling=SamplingParams(), max_tokens=1)
 DRAWN_AT_ONCE = 2**20  # logits of rows that a GPU draws from together; drawing takes some 40 bytes for each
 
 
@@ -30,13 +32,13 @@ class Sampler:
         for id in ids:
             self._generators.pop(id, None)
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
         """logits [R, V] float32, one row a sequence -> its next token (and log-probabilities when asked for).
 
-        Log-probabilities are the model's own, before penalties, bias and temperature.
+        Log-probabilities are the model's own, before penalties, bias and temperature. A sequence that has ended in the meantime
+        leaves no trace; its row has some token.
         """
-        if not sequences:
-            return []
+        sequences = [_NOBODY if s.has_ended else s for s in sequences]
         grammars = {i: s.grammar for i, s in enumerate(sequences) if isinstance(s.grammar, Grammar)}
         allowed = allowed_tokens(grammars, logits.shape[1], logits.device)
         failed = {i: reason for i, reason in allowed.items() if isinstance(reason, str)}
@@ -50,8 +52,7 @@ class Sampler:
             part = drawn[first : first + step]
             places = upload(part, torch.int64, logits.device)
             tokens.index_copy_(0, places, self._draw(adjusted.index_select(0, places), [sequences[i] for i in part]))
-        ids, found = _read(tokens, _logprobs(logits, sequences, tokens))  # here the host waits
-        return [Sampled(token_id=token, logprob=found.get(i), error=failed.get(i)) for i, token in enumerate(ids)]
+        return Drawn(tokens, _logprobs(logits, sequences, tokens), failed)
 
     def _adjust(self, logits: torch.Tensor, sequences: list[Sequence], masks: dict[int, torch.Tensor]) -> torch.Tensor:
         """What is drawn from, [R, V]: `logits` itself where no row asks for anything else."""
@@ -128,20 +129,27 @@ def _logprobs(
     return found
 
 
-def _read(
-    tokens: torch.Tensor, logprobs: dict[int, tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[list[int], dict[int, TokenLogprob]]:
-    """tokens [R] and what `_logprobs` found, in one copy from the device; float64 has every id and every float32."""
-    if not logprobs:
-        return tokens.tolist(), {}
-    parts = [tokens, *(part for pair in logprobs.values() for part in pair)]
-    numbers = iter(torch.cat([part.double() for part in parts]).tolist())
-    ids, chosen = [int(next(numbers)) for _ in range(len(tokens))], {}
-    for i, (_, best) in logprobs.items():
-        own = next(numbers)
-        top_values, top_ids = ([next(numbers) for _ in range(len(best))] for _ in range(2))
-        chosen[i] = TokenLogprob(token_id=ids[i], logprob=own, top=list(zip(map(int, top_ids), top_values, strict=True)))
-    return ids, chosen
+class Drawn:
+    """`tokens` [R] int64 on their device, and on their way to the host, with what `_logprobs` found and why rows have none."""
+
+    def __init__(
+        self, tokens: torch.Tensor, logprobs: dict[int, tuple[torch.Tensor, torch.Tensor]], errors: dict[int, str]
+    ) -> None:
+        self.tokens, self._errors = tokens, errors
+        self._sizes = {row: len(ids) for row, (_, ids) in logprobs.items()}
+        parts = [tokens, *(part for pair in logprobs.values() for part in pair)]
+        # one copy: float64 has every id and every float32
+        self._download = Download(torch.cat([part.double() for part in parts]) if logprobs else tokens)
+
+    def read(self) -> list[Sampled]:
+        """Waits for them."""
+        numbers = iter(self._download.read())
+        ids, chosen = [int(next(numbers)) for _ in range(len(self.tokens))], {}
+        for row, size in self._sizes.items():
+            own = next(numbers)
+            values, best = ([next(numbers) for _ in range(size)] for _ in range(2))
+            chosen[row] = TokenLogprob(token_id=ids[row], logprob=own, top=list(zip(map(int, best), values, strict=True)))
+        return [Sampled(token_id=id, logprob=chosen.get(row), error=self._errors.get(row)) for row, id in enumerate(ids)]
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:

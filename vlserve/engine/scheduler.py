@@ -2,6 +2,9 @@
 
 The scheduler knows nothing of tensors: it moves sequences between waiting and running, and blocks
 between sequences and the pool. Every added sequence ends in exactly one event with a finish_reason.
+
+A step is scheduled, expected once it has been started, and committed when its tokens are there. Between the two the next one may
+be scheduled: what a sequence gave up in the meantime, the device takes over only after it has finished with it.
 """
 
 from __future__ import annotations
@@ -12,21 +15,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlserve.engine.messages import FinishReason, TokenEvent, TokenLogprob
-from vlserve.engine.sequence import ImageSpan, Sequence
+from vlserve.engine.sequence import UNKNOWN, ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Tokens start..stop of a sequence; `samples` when the chunk reaches its last token."""
+    """Tokens start..stop of a sequence, into its `blocks`; `samples` when the chunk reaches its last token."""
 
     sequence: Sequence
     start: int
     stop: int
+    samples: bool
+    blocks: list[int]
 
     @property
-    def samples(self) -> bool:
-        return self.stop == len(self.sequence.token_ids)
+    def is_current(self) -> bool:
+        """The sequence has not ended nor been preempted since."""
+        return self.blocks is self.sequence.blocks
 
     @property
     def images(self) -> list[ImageSpan]:
@@ -75,7 +81,7 @@ class Scheduler:
 
     def fail(self, chunks: Iterable[Chunk], message: str) -> list[TokenEvent]:
         """End the sequences of a step that broke."""
-        return [self._finish(chunk.sequence, None, "error", error=message) for chunk in chunks]
+        return [self._finish(c.sequence, None, "error", error=message) for c in chunks if not c.sequence.has_ended]
 
     def fail_unready(self) -> list[TokenEvent]:
         """End the sequences whose grammar cannot be compiled."""
@@ -92,7 +98,9 @@ class Scheduler:
                 break
             if sequence not in self.running:  # preempted for one before it
                 continue
-            chunk = self._chunk(sequence, budget)
+            if self._is_full(sequence):  # its last token is on its way
+                continue
+            chunk = self._chunk(sequence, sequence.num_computed, budget)
             if not self._make_room(sequence, chunk.stop, {c.sequence.id for c in chunks}):
                 continue
             chunks.append(chunk)
@@ -106,24 +114,34 @@ class Scheduler:
                 break
             chunks.append(admitted)
             budget -= admitted.stop - admitted.start
-        assert chunks or not (self.running or ready), "a step without work: the KV cache holds less than one sequence"
+        is_idle = not (self.running or ready) or any(s.is_unknown for s in (*self.running, *self.waiting))
+        assert chunks or is_idle, "a step without work: the KV cache holds less than one sequence"
         return chunks
 
+    def expect(self, chunks: list[Chunk]) -> None:
+        """A step was started: its tokens count as computed, and what it samples as there, though unknown."""
+        for chunk in chunks:
+            if chunk.is_current:
+                chunk.sequence.num_computed = chunk.stop
+                if chunk.samples:
+                    chunk.sequence.token_ids.append(UNKNOWN)
+
     def commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
-        """Book what a step computed; `sampled` has one entry for each chunk that samples, in order."""
+        """Book what an expected step computed; `sampled` has one entry for each chunk that samples, in order."""
         events = []
         tokens = iter(sampled)
         for chunk in chunks:
-            sequence = chunk.sequence
-            sequence.num_computed = chunk.stop
-            self._register_full_blocks(sequence, chunk.start)
-            if not chunk.samples:
+            sequence, token = chunk.sequence, next(tokens) if chunk.samples else None
+            if sequence.has_ended:
                 continue
-            token = next(tokens)
+            if chunk.is_current:
+                self._register_full_blocks(chunk)
+            if token is None:
+                continue
             if token.error is not None:
                 events.append(self._finish(sequence, None, "error", error=token.error))
                 continue
-            sequence.token_ids.append(token.token_id)
+            sequence.token_ids[chunk.stop] = token.token_id
             if sequence.grammar is not None and not sequence.grammar.accept(token.token_id):
                 events.append(self._finish(sequence, None, "error", error="a token does not fit the answer's grammar"))
                 continue
@@ -134,9 +152,10 @@ class Scheduler:
                 events.append(self._finish(sequence, token, reason))
         return events
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        start = sequence.num_computed
-        return Chunk(sequence=sequence, start=start, stop=min(len(sequence.token_ids), start + budget))
+    def _chunk(self, sequence: Sequence, start: int, budget: int) -> Chunk:
+        length = len(sequence.token_ids)
+        stop = min(length, start + budget)
+        return Chunk(sequence=sequence, start=start, stop=stop, samples=stop == length, blocks=sequence.blocks)
 
     def _num_missing_blocks(self, sequence: Sequence, stop: int) -> int:
         return max(0, -(-stop // self.pool.block_size) - len(sequence.blocks))
@@ -172,7 +191,7 @@ class Scheduler:
             sequence.num_cached_tokens = start
             self.prefix_queries += len(sequence.token_ids)
             self.prefix_hits += start
-        return Chunk(sequence=sequence, start=start, stop=stop)
+        return self._chunk(sequence, start, budget)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give its blocks back; it waits, first in line, and is computed again (from what is still cached)."""
@@ -182,11 +201,11 @@ class Scheduler:
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
 
-    def _register_full_blocks(self, sequence: Sequence, start: int) -> None:
+    def _register_full_blocks(self, chunk: Chunk) -> None:
         size = self.pool.block_size
-        first, full = start // size, sequence.num_computed // size
-        for i, digest in enumerate(sequence.digest_blocks(full, size)[first:], start=first):
-            self.pool.register(sequence.blocks[i], digest)
+        first, full = chunk.start // size, chunk.stop // size
+        for i, digest in enumerate(chunk.sequence.digest_blocks(full, size)[first:], start=first):
+            self.pool.register(chunk.blocks[i], digest)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.sampling
@@ -196,9 +215,10 @@ class Scheduler:
             token_id in sampling.stop_token_ids or (token_id in self.end_token_ids and not sampling.ignore_eos)
         ):
             return "stop"
-        if sequence.num_output_tokens >= sequence.max_tokens or len(sequence.token_ids) >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if self._is_full(sequence) else None
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        return sequence.num_output_tokens >= sequence.max_tokens or len(sequence.token_ids) >= self.max_model_len
 
     def _finish(self, sequence: Sequence, token: Sampled | None, reason: FinishReason, error: str | None = None) -> TokenEvent:
         if sequence in self.running:
@@ -208,6 +228,7 @@ class Scheduler:
         if sequence.grammar is not None:
             sequence.grammar.cancel()
         self._release(sequence)
+        sequence.has_ended = True
         return self._event(sequence, token, reason, error)
 
     def _event(

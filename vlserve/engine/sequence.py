@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from vlserve.config import SamplingParams
 from vlserve.llm.block_pool import Digest, block_digest
 
+UNKNOWN = -1  # stands for a token until the step that samples it has been read
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageSpan:
@@ -49,7 +51,7 @@ class Grammar(Protocol):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """Mutable; owned by the scheduler. `num_computed <= len(token_ids)` always."""
+    """Mutable; owned by the scheduler. `num_computed <= len(token_ids)` always; the last token may be `UNKNOWN`."""
 
     id: int
     token_ids: list[int]  # prompt and answer
@@ -66,13 +68,20 @@ class Sequence:
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None  # first scheduled
     encode_s: float = 0.0
+    has_ended: bool = False
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
 
     @property
     def is_ready(self) -> bool:
-        return self.grammar is None or self.grammar.is_ready
+        """It can be admitted."""
+        return not self.is_unknown and (self.grammar is None or self.grammar.is_ready)
+
+    @property
+    def is_unknown(self) -> bool:
+        """Its last token has been asked for and not been read."""
+        return self.token_ids[-1] == UNKNOWN
 
     @property
     def num_output_tokens(self) -> int:
