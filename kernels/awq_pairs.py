@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from vlserve.kernels.awq import awq_matmul_ref
+from vlserve.kernels.group_sums import INPUTS, empty_sums, group_sums, groups_of
 from vlserve.kernels.with_triton import runs_triton
 
-INPUTS, OUTPUTS = 128, 64  # of a block
+OUTPUTS = 64  # of a tile
 FINER = (32, 64)  # inputs of a group, when a block has several of them
 ROWS = 128  # up to here the weights are taken apart on the way; above, spread out for torch's product
 AT_ONCE = 2**24  # weights that are put in order together, so that loading takes little memory beside the weights
@@ -48,8 +49,16 @@ class PairedWeights:
     def nbytes(self) -> int:
         return self.words.nbytes + self.scales.nbytes + self.zeros.nbytes
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, K] -> [T, N], summed in float32; raises ValueError when K or the type of x is another."""
+    def empty_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """Room for `group_sums` of inputs for as many tokens as x has, on its device."""
+        return empty_sums(x, self.padded_inputs, self.group)
+
+    def matmul(self, x: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, K] -> [T, N], summed in float32; raises ValueError when K, the type of x or the groups of `sums` are others.
+
+        Args:
+            sums: `group_sums` of x, where what made x has written them; products of more than 128 rows use none.
+        """
         if x.ndim != 2 or x.shape[1] != self.inputs or x.dtype != self.scales.dtype:
             raise ValueError(f"x is {tuple(x.shape)} {x.dtype}, expected [T, {self.inputs}] {self.scales.dtype}")
         if not runs_triton(x):
@@ -60,7 +69,11 @@ class PairedWeights:
             x = F.pad(x, (0, self.padded_inputs - self.inputs))
         if len(x) > ROWS:
             return F.linear(x, pairs_dequantize_triton(self))
-        return pairs_matmul_triton(x, self)
+        if sums is None:
+            sums = group_sums(x, self.empty_sums(x))
+        elif groups_of(sums, x) != max(1, INPUTS // self.group):
+            raise ValueError(f"the sums are of {groups_of(sums, x)} groups in {INPUTS} inputs, but a group has {self.group}")
+        return pairs_matmul_triton(x, sums, self)
 
 
 def takes_pairs(inputs: int, groups: int, dtype: torch.dtype) -> bool:

@@ -1,9 +1,9 @@
 """`awq_pairs` on a GPU: products of up to 128 rows that read each weight once, and the dequantisation for more rows.
 
-A product is three kernels. The first adds up each group's activations; the second multiplies, in float32 sums, numbers that are a
-magic number plus a code, and takes magic number and zero point, times those sums, off what comes out, before the scale; where the
-inputs are split, the third adds the parts up, in their order. The weights are the left factor: so each thread's registers
-hold what it has loaded itself. With float16 every second plane of codes is used where it lies, 4 bits up, as 16 times itself.
+A product multiplies, in float32 sums, numbers that are a magic number plus a code, and takes magic number and zero point, times
+the sums of each group's activations (group_sums.py), off what comes out, before the scale; where the inputs are split, a second
+kernel adds the parts up, in their order. The weights are the left factor: so each thread's registers hold what it has loaded
+itself. With float16 every second plane of codes is used where it lies, 4 bits up, as 16 times itself.
 Source of magic numbers and of the order in words: Kim et al. 2022 (arXiv 2211.10017); of the split: arXiv 2402.00025.
 Letters and layout: awq_pairs.py.
 """
@@ -14,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.awq_pairs import INPUTS, PairedWeights
+from vlserve.kernels.awq_pairs import PairedWeights
 from vlserve.kernels.launch import Launch, choose, device_of, split
 
 REDUCED = 256  # outputs of a program that adds up parts
-SUMMED = 16  # blocks of a program that adds up activations
 IS_INTERPRETED = triton.knobs.runtime.interpret  # then there is no assembler, and bfloat16 is taken for whole numbers
 FACTORS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -152,26 +151,6 @@ def _matmul(
     tl.store(out + places, total.to(out.dtype.element_ty), mask=token_there & (output < num_outputs)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
-def _group_sums(x, sums, num_tokens, num_blocks, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
-    """x [T, K'] -> sums [K'/128, GROUPS, kinds, T] float32: of a group's inputs, and, with float16, of them times their magic."""
-    HALF: tl.constexpr = x.dtype.element_ty == tl.float16
-    token = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    there = (block < num_blocks)[:, None]
-    inputs = tl.load(x + (token * num_blocks + block)[:, None] * 128 + tl.arange(0, 128)[None], mask=there, other=0.0)
-    planes = tl.sum(tl.reshape(inputs.to(tl.float32), (BLOCKS, 4, 32)), 2)
-    groups = block[:, None] * GROUPS + tl.arange(0, GROUPS)[None]
-    plain = tl.sum(tl.reshape(planes, (BLOCKS, GROUPS, 4 // GROUPS)), 2)
-    if HALF:
-        tl.store(sums + groups.to(tl.int64) * 2 * num_tokens + token, plain, mask=there)
-        magic = tl.where(tl.arange(0, 4) % 2 == 0, 1024.0, 64.0)[None]  # odd planes' products are divided by 16
-        offset = tl.sum(tl.reshape(planes * magic, (BLOCKS, GROUPS, 4 // GROUPS)), 2)
-        tl.store(sums + (groups.to(tl.int64) * 2 + 1) * num_tokens + token, offset, mask=there)
-    else:
-        tl.store(sums + groups.to(tl.int64) * num_tokens + token, plain, mask=there)
-
-
 @triton.jit(do_not_specialize=["num_parts", "size"])
 def _add_parts(parts, out, num_parts, size, BLOCK: tl.constexpr):
     """parts [P, T * N] float32 -> their sum in out's type."""
@@ -204,30 +183,14 @@ def _dequantize(words, scales, zeros, out, num_outputs, num_blocks, num_groups, 
         tl.store(at + 32 * plane, weights.to(TYPE), mask=(output < num_outputs)[:, None])
 
 
-def group_sums(x: torch.Tensor, group: int) -> torch.Tensor:
-    """x [T, K'], with `group` inputs to a scale, -> what `pairs_matmul_triton` wants beside it, float32 [K'/128, sums, T]."""
-    x = x.contiguous()
-    num_tokens, num_blocks = len(x), x.shape[1] // INPUTS
-    groups = max(1, INPUTS // group)
-    kinds = 2 if x.dtype == torch.float16 else 1
-    sums = torch.empty(num_blocks, groups * kinds, num_tokens, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _group_sums[(triton.cdiv(num_blocks, SUMMED), num_tokens)](x, sums, num_tokens, num_blocks, GROUPS=groups, BLOCKS=SUMMED)
-    return sums
-
-
-def pairs_matmul_triton(x: torch.Tensor, packed: PairedWeights, *, sums: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K'] -> [T, N] in x's type; the checks are `PairedWeights.matmul`'s.
-
-    Args:
-        sums: `group_sums` of x, where several layers have the same inputs.
-    """
+def pairs_matmul_triton(x: torch.Tensor, sums: torch.Tensor, packed: PairedWeights) -> torch.Tensor:
+    """x [T, K'] and its `group_sums` -> [T, N] in x's type; the checks are `PairedWeights.matmul`'s."""
     x = x.contiguous()
     architecture, multiprocessors = device_of(x.device.index)
     launch = choose(architecture, len(x), packed.outputs)
     programs = triton.cdiv(packed.outputs, launch.block_n) * triton.cdiv(len(x), launch.block_t)
     parts = split(launch, programs, packed.words.shape[1], multiprocessors)
-    return multiply(x, packed, group_sums(x, packed.group) if sums is None else sums, launch, parts)
+    return multiply(x, packed, sums, launch, parts)
 
 
 def multiply(x: torch.Tensor, packed: PairedWeights, sums: torch.Tensor, launch: Launch, parts: int) -> torch.Tensor:

@@ -6,34 +6,39 @@ import torch
 import triton
 import triton.language as tl
 
+from vlserve.kernels.group_sums import INPUTS, groups_of
+from vlserve.kernels.group_sums_triton import store_sums
 
-def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, sums: torch.Tensor | None = None) -> torch.Tensor:
     """As `rms_norm_ref`; rows of x may lie apart."""
-    return _launch(x, None, weight, eps)[0]
+    return _launch(x, None, weight, eps, sums)[0]
 
 
 def add_rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, sums: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `add_rms_norm_ref`: the norm is that of the rounded sum."""
-    return _launch(x, residual, weight, eps)
+    return _launch(x, residual, weight, eps, sums)
 
 
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, sums: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width = x.shape[-1]
     rows = _rows(x)
     residual_rows = rows if residual is None else _rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = out if residual is None else torch.empty_like(out)
-    padded = triton.next_power_of_2(width)
+    groups = 0 if sums is None else groups_of(sums, rows)
+    padded = max(INPUTS if groups else 1, triton.next_power_of_2(width))
     with torch.cuda.device_of(x):
         _kernel[(len(rows),)](
-            *(out, total, rows, residual_rows, weight.contiguous(), rows.stride(0), residual_rows.stride(0), eps),
+            *(out, total, rows, residual_rows, weight.contiguous(), sums, rows.stride(0), residual_rows.stride(0), eps),
             WIDTH=width,
             WIDTH_PADDED=padded,
             ADDS=residual is not None,
+            GROUPS=groups,
             num_warps=min(16, max(1, padded // 256)),  # eight numbers a thread, which is sixteen bytes, until there are 16 warps
         )
     return out, total
@@ -46,9 +51,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _kernel(
-    out, total, x, residual, weight, x_stride, residual_stride, eps,
-    WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ADDS: tl.constexpr,
+    out, total, x, residual, weight, sums, x_stride, residual_stride, eps,
+    WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ADDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """GROUPS: of a block of 128, with sums of their own; 0: no sums are wanted."""
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH_PADDED)
     mask = c < WIDTH
     numbers = tl.load(x + row * x_stride + c, mask=mask, other=0.0).to(tl.float32)
@@ -59,4 +65,8 @@ def _kernel(
         numbers = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(numbers * numbers, 0) / WIDTH + eps)
     weights = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + c, (numbers * scale * weights).to(out.dtype.element_ty), mask=mask)
+    normed = (numbers * scale * weights).to(out.dtype.element_ty)
+    tl.store(out + row * WIDTH + c, normed, mask=mask)
+    if GROUPS:
+        block = tl.arange(0, WIDTH_PADDED // 128)
+        store_sums(sums, normed, block, tl.cdiv(WIDTH, 128), row, tl.num_programs(0), GROUPS)

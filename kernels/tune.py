@@ -22,6 +22,7 @@ import torch
 
 from vlserve.kernels.awq import awq_matmul_ref
 from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu
+from vlserve.kernels.group_sums import group_sums
 from vlserve.kernels.launch import CARD, ROWS, TABLE, Launch, device_of, split
 from vlserve.kernels.measure import Difference, Timer, by_outputs, difference
 from vlserve.kernels.with_triton import runs_triton
@@ -184,26 +185,25 @@ class OnDevice:
         return (codes, scales, zeros), pack_for_gpu(codes, scales, zeros)
 
     def _data(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor, PairedWeights, torch.Tensor]:
-        from vlserve.kernels.awq_pairs_triton import group_sums
-
         given, packed = self.weights(problem.outputs, problem.inputs)
         x = torch.randn(problem.rows, problem.inputs, device=self.device).bfloat16()
         wide = x.double()
-        return x, group_sums(x, GROUP), packed, by_outputs(lambda *parts: awq_matmul_ref(wide, *parts), *given)
+        sums = group_sums(x, packed.empty_sums(x))
+        return x, sums, packed, by_outputs(lambda *parts: awq_matmul_ref(wide, *parts), *given)
 
 
 def _compiles(device: torch.device, launch: Launch) -> bool:
     """Whether it compiles and fits the device, tried with a small product."""
     from triton.errors import TritonError
 
-    from vlserve.kernels.awq_pairs_triton import group_sums, multiply
+    from vlserve.kernels.awq_pairs_triton import multiply
 
     codes = torch.zeros(launch.block_n, GROUP, dtype=torch.uint8, device=device)
     scales = torch.ones(launch.block_n, 2, dtype=torch.bfloat16, device=device)
     x = torch.ones(launch.block_t, 2 * GROUP, dtype=torch.bfloat16, device=device)
     packed = pack_for_gpu(codes, scales, torch.zeros_like(scales, dtype=torch.uint8))
     try:
-        multiply(x, packed, group_sums(x, GROUP), launch, 1)
+        multiply(x, packed, group_sums(x, packed.empty_sums(x)), launch, 1)
         torch.cuda.synchronize(device)
     except TritonError:
         return False

@@ -35,12 +35,14 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        sums: torch.Tensor | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         cache: tuple[Blocks, Blocks],
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """x [T, C] -> [T, C]; writes this step's keys and values to the cache."""
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1))
+        """x [T, C], with the sums that qkv_proj takes -> [T, C]; writes this step's keys and values to the cache."""
+        projected = self.qkv_proj(x, sums).split(self.sizes, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         query = rotary_store(query, key, value, cos_sin, cache, metadata.slots, norms, self.eps)
         out = paged_attention(query, *cache, metadata, self.head_dim**-0.5)

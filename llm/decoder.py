@@ -47,14 +47,21 @@ class DecoderLayer(nn.Module):
         cache: tuple[Blocks, Blocks],
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, residual), both [T, C]; their sum is the layer's result, taken by the next norm."""
+        """(output, residual), both [T, C]; their sum is the layer's result, taken by the next norm.
+
+        What makes a projection's inputs writes the sums that the projection's format takes beside them.
+        """
+        sums = self.self_attn.qkv_proj.format.empty_sums(x)
         if residual is None:
-            x, residual = rms_norm(x, self.input_layernorm, self.eps), x
+            x, residual = rms_norm(x, self.input_layernorm, self.eps, sums), x
         else:
-            x, residual = add_rms_norm(x, residual, self.input_layernorm, self.eps)
-        x = self.self_attn(x, cos_sin, cache, metadata)
-        x, residual = add_rms_norm(x, residual, self.post_attention_layernorm, self.eps)
-        return self.down_proj(silu_mul(self.gate_up_proj(x))), residual
+            x, residual = add_rms_norm(x, residual, self.input_layernorm, self.eps, sums)
+        x = self.self_attn(x, sums, cos_sin, cache, metadata)
+        sums = self.gate_up_proj.format.empty_sums(x)
+        x, residual = add_rms_norm(x, residual, self.post_attention_layernorm, self.eps, sums)
+        gate_up = self.gate_up_proj(x, sums)
+        sums = self.down_proj.format.empty_sums(gate_up)
+        return self.down_proj(silu_mul(gate_up, sums), sums), residual
 
     def linears(self, prefix: str) -> Iterator[tuple[str, Linear]]:
         """(what a checkpoint has before the projections' names, layer) of each linear layer."""

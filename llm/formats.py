@@ -43,8 +43,15 @@ class Format(Protocol):
     in_features: int
     outputs: dict[str, tuple[Span, int]]
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, in] -> [T, out]."""
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, sums: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] -> [T, out]; `sums`: what `empty_sums` gave, filled."""
+        ...
+
+    def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Room for what the product takes beside inputs for x's tokens, for the operation that makes them to fill.
+
+        See kernels/group_sums.py; None where it takes nothing, or where the inputs are rearranged first.
+        """
         ...
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
@@ -64,9 +71,12 @@ class DenseFormat(nn.Module):
         self.in_span, self.in_features, self.outputs = in_span, in_features, outputs
         self.weight = nn.Parameter(torch.empty(sum(span.size for span, _ in outputs.values()), in_span.size), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, sums: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
         return F.linear(x, self.weight, bias)
+
+    def empty_sums(self, x: torch.Tensor) -> None:
+        """Dense products take nothing else."""
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
         start = 0

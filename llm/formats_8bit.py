@@ -82,6 +82,9 @@ class EightBitFormat(nn.Module, ABC):
             out[rows] = part
         return out
 
+    def empty_sums(self, x: torch.Tensor) -> None:
+        """These products take nothing else."""
+
     @abstractmethod
     def finish(self) -> None:
         """Called once, when all weights are there."""
@@ -95,7 +98,7 @@ class EightBitFormat(nn.Module, ABC):
 class Fp8Format(EightBitFormat):
     stored_dtype = torch.float8_e4m3fn
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, sums: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
         return F.linear(x, self.dequantise() if self.weight is None else self.weight, bias)
 
@@ -107,7 +110,7 @@ class Fp8Format(EightBitFormat):
 class Int8Format(EightBitFormat):
     stored_dtype = torch.int8
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, sums: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
         if self.weight is not None:
             return F.linear(x, self.weight, bias)

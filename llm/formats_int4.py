@@ -16,7 +16,7 @@ from torch import nn
 
 from vlserve.kernels.awq import awq_matmul
 from vlserve.kernels.awq_cpu import PackedInt4, pack_for_cpu
-from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu, takes_pairs
+from vlserve.kernels.awq_pairs import ROWS, PairedWeights, pack_for_gpu, takes_pairs
 from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.formats import ReadSlot, Slot
 from vlserve.llm.packing import MIDDLE, Layout, pack_pairs, stored_zeros_are_less
@@ -56,15 +56,23 @@ class GroupedInt4Format(nn.Module):
         self.order = None if form.order is None else _parameter(in_features, None, torch.int32)
         self.packed: PackedInt4 | PairedWeights | None = None  # once the weights are there
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, sums: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
         if self.size != x.shape[-1]:
             x = F.pad(x, (self.front, self.size - self.front - x.shape[-1]))
         packed = self.packed
-        out = awq_matmul(x, self.codes, self.scales, self.zeros) if packed is None else packed.matmul(x)
+        if packed is None:
+            out = awq_matmul(x, self.codes, self.scales, self.zeros)
+        else:
+            out = packed.matmul(x, sums) if isinstance(packed, PairedWeights) else packed.matmul(x)
         return out if bias is None else out + bias
+
+    def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Room for the sums that weights in pairs take, for products that do not spread the weights out."""
+        packed, is_rearranged = self.packed, self.order is not None or self.size != self.in_span.size
+        return packed.empty_sums(x) if isinstance(packed, PairedWeights) and len(x) <= ROWS and not is_rearranged else None
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
         first = 0

@@ -31,9 +31,9 @@ class ColumnParallelLinear(nn.Module):
         size = sum(span.size for span, _ in outputs.values())
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] -> [T, sum of this rank's outputs]."""
-        return self.format(x, self.bias)
+    def forward(self, x: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] -> [T, sum of this rank's outputs]; `sums`: as the format's `empty_sums`, filled."""
+        return self.format(x, self.bias, sums)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:
         """(checkpoint name, what it fills) for each part, e.g. `{prefix}q_proj.weight`."""
@@ -56,9 +56,9 @@ class RowParallelLinear(nn.Module):
         self.others: dict[str, Slot] = {}
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, this rank's inputs] -> [T, out]."""
-        y = self._group.all_reduce(self.format(x), self.name)
+    def forward(self, x: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, this rank's inputs] -> [T, out]; `sums`: as the format's `empty_sums`, filled."""
+        y = self._group.all_reduce(self.format(x, sums=sums), self.name)
         return y if self.bias is None else y + self.bias  # added once, after the sum
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Slot]]:

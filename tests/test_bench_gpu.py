@@ -21,12 +21,14 @@ import torch
 from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.case import Built, Case, Rival
 from benchmarks.gpu.counted import Counted, counted
+from benchmarks.gpu.elementwise import gate_with_sums, norm_with_sums
 from benchmarks.gpu.kernels import Rates, Report, run_cases
 from benchmarks.gpu.predict import Grid, Kernel, predict
 from benchmarks.gpu.products import product
-from benchmarks.gpu.sizes import MODELS
+from benchmarks.gpu.sizes import MODELS, Sizes
 from tests.kernels.cases import PER_WEIGHT
 from vlserve.kernels.launch import launches
+from vlserve.kernels.measure import difference
 
 ROOT = Path(__file__).parent.parent
 # what only the front, the engine's messages or comparisons need
@@ -95,6 +97,8 @@ def test_other_work_by_hand() -> None:
     assert MODELS["8b"].prefill("bf16", 1, 2).flops == 2 * (2 * 28 * 233_046_016 + 151_674 * 3584) + 4 * 3 * 28 * 128 * 28
     case = product("8b", "qkv_proj", 4608, 3584, 16)
     assert case.work.bytes == 4608 * 3584 // 2 + 4608 * 28 * 3 + 2 * 16 * (4608 + 3584)
+    o_proj = product("8b", "o_proj 3584 x 3584", 3584, 3584, 16)
+    assert [len(each.kernels(CARDS["H100"])) for each in (case, o_proj)] == [2, 3], "one kernel adds up the parts"
 
 
 def grid(programs: int, *, ahead: int = 2**20, registers: int = 32, longest_first: bool = False) -> Grid:
@@ -154,6 +158,17 @@ def test_predictions_take_the_instructions_that_were_counted() -> None:
                 assert 1 < found.per_number <= PER_WEIGHT[launch.block_t] and found.registers > 16 and found.shared > 1024
     with pytest.raises(KeyError):
         counted("4-bit product", "bf16", "another", "sm_90")
+
+
+@pytest.mark.parametrize("make", (norm_with_sums, gate_with_sums))
+def test_sums_are_checked_with_what_they_are_of(make: Callable[[Sizes, int], Case]) -> None:
+    case = make(Sizes(name="tiny", hidden=256, layers=1, heads=1, kv_heads=1, ffn=384), 3)
+    built = case.build(CPU)
+    assert built.difference().within(case.tolerance)
+    for place in (0, 1):  # the numbers, the sums
+        result = built.run()
+        result[place].view(-1)[5].add_(4)
+        assert not difference(built.observe(result), built.want()).within(case.tolerance)
 
 
 def spoiled(case: Case, spoil: Callable[[torch.Tensor], Any]) -> Case:

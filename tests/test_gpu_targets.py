@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import steps
 from benchmarks.gpu.cards import CARDS, card_of
 from benchmarks.gpu.heads import OPERATORS, drawing_kernels
 from benchmarks.gpu.kernels import Rates, Report
@@ -149,20 +148,18 @@ def test_each_target_has_a_case_or_a_step_that_is_measured() -> None:
     assert rivals == {"bandwidth", "F.linear", "FlashInfer", "SDPA", STEP, FLOOR}
 
 
-def test_a_step_has_the_kernels_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_has_the_kernels_of_its_cases() -> None:
+    """A layer in 4 bits has two for a product, a bias, one more for the sums of the output projection, and attention's two."""
     card, model = CARDS["H200"], MODELS["8b"]
-    numbers = [len(product_kernels(card, *model.linears["o_proj"], 1, has_sums=has_sums)) for has_sums in (False, True)]
+    numbers = [len(product_kernels(card, *model.linears["o_proj"], 1, is_summed=is_summed)) for is_summed in (False, True)]
     assert numbers == [3, 2]
-    assert len(product_kernels(card, *model.linears["o_proj"], 1024)) == 2
-    monkeypatch.setattr(steps, "HAVE_SUMS", frozenset())
-    before = predict_step(model, "awq", 1, card)
-    monkeypatch.setattr(steps, "HAVE_SUMS", frozenset({"qkv_proj", "down_proj"}))
-    after = predict_step(model, "awq", 1, card)
-    assert before.kernels - after.kernels == 2 * model.layers and after.seconds < before.seconds
-    assert predict_step(model, "bf16", 1, card).kernels < after.kernels
-    floors = [card.floor(model.decode(form, batch, 1024)) for form in ("bf16", "awq") for batch in (1, 64)]
-    found = [predict_step(model, form, batch, card).seconds for form in ("bf16", "awq") for batch in (1, 64)]
-    assert all(least < seconds for least, seconds in zip(floors, found, strict=True))
+    assert len(product_kernels(card, *model.linears["o_proj"], 1024, is_summed=False)) == 2, "spread out, multiplied"
+    around = 2 + 1 + 1 + 2  # embedding and angles, the last norm, the head, the likeliest token
+    assert predict_step(model, "awq", 1, card).kernels == 28 * (4 * 2 + 1 + 1 + 2 + 2 + 1 + 1) + around
+    assert predict_step(model, "bf16", 1, card).kernels == 28 * (4 + 2 + 2 + 1 + 1) + around
+    for form in ("bf16", "awq"):
+        for batch in (1, 64):
+            assert card.floor(model.decode(form, batch, 1024)) < predict_step(model, form, batch, card).seconds
 
 
 class Operators(TorchDispatchMode):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from benchmarks.gpu.case import TOLERANCE, Built, Case, Rival
 from benchmarks.gpu.counted import KINDS as TYPES
 from benchmarks.gpu.counted import counted
 from benchmarks.gpu.predict import Grid, Kernel
-from benchmarks.gpu.sizes import KINDS, Sizes, Work, cache_bytes
+from benchmarks.gpu.sizes import GROUP, KINDS, Sizes, Work, cache_bytes
+from vlserve.kernels.awq_pairs import ROWS as MOST_SUMMED
+from vlserve.kernels.group_sums import empty_sums, group_sums_ref
 from vlserve.kernels.kv_codes import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks, dequantize_ref, quantize_ref
 from vlserve.kernels.measure import Difference
 from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
@@ -30,6 +33,9 @@ def elementwise_cases(sizes: Sizes, *, quick: bool = False) -> Iterator[Case]:
         yield norm(sizes, rows, adds=False)
         yield norm(sizes, rows, adds=True)
         yield gate(sizes, rows)
+        if rows <= MOST_SUMMED:
+            yield norm_with_sums(sizes, rows)
+            yield gate_with_sums(sizes, rows)
         for kind in KINDS:
             yield rotary(sizes, rows, kind)
 
@@ -52,7 +58,7 @@ def norm(sizes: Sizes, rows: int, *, adds: bool) -> Case:
 
         def want() -> torch.Tensor:
             total = (x + residual if adds else x).double()  # the sum is rounded before it is normed
-            return torch.stack((weight.double() * total / (total.pow(2).mean(-1, keepdim=True) + EPS).sqrt(), total))
+            return torch.stack((normed(total, weight), total))
 
         def other() -> tuple[torch.Tensor, torch.Tensor]:
             total = x + residual if adds else x
@@ -79,14 +85,10 @@ def gate(sizes: Sizes, rows: int) -> Case:
         x = torch.randn(rows, 2 * width, device=device).bfloat16()
         halves = x.chunk(2, dim=-1)
 
-        def want() -> torch.Tensor:
-            first, second = (half.double() for half in halves)
-            return first / (1 + (-first).exp()) * second
-
         def torchs() -> Rival:  # rounds in between
             return Rival(name="torch", run=lambda: F.silu(halves[0]) * halves[1])
 
-        return Built(run=lambda: silu_mul(x), want=want, rivals=lambda: iter([torchs]))
+        return Built(run=lambda: silu_mul(x), want=lambda: gated(x), rivals=lambda: iter([torchs]))
 
     return Case(
         model=sizes.name,
@@ -99,6 +101,68 @@ def gate(sizes: Sizes, rows: int) -> Case:
         ],
         build=build,
     )
+
+
+def norm_with_sums(sizes: Sizes, rows: int) -> Case:
+    """As in front of a product with 4-bit weights."""
+
+    def build(device: torch.device) -> Built:
+        x, residual = (torch.randn(rows, sizes.hidden, device=device).bfloat16() for _ in range(2))
+        weight = torch.rand(sizes.hidden, device=device).bfloat16()
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            sums = empty_sums(x, sizes.hidden, GROUP)
+            return add_rms_norm(x, residual, weight, EPS, sums)[0], sums
+
+        return Built(run=run, want=lambda: twice_summed(normed((x + residual).double(), weight)), observe=sums_and_summed)
+
+    return with_sums(norm(sizes, rows, adds=True), rows * sizes.hidden, build)
+
+
+def gate_with_sums(sizes: Sizes, rows: int) -> Case:
+    """As in front of a product with 4-bit weights."""
+
+    def build(device: torch.device) -> Built:
+        x = torch.randn(rows, 2 * sizes.ffn, device=device).bfloat16()
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            sums = empty_sums(x, sizes.ffn, GROUP)
+            return silu_mul(x, sums), sums
+
+        return Built(run=run, want=lambda: twice_summed(gated(x)), observe=sums_and_summed)
+
+    return with_sums(gate(sizes, rows), rows * sizes.ffn, build)
+
+
+def with_sums(plain: Case, numbers: int, build: Callable[[torch.device], Built]) -> Case:
+    work = Work(plain.work.bytes + numbers // GROUP * 4, plain.work.flops)
+
+    def kernels(card: Card) -> list[Kernel]:
+        return [replace(kernel, bytes=work.bytes) for kernel in plain.kernels(card)]
+
+    return replace(plain, kernel=f"{plain.kernel}, sums", work=work, kernels=kernels, build=build)
+
+
+def sums_and_summed(result: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The sums that were written, and those of the numbers that were."""
+    numbers, sums = result
+    return torch.stack((sums, group_sums_ref(numbers, torch.empty_like(sums))))
+
+
+def twice_summed(numbers: torch.Tensor) -> torch.Tensor:
+    """[T, K] float64 -> [2, K/128, 1, T]."""
+    return numbers.unflatten(1, (-1, GROUP)).sum(2).t().unsqueeze(1).expand(2, -1, -1, -1)
+
+
+def normed(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMS norm in float64."""
+    return weight.double() * total / (total.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in float64."""
+    first, second = x.double().chunk(2, dim=-1)
+    return first / (1 + (-first).exp()) * second
 
 
 def rotary(sizes: Sizes, rows: int, kind: str) -> Case:

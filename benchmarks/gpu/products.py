@@ -15,7 +15,8 @@ from benchmarks.gpu.counted import counted
 from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, Sizes, Work, int4_bytes
 from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
-from vlserve.kernels.awq_pairs import INPUTS, ROWS, PairedWeights, pack_for_gpu, unpack_pairs
+from vlserve.kernels.awq_pairs import ROWS, PairedWeights, pack_for_gpu, unpack_pairs
+from vlserve.kernels.group_sums import INPUTS, group_sums
 from vlserve.kernels.launch import Launch, choose, split
 from vlserve.kernels.measure import by_outputs
 from vlserve.kernels.with_triton import runs_triton
@@ -45,7 +46,8 @@ def weights(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype)
 
 
 def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """x [T, K] times 4-bit weights [N, K]^T."""
+    """x [T, K] times 4-bit weights [N, K]^T; but for the output projection's, what makes x brings its sums."""
+    is_dense, is_summed = rows > ROWS, has_sums(name)
 
     def plan(arch: int, multiprocessors: int) -> str:
         if rows > ROWS:
@@ -57,13 +59,13 @@ def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: 
     def build(device: torch.device) -> Built:
         given, x = weights(outputs, inputs, device, dtype), torch.randn(rows, inputs, device=device).to(dtype)
         packed = pack_for_gpu(*given)
+        sums = group_sums(x, packed.empty_sums(x)) if is_summed and not is_dense else None
         return Built(
-            run=partial(packed.matmul, x),
+            run=partial(packed.matmul, x, sums),
             want=lambda: by_outputs(partial(awq_matmul_ref, x.double()), *given),
             rivals=lambda: int4_rivals(x, given, packed),
         )
 
-    is_dense = rows > ROWS
     kind = "AWQ, dense path" if is_dense else "AWQ product"
     return Case(
         model=model,
@@ -71,9 +73,14 @@ def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: 
         shape=f"{name}, {rows} rows",
         work=Work(int4_bytes(outputs * inputs) + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs),
         plan=plan,
-        kernels=lambda card: product_kernels(card, outputs, inputs, rows, dtype),
+        kernels=lambda card: product_kernels(card, outputs, inputs, rows, dtype, is_summed=is_summed),
         build=build,
     )
+
+
+def has_sums(name: str) -> bool:
+    """Whether what makes the inputs of the product of that name brings their groups' sums."""
+    return not name.startswith("o_proj")
 
 
 def launched(outputs: int, inputs: int, rows: int, arch: int, multiprocessors: int) -> tuple[Launch, int]:
@@ -84,7 +91,7 @@ def launched(outputs: int, inputs: int, rows: int, arch: int, multiprocessors: i
 
 
 def product_kernels(
-    card: Card, outputs: int, inputs: int, rows: int, dtype: torch.dtype = torch.bfloat16, *, has_sums: bool = False
+    card: Card, outputs: int, inputs: int, rows: int, dtype: torch.dtype = torch.bfloat16, *, is_summed: bool
 ) -> list[Kernel]:
     """Sums of x's groups, unless they are there; the product; and where the inputs are split, the sum of the parts."""
     if rows > ROWS:
@@ -105,7 +112,7 @@ def product_kernels(
             programs=tiles[0] * tiles[1] * parts, ahead=(chosen.stages - 1) * block / tiles[1], warps=chosen.warps, counted=code
         ),
     )
-    found = [main] if has_sums else [sums_kernel(card, types, inputs, rows), main]
+    found = [main] if is_summed else [sums_kernel(card, types, inputs, rows), main]
     return found if parts == 1 else [*found, adding_kernel(card, types, outputs * rows, parts)]
 
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, Card
-from benchmarks.gpu.elementwise import gate, norm, rotary
+from benchmarks.gpu.elementwise import gate, gate_with_sums, norm, norm_with_sums, rotary
 from benchmarks.gpu.heads import greedy, head
 from benchmarks.gpu.kernels import Report
 from benchmarks.gpu.predict import Kernel, Prediction, predict
-from benchmarks.gpu.products import dense_kernel, product_kernels
+from benchmarks.gpu.products import dense_kernel, has_sums, product_kernels
 from benchmarks.gpu.sizes import Sizes
 
 FORMS, BATCHES, CONTEXT = ("bf16", "awq"), (1, 8, 64), 1024
-HAVE_SUMS: frozenset[str] = frozenset()  # products whose groups' sums come from the kernel before
 
 
 def step_name(batch: int) -> str:
@@ -27,11 +26,13 @@ def predict_step(sizes: Sizes, form: str, batch: int, card: Card) -> Prediction:
     layer = Prediction()
     for name in sizes.linears:
         layer += predict(_linear(sizes, form, name, batch, card), card)
-    for case in (rotary(sizes, batch, "auto"), attention(sizes, batch, 1, CONTEXT, "auto"), gate(sizes, batch)):
+    is_awq = form == "awq"
+    a_norm = norm_with_sums(sizes, batch) if is_awq else norm(sizes, batch, adds=True)
+    a_gate = gate_with_sums(sizes, batch) if is_awq else gate(sizes, batch)
+    for case in (rotary(sizes, batch, "auto"), attention(sizes, batch, 1, CONTEXT, "auto"), a_gate, a_norm, a_norm):
         layer += case.predict(card)
-    a_norm = norm(sizes, batch, adds=True).predict(card)
     before = [Kernel(bytes=4 * batch * sizes.hidden), Kernel(bytes=8 * batch * sizes.dim)]  # rows of the embedding, angles
-    found = predict(before, card) + (layer + a_norm.times(2)).times(sizes.layers) + a_norm
+    found = predict(before, card) + layer.times(sizes.layers) + norm(sizes, batch, adds=True).predict(card)
     found += head(sizes.name, sizes.vocab, sizes.hidden, batch).predict(card)
     return found + greedy(sizes.name, sizes.vocab, batch).predict(card)
 
@@ -41,7 +42,7 @@ def _linear(sizes: Sizes, form: str, name: str, rows: int, card: Card) -> list[K
     if form == "bf16":
         return [dense_kernel(outputs, inputs, rows)]  # torch's takes the bias as well
     bias = [Kernel(bytes=4 * rows * outputs)] if name == "qkv_proj" else []
-    return product_kernels(card, outputs, inputs, rows, has_sums=name in HAVE_SUMS) + bias
+    return product_kernels(card, outputs, inputs, rows, is_summed=has_sums(name)) + bias
 
 
 def plan_steps(sizes: Sizes, report: Report) -> None:

@@ -77,7 +77,8 @@ def beside(dtype: str, architecture: int) -> Iterator[Case]:
 
     if dtype != "fp32":
         sums, dense = {"GROUPS": 2, "BLOCKS": 16}, {"GROUP": 128}
-        yield case("group sums", "2 groups", pairs, "_group_sums", (x, "*fp32", i32, i32), constants=sums)
+        own = "vlserve.kernels.group_sums_triton"
+        yield case("group sums", "2 groups", own, "_kernel", (x, "*fp32", i32, i32), constants=sums)
         parts = ("*fp32", x, i32, i32)
         yield case("parts added up", "", pairs, "_add_parts", parts, constants={"BLOCK": 256}, wide=False)
         yield case(
@@ -189,40 +190,58 @@ def rotary_store(dtype: str, codes: str | None, has_norms: bool, arch: int) -> C
     )
 
 
-def norm(kind: str, dtype: str, width: int, arch: int) -> Case:
-    """kind: as the operations are called."""
+def norm(kind: str, dtype: str, width: int, arch: int, *, groups: int = 0) -> Case:
+    """kind: as the operations are called; groups: of 128 numbers, whose sums are written as well."""
     is_rms, padded = kind.endswith("rms_norm") and "scaled" not in kind, _power_of_2(width)
     x, constants = f"*{dtype}", {"WIDTH": width, "WIDTH_PADDED": padded, "ADDS": kind.startswith("add")}
     is_centred = kind.endswith("layer_norm")
     of_residual = x if constants["ADDS"] else None
-    types = (*[x] * 5, "i32", "i32", "fp32") if is_rms else (*[x] * 3, *[of_residual] * 2, x, x if is_centred else None, "fp32")
+    if is_rms:
+        constants |= {"GROUPS": groups}
+        types = (*[x] * 5, "*fp32" if groups else None, "i32", "i32", "fp32")
+    else:
+        constants |= {"IS_CENTRED": is_centred}
+        types = (*[x] * 3, *[of_residual] * 2, x, x if is_centred else None, "fp32")
     return Case(
         name=kind.replace("_", " "),
         dtype=dtype,
-        setting=f"width {width}",
+        setting=f"width {width}{with_sums(groups)}",
         module=f"vlserve.kernels.{'rms' if is_rms else 'layer'}_norm_triton",
         kernel="_kernel",
         architecture=arch,
         types=types,
-        constants=constants if is_rms else constants | {"IS_CENTRED": is_centred},
+        constants=constants,
         multiples=("x_stride", "residual_stride"),
         options={"num_warps": min(16, max(1, padded // 256))},
         in_suite=dtype == "bf16" and arch == 80 and kind.startswith("add"),
     )
 
 
-def silu_mul(dtype: str, arch: int) -> Case:
+def silu_mul(dtype: str, arch: int, *, groups: int = 0) -> Case:
     return Case(
         name="silu mul",
         dtype=dtype,
-        setting="width 18944",
+        setting=f"width 18944{with_sums(groups)}",
         module="vlserve.kernels.silu_mul_triton",
         kernel="_kernel",
         architecture=arch,
-        types=(f"*{dtype}",) * 2,
-        constants={"WIDTH": 18944, "BLOCK": 1024},
+        types=(f"*{dtype}", f"*{dtype}", "*fp32" if groups else None),
+        constants={"WIDTH": 18944, "BLOCK": 1024, "GROUPS": groups},
         in_suite=dtype == "bf16" and arch == 80,
     )
+
+
+def with_sums(groups: int) -> str:
+    return f", sums of {128 // groups}" if groups else ""
+
+
+def summed(dtype: str, arch: int) -> Iterator[Case]:
+    """What makes inputs of 4-bit products, which writes their sums."""
+    yield norm("rms_norm", dtype, 3584, arch, groups=1)
+    for width, groups in ((896, 1), (3584, 1), (3584, 4), (5120, 1)):
+        yield norm("add_rms_norm", dtype, width, arch, groups=groups)
+    for groups in (1, 2):
+        yield silu_mul(dtype, arch, groups=groups)
 
 
 def every_case() -> list[Case]:
@@ -240,6 +259,7 @@ def every_case() -> list[Case]:
         cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), widths)]
         cases += [norm(kind, dtype, 1024, arch) for kind in ("layer_norm", "add_scaled_layer_norm")]
         cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch)]
+        cases += summed(dtype, arch) if dtype in HALF else ()
     shown = [
         *(attention("bf16", None, 128, n, arch) for n, arch in ((1, 80), (1, 90), (1, 100), (512, 80), (512, 90))),
         *(attention("bf16", codes, 128, n, arch) for codes, n, arch in (("int8", 1, 80), ("e4m3", 1, 90), ("int8", 512, 80))),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.test_awq import TOLERANCE, poisoned, rms_ratio, weights
-from vlserve.kernels import awq_pairs
+from vlserve.kernels import awq_pairs, group_sums
 from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
 from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu, unpack_pairs
 from vlserve.kernels.launch import Launch
@@ -24,6 +24,7 @@ from vlserve.llm.quantisation import INT4, Quantisation
 
 pytest.importorskip("triton")
 triton_form: Any = pytest.importorskip("vlserve.kernels.awq_pairs_triton")
+sums_form: Any = pytest.importorskip("vlserve.kernels.group_sums_triton")
 __all__ = ["poisoned"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +85,7 @@ def test_the_product(
     x = torch.randn(rows, size[1]).to(DEVICE, dtype)
     padded = F.pad(x, (0, ours.padded_inputs - ours.inputs))
     out = torch.empty(parts, rows, size[0], device=DEVICE)  # in float32, so that nothing but the sums is rounded
-    triton_form.multiply_parts(padded, ours, triton_form.group_sums(padded, ours.group), launch, out)
+    triton_form.multiply_parts(padded, ours, sums_form.group_sums_triton(padded, ours.empty_sums(padded)), launch, out)
     # what a magic number adds is taken off again: of float16's 1024 more is lost than of bfloat16's 128
     tolerance = 1e-4 if dtype == torch.float16 else 2e-5
     assert rms_ratio(out.sum(0), awq_matmul_ref(x.double(), *given)) < tolerance
@@ -104,8 +105,8 @@ def test_weights_are_spread_out_as_defined(size: tuple[int, int, int], dtype: to
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Tensors on the CPU are treated as a small GPU's."""
-    monkeypatch.setattr(awq_pairs, "runs_triton", lambda x: True)
-    monkeypatch.setattr(formats_int4, "runs_triton", lambda x: True)
+    for module in (awq_pairs, formats_int4, group_sums):
+        monkeypatch.setattr(module, "runs_triton", lambda x: True)
     monkeypatch.setattr(triton_form, "device_of", lambda index: ("sm_90", 2))
 
 
@@ -141,6 +142,13 @@ def test_what_pairs_do_not_take_keeps_its_codes(dtype: torch.dtype, group: int, 
     assert made.packed is None and made.codes.shape == (64, 192)
     with pytest.raises(ValueError, match=f"384 inputs in {384 // group} groups"):
         pack_for_gpu(*given)
+
+
+def test_sums_of_other_groups_are_refused(on_a_gpu: None) -> None:
+    ours, _ = packed(64, 256, 64, torch.float16)
+    x = torch.ones(2, 256).to(DEVICE, torch.float16)
+    with pytest.raises(ValueError, match="of 1 groups in 128 inputs, but a group has 64"):
+        ours.matmul(x, group_sums.empty_sums(x, 256, 128))
 
 
 def test_what_does_not_fit_is_refused() -> None:
