@@ -24,7 +24,7 @@ from benchmarks.gpu.counted import Counted, counted
 from benchmarks.gpu.elementwise import gate_with_sums, norm_with_sums
 from benchmarks.gpu.kernels import Rates, Report, run_cases
 from benchmarks.gpu.predict import Grid, Kernel, predict
-from benchmarks.gpu.products import product
+from benchmarks.gpu.products import machine_code, product
 from benchmarks.gpu.sizes import MODELS, Sizes
 from tests.kernels.cases import PER_WEIGHT
 from vlserve.kernels.launch import launches
@@ -152,9 +152,8 @@ def test_predictions_take_the_instructions_that_were_counted() -> None:
     """Of every launch of 4-bit products; the table's caps are the suite's."""
     for architecture, table in launches().items():
         for launch in table.values():
-            setting = f"group 128, {launch.block_t} x {launch.block_n}, {launch.warps} warps, {launch.stages} stages"
-            for types in ("bf16", "fp16"):
-                found = counted("4-bit product", types, setting, architecture)
+            for dtype in (torch.bfloat16, torch.float16):
+                found = machine_code(launch, dtype, architecture)
                 assert 1 < found.per_number <= PER_WEIGHT[launch.block_t] and found.registers > 16 and found.shared > 1024
     with pytest.raises(KeyError):
         counted("4-bit product", "bf16", "another", "sm_90")

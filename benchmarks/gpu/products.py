@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from benchmarks.gpu import rivals
 from benchmarks.gpu.cards import Card
 from benchmarks.gpu.case import Built, Case, Rival
-from benchmarks.gpu.counted import counted
+from benchmarks.gpu.counted import Counted, counted
 from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, Sizes, Work, int4_bytes
 from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
@@ -54,7 +54,8 @@ def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: 
             return "spread out, then torch's product"
         chosen, parts = launched(outputs, inputs, rows, arch, multiprocessors)
         programs = -(-outputs // chosen.block_n), -(-rows // chosen.block_t), parts
-        return f"{programs} programs of {chosen.block_t} x {chosen.block_n}, {chosen.warps} warps, {chosen.stages} stages"
+        text = f"{programs} programs of {chosen.block_t} x {chosen.block_n}, {chosen.warps} warps, {chosen.stages} stages"
+        return f"{text}, {machine_code(chosen, dtype, f'sm_{arch}').per_number:g} instructions a weight"
 
     def build(device: torch.device) -> Built:
         given, x = weights(outputs, inputs, device, dtype), torch.randn(rows, inputs, device=device).to(dtype)
@@ -97,10 +98,9 @@ def product_kernels(
     if rows > ROWS:
         return [spread_out_kernel(card, outputs, inputs), dense_kernel(outputs, inputs, rows)]
     chosen, parts = launched(outputs, inputs, rows, card.arch, card.multiprocessors)
-    types, blocks, arch = TYPES[dtype], -(-inputs // INPUTS), card.architecture
+    types, blocks = TYPES[dtype], -(-inputs // INPUTS)
     tiles = -(-outputs // chosen.block_n), -(-rows // chosen.block_t)
-    setting = f"group {GROUP}, {chosen.block_t} x {chosen.block_n}, {chosen.warps} warps, {chosen.stages} stages"
-    code = counted("4-bit product", types, setting, arch)
+    code = machine_code(chosen, dtype, card.architecture)
     block = int4_bytes(chosen.block_n * INPUTS)  # what a program reads for each block of inputs, beside x and its sums
     results = rows * outputs  # parts stay in L2
     main = Kernel(
@@ -114,6 +114,11 @@ def product_kernels(
     )
     found = [main] if is_summed else [sums_kernel(card, types, inputs, rows), main]
     return found if parts == 1 else [*found, adding_kernel(card, types, outputs * rows, parts)]
+
+
+def machine_code(launch: Launch, dtype: torch.dtype, architecture: str) -> Counted:
+    setting = f"group {GROUP}, {launch.block_t} x {launch.block_n}, {launch.warps} warps, {launch.stages} stages"
+    return counted("4-bit product", TYPES[dtype], setting, architecture)
 
 
 def sums_kernel(card: Card, types: str, inputs: int, rows: int) -> Kernel:

@@ -10,8 +10,6 @@ from benchmarks.gpu.targets import BANDWIDTH, FLOOR, STEP, Target, is_met, targe
 
 HEADER = """targets, by arithmetic alone (benchmarks/gpu/predict.py says what is assumed): nothing of this was timed.
 A cell has the predicted time of the one to be reached, in us, and what 15 % and more of it is spent on"""
-
-
 SAID = {True: "met", False: "NOT MET", None: "not judged"}
 
 
