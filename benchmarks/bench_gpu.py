@@ -4,7 +4,8 @@ Each kernel is compared with its definition in float64 first, and one that is of
 with the L2 cache overwritten between runs, beside what a copy and a product reach on the same card, and beside torch's and other
 packages' kernels. It needs torch, Triton and timm; transformers, FlashInfer, gemlite, marlin and matplotlib are used
 where they are. Without a GPU, `--dry-run` builds the inputs, plans the launches and prints what each must take at least on named
-cards. The last line is one JSON document; the exit status is 1 when a check failed.
+cards, and what it should take by arithmetic. At the end stand the targets, and which are met. The last line is one JSON document;
+the exit status is 1 when a check failed.
 """
 
 from __future__ import annotations
@@ -27,21 +28,33 @@ from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, SOURCES
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.elementwise import gate, norm, rotary
+from benchmarks.gpu.heads import greedy, head, int8_head
 from benchmarks.gpu.kernels import ERRORS, Rates, Report, all_cases, first_line, measure_rates, plan_cases, run_cases
-from benchmarks.gpu.products import head, product, spread_out
+from benchmarks.gpu.predict import ASSUMED
+from benchmarks.gpu.products import product, spread_out
 from benchmarks.gpu.report import machine, plot
-from benchmarks.gpu.sizes import KINDS, MODELS, TINY
-from benchmarks.gpu.whole import BATCHES, needed_bytes, plan_models, rehearse, run_models
+from benchmarks.gpu.sizes import KINDS, MODELS, TINY, Sizes
+from benchmarks.gpu.steps import BATCHES, plan_steps
+from benchmarks.gpu.target_report import judge_targets, plan_targets
+from benchmarks.gpu.targets import target_cases
+from benchmarks.gpu.vision import encoder_norm
+from benchmarks.gpu.whole import needed_bytes, plan_models, rehearse, run_models
 from vlserve.kernels.measure import Timer
 from vlserve.kernels.with_triton import runs_triton
 
 SHARE = 0.55  # of the time, for kernels
 
 
+def wanted_cases(models: list[Sizes], *, quick: bool) -> list[Case]:
+    """Those with targets first, so that they are measured even if time ends."""
+    return list({case.name: case for case in (*target_cases(), *all_cases(models, quick=quick))}.values())
+
+
 def small_cases() -> list[Case]:
     """One of each kind, small enough for the CPU's own forms."""
     cases = [product("tiny", "256 x 256", 256, 256, rows) for rows in (3, 40, 200)]
-    cases += [spread_out("tiny", "256 x 256", 256, 256), head("tiny", 300, 64, 3)]
+    cases += [spread_out("tiny", "256 x 256", 256, 256), int8_head("tiny", 300, 64, 3), head("tiny", 300, 64, 3)]
+    cases += [greedy("tiny", 300, 3), encoder_norm(TINY, 2)]
     for kind in KINDS:
         cases += [attention(TINY, 2, 1, 70, kind), attention(TINY, 1, 20, 50, kind), rotary(TINY, 5, kind)]
     return cases + [norm(TINY, 5, adds=False), norm(TINY, 5, adds=True), gate(TINY, 5)]
@@ -50,8 +63,9 @@ def small_cases() -> list[Case]:
 def dry_run(args: argparse.Namespace, report: Report) -> None:
     """All that a CPU can do. Nothing is timed."""
     print(SOURCES)
+    print(ASSUMED)
     models = list(MODELS.values())
-    plan_cases(list(all_cases(models, quick=args.quick)), report)
+    plan_cases(wanted_cases(models, quick=args.quick), report)
     plan_models(models, report)
     for case in small_cases():
         found = case.build(torch.device("cpu")).difference()
@@ -61,6 +75,8 @@ def dry_run(args: argparse.Namespace, report: Report) -> None:
             report.fail(case.name, str(found))
     rehearse(report)
     on = [row["built_on"] for row in report.kernels]
+    plan_steps(MODELS["8b"], report)
+    plan_targets(report)
     print(f"inputs of {on.count('cpu')} cases were built on the CPU, of {on.count('meta')} on torch's meta device for their size")
     print("nothing was timed: this was a dry run, and every time above is arithmetic")
 
@@ -81,9 +97,10 @@ def run(args: argparse.Namespace, device: torch.device, report: Report) -> Rates
     models = [MODELS[name]] if args.quick else list(MODELS.values())
     torch.manual_seed(0)
     with torch.inference_mode():
-        run_cases(list(all_cases(models, quick=args.quick)), device, timer, rates, report, begun + SHARE * args.seconds)
+        run_cases(wanted_cases(models, quick=args.quick), device, timer, rates, report, begun + SHARE * args.seconds)
     batches = BATCHES[:2] if args.quick else BATCHES
     run_models(MODELS[name], device, rates, report, begun + args.seconds, batches=batches)
+    judge_targets(report, rates, torch.cuda.get_device_name(device))
     return rates
 
 
@@ -111,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         rates = run(args, device, report)
     result: dict[str, Any] = {"timed": device is not None, "machine": machine(device)}
     result |= {"bandwidth": rates.bandwidth, "rate": rates.rate} if rates else {"cards": list(CARDS), "sources": SOURCES}
-    result |= {name: getattr(report, name) for name in ("kernels", "models", "failed", "skipped")}
+    result |= {name: getattr(report, name) for name in ("kernels", "models", "steps", "targets", "failed", "skipped")}
     if args.plot:
         try:
             plot(args.plot, report, rates)

@@ -1,4 +1,7 @@
-"""The GPU benchmark as far as a CPU goes: floors by hand, a whole dry run, and that a wrong result gets no speed."""
+"""The GPU benchmark as far as a CPU goes: floors and times by hand, a whole dry run, and that a wrong result gets no speed.
+
+Its targets: test_gpu_targets.py.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.cards import CARDS, PER_WEIGHT
+from benchmarks.gpu.cards import CARDS
 from benchmarks.gpu.case import Built, Case, Rival
+from benchmarks.gpu.counted import Counted, counted
 from benchmarks.gpu.elementwise import gate_with_sums, norm_with_sums
 from benchmarks.gpu.kernels import Rates, Report, run_cases
-from benchmarks.gpu.products import product
-from benchmarks.gpu.sizes import MODELS, Sizes, Work
-from tests.kernels.cases import PER_WEIGHT as ALLOWED
+from benchmarks.gpu.predict import Grid, Kernel, predict
+from benchmarks.gpu.products import machine_code, product
+from benchmarks.gpu.sizes import MODELS, Sizes
+from tests.kernels.cases import PER_WEIGHT
+from vlserve.kernels.launch import launches
 from vlserve.kernels.measure import difference
 
 ROOT = Path(__file__).parent.parent
@@ -57,11 +63,13 @@ def test_a_dry_run_says_what_it_is_and_ends_in_json(dry: list[str]) -> None:
     assert any(line.startswith("nothing was timed") for line in dry)
     result = json.loads(dry[-1])
     assert result["timed"] is False and not result["failed"]
-    assert {row["model"] for row in result["kernels"]} == {row["model"] for row in result["models"]} == set(MODELS)
+    assert {row["model"] for row in result["kernels"]} == {*MODELS, "square"}
+    assert {row["model"] for row in result["models"]} == set(MODELS)
     kinds = {row["kernel"].split(",")[0] for row in result["kernels"]}
     assert kinds == {
-        *("AWQ product", "int8 head", "attention decode", "attention prefill"),
-        *("rms_norm", "add_rms_norm", "silu_mul", "rotary_store"),
+        *("AWQ product", "AWQ", "AWQ dequantise", "int8 head", "head", "greedy sampling"),
+        *("attention decode", "attention prefill"),
+        *("rms_norm", "add_rms_norm", "silu_mul", "rotary_store", "add_scaled_norm"),
     }
     for row in result["kernels"]:
         assert set(row["cards"]) == set(CARDS) and row["built_on"] in ("cpu", "meta")
@@ -89,17 +97,66 @@ def test_other_work_by_hand() -> None:
     assert MODELS["8b"].prefill("bf16", 1, 2).flops == 2 * (2 * 28 * 233_046_016 + 151_674 * 3584) + 4 * 3 * 28 * 128 * 28
     case = product("8b", "qkv_proj", 4608, 3584, 16)
     assert case.work.bytes == 4608 * 3584 // 2 + 4608 * 28 * 3 + 2 * 16 * (4608 + 3584)
-    assert case.work.launches == 2 and product("8b", "o_proj 3584 x 3584", 3584, 3584, 16).work.launches == 3
-    seconds, reason = CARDS["H200"].predict(Work(4_800_000_000, 0, 1))
-    assert reason == "memory" and seconds == pytest.approx(1.1163e-3 + 2e-6, rel=1e-3)
-    few, many = (CARDS["B200"].predict(Work(0, 0, 1, count)) for count in (1e6, 1e12))
-    assert few[1] == "launches" and many[1] == "instructions"
-    assert many[0] == pytest.approx(2e-6 + 1e12 / (0.75 * 128 * 148 * (2250e12 / 148 / 8192)))
+    o_proj = product("8b", "o_proj 3584 x 3584", 3584, 3584, 16)
+    assert [len(each.kernels(CARDS["H100"])) for each in (case, o_proj)] == [2, 3], "one kernel adds up the parts"
 
 
-def test_estimates_take_no_fewer_instructions_than_the_compiled_code() -> None:
-    assert PER_WEIGHT.keys() == ALLOWED.keys()
-    assert all(PER_WEIGHT[rows] >= ALLOWED[rows] for rows in ALLOWED)
+def grid(programs: int, *, ahead: int = 2**20, registers: int = 32, longest_first: bool = False) -> Grid:
+    return Grid(programs=programs, ahead=ahead, warps=4, counted=Counted(registers, 1024, 0.0), longest_first=longest_first)
+
+
+def test_predicted_times_by_hand() -> None:
+    h200, b200 = CARDS["H200"], CARDS["B200"]
+    found = predict([Kernel(bytes=4_300_000_000)], h200)  # a millisecond of a copy's bandwidth
+    assert found.reason == "memory" and found.seconds == pytest.approx(1e-3 + 1e-6 + 2 * 0.5e-6)
+    few, many = (predict([Kernel(bytes=0, instructions=count)], b200) for count in (1e6, 1e12))
+    assert few.reason == "launches" and many.reason == "instructions"
+    assert many.seconds == pytest.approx(2e-6 + 1e12 / (0.75 * 128 * 148 * (2250e12 / 148 / 8192)))
+    both = found + few.times(3)
+    assert both.kernels == 4 and both.seconds == pytest.approx(found.seconds + 3 * few.seconds)
+    assert found.largest(0.5) == ["memory"] and str(found) == "memory 1000.0"
+
+
+def test_too_few_programs_draw_less_than_the_bandwidth() -> None:
+    """Ten programs that ask for 8 KB ahead: 100 KB a 0.8 us each, but the first read is a wait as any kernel has."""
+    card, kernel = CARDS["H100"], Kernel(bytes=8_192_000, grid=grid(10, ahead=8192))
+    found = predict([kernel], card)
+    assert found.seconds == pytest.approx(2e-6 + (100 - 1) * 0.8e-6) and found.reason == "too few programs"
+    assert predict([replace(kernel, grid=grid(1000, ahead=8192))], card).reason == "memory"
+    small = predict([Kernel(bytes=2_000_000, grid=grid(100_000, ahead=20))], card)
+    assert small.reason == "reads too small"
+
+
+def test_the_multiprocessor_with_the_most_programs_ends_last() -> None:
+    card, work = CARDS["H100"], 1e12
+    even, uneven, graded = (
+        predict([Kernel(bytes=0, instructions=work, grid=each)], card)
+        for each in (grid(132), grid(133), grid(133, longest_first=True))
+    )
+    assert even.seconds - 2e-6 == pytest.approx(work / (0.75 * 128 * card.multiprocessors * card.clock))
+    assert uneven.seconds - 2e-6 == pytest.approx(2 * 132 / 133 * (even.seconds - 2e-6)) and graded.seconds == even.seconds
+
+
+def test_a_program_by_itself_multiplies_and_then_computes() -> None:
+    card = CARDS["H100"]
+    kernel = Kernel(bytes=0, flops=6e11, instructions=1e10, grid=grid(1320))
+    alone = replace(kernel, grid=grid(1320, registers=255))  # four warps of these leave room for one more
+    assert alone.grid is not None and alone.grid.resident(card) == 2 and predict([alone], card) == predict([kernel], card)
+    alone = replace(kernel, grid=replace(alone.grid, warps=8))
+    assert alone.grid is not None and alone.grid.resident(card) == 1
+    together = predict([kernel], card).parts["tensor cores"] + 1e10 / (0.75 * 128 * card.multiprocessors * card.clock)
+    assert predict([alone], card).seconds == pytest.approx(2e-6 + together)
+
+
+def test_predictions_take_the_instructions_that_were_counted() -> None:
+    """Of every launch of 4-bit products; the table's caps are the suite's."""
+    for architecture, table in launches().items():
+        for launch in table.values():
+            for dtype in (torch.bfloat16, torch.float16):
+                found = machine_code(launch, dtype, architecture)
+                assert 1 < found.per_number <= PER_WEIGHT[launch.block_t] and found.registers > 16 and found.shared > 1024
+    with pytest.raises(KeyError):
+        counted("4-bit product", "bf16", "another", "sm_90")
 
 
 @pytest.mark.parametrize("make", (norm_with_sums, gate_with_sums))

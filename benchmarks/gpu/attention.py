@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.gpu import rivals
+from benchmarks.gpu.cards import Card
 from benchmarks.gpu.case import Built, Case, Rival
+from benchmarks.gpu.counted import KINDS as TYPES
+from benchmarks.gpu.counted import counted
+from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import KINDS, Sizes, Work, cache_bytes
-from vlserve.kernels.attention_launch import choose_chunk, choose_tiling, looked_at, make_schedule
+from vlserve.kernels.attention_launch import Schedule, Tiling, choose_chunk, choose_tiling, looked_at, make_schedule
 from vlserve.kernels.kv_codes import CODE_TYPES, Blocks, QuantizedBlocks, quantize
 from vlserve.kernels.measure import Difference
 from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention, paged_attention_ref, plan_attention
@@ -30,33 +34,76 @@ def attention_cases(sizes: Sizes, *, quick: bool = False) -> Iterator[Case]:
 
 def attention(sizes: Sizes, batch: int, query_len: int, context: int, kind: str) -> Case:
     """`batch` sequences with `query_len` queries each in contexts of so many tokens."""
-    heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.dim
-    seen = query_len * (context - query_len) + query_len * (query_len + 1) // 2  # positions that a head's queries see
-    itemsize = 2 if kind == "auto" else 1
 
-    def schedule(arch: int, multiprocessors: int) -> tuple[str, bool]:
-        tiling = choose_tiling(query_len, heads // kv_heads, dim, itemsize, arch)
-        lengths = [stop for _ in range(batch) for stop in looked_at(query_len, context, tiling.tokens)]
-        tile_bytes = 2 * tiling.positions * dim * itemsize
-        chunk = choose_chunk(lengths, kv_heads, tile=tiling.positions, tile_bytes=tile_bytes, num_sms=multiprocessors)
-        sequences = [(i, i * query_len, query_len, context) for i in range(batch)]
-        found = make_schedule(sequences, tokens=tiling.tokens, chunk=chunk * tiling.positions)
-        text = f"{len(found.items) * kv_heads} programs of {tiling.rows} rows, {tiling.positions} positions"
-        return f"{text}, {tiling.num_warps} warps, {'merged' if found.merges else 'not cut'}", bool(found.merges)
+    def plan(arch: int, multiprocessors: int) -> str:
+        tiling, _, found = schedule(sizes, batch, query_len, context, kind, arch, multiprocessors)
+        text = f"{len(found.items) * sizes.kv_heads} programs of {tiling.rows} rows, {tiling.positions} positions"
+        return f"{text}, {tiling.num_warps} warps, {'merged' if found.merges else 'not cut'}"
 
     return Case(
         model=sizes.name,
         kernel=f"attention {'decode' if query_len == 1 else 'prefill'}, cache {kind}",
         shape=f"{batch} x {query_len} of {context}" if query_len > 1 else f"batch {batch}, context {context}",
-        work=Work(
-            batch * (context * cache_bytes(kv_heads, dim, kind) + 4 * query_len * heads * dim),
-            4 * batch * seen * heads * dim,
-            2 if query_len == 1 else 1,  # parts are merged, as a rule
-        ),
-        plan=lambda arch, multiprocessors: schedule(arch, multiprocessors)[0],
+        work=least_work(sizes, batch, query_len, context, kind),
+        plan=plan,
+        kernels=lambda card: attention_kernels(sizes, batch, query_len, context, kind, card),
         build=lambda device: build(sizes, batch, query_len, context, kind, device),
         tolerance=TOLERANCE,
     )
+
+
+def least_work(sizes: Sizes, batch: int, query_len: int, context: int, kind: str) -> Work:
+    seen = query_len * (context - query_len) + query_len * (query_len + 1) // 2  # positions that a head's queries see
+    each = context * cache_bytes(sizes.kv_heads, sizes.dim, kind) + 4 * query_len * sizes.heads * sizes.dim
+    return Work(batch * each, 4 * batch * seen * sizes.heads * sizes.dim)
+
+
+def schedule(
+    sizes: Sizes, batch: int, query_len: int, context: int, kind: str, arch: int, multiprocessors: int
+) -> tuple[Tiling, int, Schedule]:
+    """Tiling, positions of a part, and what is launched."""
+    itemsize = 2 if kind == "auto" else 1
+    tiling = choose_tiling(query_len, sizes.heads // sizes.kv_heads, sizes.dim, itemsize, arch)
+    lengths = [stop for _ in range(batch) for stop in looked_at(query_len, context, tiling.tokens)]
+    tile_bytes = 2 * tiling.positions * sizes.dim * itemsize
+    chunk = choose_chunk(lengths, sizes.kv_heads, tile=tiling.positions, tile_bytes=tile_bytes, num_sms=multiprocessors)
+    sequences = [(i, i * query_len, query_len, context) for i in range(batch)]
+    positions = chunk * tiling.positions
+    return tiling, positions, make_schedule(sequences, tokens=tiling.tokens, chunk=positions)
+
+
+def attention_kernels(sizes: Sizes, batch: int, query_len: int, context: int, kind: str, card: Card) -> list[Kernel]:
+    """The attention, and the merge of the parts of those contexts that are cut."""
+    heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.dim
+    work = least_work(sizes, batch, query_len, context, kind)
+    tiling, part, _ = schedule(sizes, batch, query_len, context, kind, card.arch, card.multiprocessors)
+    name = "attention, decode" if query_len == 1 else "attention, prefill"
+    code = counted(name, TYPES[kind], f"dim {dim}, page {PAGE}", card.architecture)
+    stops = looked_at(query_len, context, tiling.tokens)
+    counts = [-(-stop // part) for stop in stops]  # parts of each Q-block
+    merged = [count for count in counts if count > 1]
+    positions, rows = batch * kv_heads * sum(stops), batch * kv_heads * tiling.tokens * (heads // kv_heads)
+    each = 2 * dim * (2 if kind == "auto" else 1)  # bytes of a position's keys and values
+    parts = 4 * rows * sum(merged) * (dim + 1)  # bytes
+    main = Kernel(
+        bytes=work.bytes,
+        flops=work.flops,
+        instructions=code.per_number * 2 * dim * positions,
+        through_l2=each * positions + parts,
+        waits=5,  # the item, its sequence, the table, the keys, and what is written
+        grid=Grid(
+            programs=batch * kv_heads * sum(counts),
+            ahead=(tiling.num_stages - 1) // 2 * tiling.positions * each,  # a tile takes two stages
+            warps=tiling.num_warps,
+            counted=code,
+            longest_first=query_len > 1,
+        ),
+    )
+    if not merged:
+        return [main]
+    code = counted("attention, merge", "bf16", "dim 128", card.architecture)  # the only one in the table
+    grid = Grid(programs=rows * len(merged), ahead=2 * dim, warps=4, counted=code)
+    return [main, Kernel(bytes=2 * dim * grid.programs, through_l2=parts, waits=5, grid=grid)]
 
 
 def build(sizes: Sizes, batch: int, query_len: int, context: int, kind: str, device: torch.device) -> Built:

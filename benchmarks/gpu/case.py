@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.cards import Card
+from benchmarks.gpu.predict import Kernel, Prediction, predict
 from benchmarks.gpu.sizes import Work
 from vlserve.kernels.measure import Difference, difference
 
@@ -44,25 +46,26 @@ class Built:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """`plan` says how it is launched on (architecture as 90, multiprocessors); `build` makes its inputs on a device."""
+    """`plan` says how it is launched on (architecture as 90, multiprocessors); `build` makes its inputs on a device.
+
+    `kernels`: what is launched on a card, one after the other, in our form.
+    """
 
     model: str
     kernel: str
     shape: str
     work: Work
     plan: Callable[[int, int], str]
+    kernels: Callable[[Card], list[Kernel]]
     build: Callable[[torch.device], Built]
-    instructions: Callable[[int, int], float] = field(default=lambda arch, multiprocessors: 0.0)
     tolerance: Difference = TOLERANCE
 
     @property
     def name(self) -> str:
         return f"{self.model} {self.kernel}, {self.shape}"
 
-    def costs(self, arch: int, multiprocessors: int) -> Work:
-        """With the instructions of the launch that is chosen there."""
-        counted = self.instructions(arch, multiprocessors)
-        return Work(self.work.bytes, self.work.flops, self.work.launches, counted)
+    def predict(self, card: Card) -> Prediction:
+        return predict(self.kernels(card), card)
 
     @property
     def dry_device(self) -> torch.device:

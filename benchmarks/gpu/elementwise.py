@@ -8,7 +8,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from benchmarks.gpu.cards import Card
 from benchmarks.gpu.case import TOLERANCE, Built, Case, Rival
+from benchmarks.gpu.counted import KINDS as TYPES
+from benchmarks.gpu.counted import counted
+from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, KINDS, Sizes, Work, cache_bytes
 from vlserve.kernels.awq_pairs import ROWS as MOST_SUMMED
 from vlserve.kernels.group_sums import empty_sums, group_sums_ref
@@ -38,6 +42,12 @@ def elementwise_cases(sizes: Sizes, *, quick: bool = False) -> Iterator[Case]:
 
 def norm(sizes: Sizes, rows: int, *, adds: bool) -> Case:
     width = sizes.hidden
+    num_bytes = (4 if adds else 2) * 2 * rows * width + 2 * width
+
+    def kernel(card: Card) -> Kernel:
+        warps = min(16, max(1, (1 << (width - 1).bit_length()) // 256))
+        name = "add rms norm" if adds else "rms norm"
+        return spread(num_bytes, rows, card, name, "bf16", f"width {width}", warps)
 
     def build(device: torch.device) -> Built:
         x, residual = (torch.randn(rows, width, device=device).bfloat16() for _ in range(2))
@@ -61,8 +71,9 @@ def norm(sizes: Sizes, rows: int, *, adds: bool) -> Case:
         model=sizes.name,
         kernel="add_rms_norm" if adds else "rms_norm",
         shape=f"{rows} x {width}",
-        work=Work((4 if adds else 2) * 2 * rows * width + 2 * width, 0),
+        work=Work(num_bytes, 0),
         plan=lambda arch, multiprocessors: f"{rows} programs",
+        kernels=lambda card: [kernel(card)],
         build=build,
     )
 
@@ -85,6 +96,9 @@ def gate(sizes: Sizes, rows: int) -> Case:
         shape=f"{rows} x {width}",
         work=Work(3 * 2 * rows * width, 0),
         plan=lambda arch, multiprocessors: f"{(rows, -(-width // 1024))} programs",
+        kernels=lambda card: [
+            spread(3 * 2 * rows * width, rows * -(-width // 1024), card, "silu mul", "bf16", "width 18944")  # counted at that one
+        ],
         build=build,
     )
 
@@ -122,7 +136,11 @@ def gate_with_sums(sizes: Sizes, rows: int) -> Case:
 
 def with_sums(plain: Case, numbers: int, build: Callable[[torch.device], Built]) -> Case:
     work = Work(plain.work.bytes + numbers // GROUP * 4, plain.work.flops)
-    return replace(plain, kernel=f"{plain.kernel}, sums", work=work, build=build)
+
+    def kernels(card: Card) -> list[Kernel]:
+        return [replace(kernel, bytes=work.bytes) for kernel in plain.kernels(card)]
+
+    return replace(plain, kernel=f"{plain.kernel}, sums", work=work, kernels=kernels, build=build)
 
 
 def sums_and_summed(result: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -149,6 +167,7 @@ def gated(x: torch.Tensor) -> torch.Tensor:
 
 def rotary(sizes: Sizes, rows: int, kind: str) -> Case:
     heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.dim
+    num_bytes = rows * (4 * heads * dim + 4 * kv_heads * dim + cache_bytes(kv_heads, dim, kind) + 4 * dim + 8)
 
     def build(device: torch.device) -> Built:
         fused = torch.randn(rows, heads + 2 * kv_heads, dim, device=device).bfloat16()  # as the layer has them, side by side
@@ -168,11 +187,18 @@ def rotary(sizes: Sizes, rows: int, kind: str) -> Case:
         model=sizes.name,
         kernel=f"rotary_store, cache {kind}",
         shape=f"{rows} tokens",
-        work=Work(rows * (4 * heads * dim + 4 * kv_heads * dim + cache_bytes(kv_heads, dim, kind) + 4 * dim + 8), 0),
+        work=Work(num_bytes, 0),
         plan=lambda arch, multiprocessors: f"{(rows, 3)} programs",
+        kernels=lambda card: [spread(num_bytes, 3 * rows, card, "rotary and store", TYPES[kind], "dim 128")],  # as wide heads'
         build=build,
         tolerance=TOLERANCES[kind],
     )
+
+
+def spread(num_bytes: int, programs: int, card: Card, name: str, types: str, setting: str, warps: int = 4) -> Kernel:
+    """Programs without a loop ask for all that they take at once."""
+    code = counted(name, types, setting, card.architecture)
+    return Kernel(bytes=num_bytes, grid=Grid(programs=programs, ahead=num_bytes / programs, warps=warps, counted=code))
 
 
 def empty(blocks: int, kv_heads: int, dim: int, kind: str, device: torch.device) -> Blocks:

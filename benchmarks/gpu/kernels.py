@@ -14,6 +14,7 @@ from benchmarks.gpu.attention import attention_cases
 from benchmarks.gpu.cards import CARDS, floor
 from benchmarks.gpu.case import Built, Case, Run
 from benchmarks.gpu.elementwise import elementwise_cases
+from benchmarks.gpu.heads import head_cases
 from benchmarks.gpu.products import product_cases
 from benchmarks.gpu.sizes import Sizes
 from vlserve.kernels.measure import Timer
@@ -44,6 +45,8 @@ class Report:
     say: Callable[[str], None] = print
     kernels: list[dict[str, Any]] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    targets: list[dict[str, Any]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     _said: set[str] = field(default_factory=set)
@@ -64,7 +67,7 @@ class Report:
 
 def all_cases(models: list[Sizes], *, quick: bool = False) -> Iterator[Case]:
     for sizes in models:
-        for make in (product_cases, attention_cases, elementwise_cases):
+        for make in (product_cases, head_cases, attention_cases, elementwise_cases):
             yield from make(sizes, quick=quick)
 
 
@@ -153,16 +156,17 @@ def plan_cases(cases: list[Case], report: Report) -> None:
         }
         texts = []
         for card in CARDS.values():
-            seconds, reason = card.predict(case.costs(card.arch, card.multiprocessors))
+            found = case.predict(card)
             least = card.floor(case.work)
             launch = case.plan(card.arch, card.multiprocessors)
             row["cards"][card.name] = {
                 "floor_us": 1e6 * least,
-                "estimate_us": 1e6 * seconds,
-                "reason": reason,
+                "estimate_us": 1e6 * found.seconds,
+                "reason": found.reason,
+                "kernels": found.kernels,
                 "launch": launch,
             }
-            texts.append(f"{card.name} {1e6 * least:.1f} -> {1e6 * seconds:.1f} ({reason})")
+            texts.append(f"{card.name} {1e6 * least:.1f} -> {1e6 * found.seconds:.1f} ({found.reason})")
         report.kernels.append(row)
         report.say(f"{case.name:72} {device.type:4}  {case.work.bytes / 1e6:8.1f} MB {case.work.flops / 1e9:9.2f} GFLOP")
         report.say(f"    us at least -> estimate: {', '.join(texts)}")

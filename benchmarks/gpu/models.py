@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.sizes import GROUP, Sizes
+from benchmarks.gpu.sizes import GROUP, TILES, Sizes
 from vlserve.kernels.measure import Difference, difference, recorded
 from vlserve.kernels.paged_attention import AttentionMetadata, plan_attention
 from vlserve.llm.config import read_decoder_config
@@ -30,7 +30,6 @@ from vlserve.vision.projector import Projector
 PAGE = 16
 TOLERANCE = Difference(0.15, 1.0)  # of logits, between a prompt at once and its last token by itself: all layers' rounding
 STEPS = 16
-TILES = 13  # of a picture: twelve and the thumbnail
 
 
 class Model(nn.Module):

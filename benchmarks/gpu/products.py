@@ -1,4 +1,4 @@
-"""Products with 4-bit weights, their dequantisation, and the 8-bit head."""
+"""Products with 4-bit weights, and their dequantisation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import rivals
-from benchmarks.gpu.cards import PER_WEIGHT
+from benchmarks.gpu.cards import Card
 from benchmarks.gpu.case import Built, Case, Rival
+from benchmarks.gpu.counted import Counted, counted
+from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, Sizes, Work, int4_bytes
 from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
 from vlserve.kernels.awq_pairs import ROWS, PairedWeights, pack_for_gpu, unpack_pairs
 from vlserve.kernels.group_sums import INPUTS, group_sums
-from vlserve.kernels.int8_head import int8_matmul, int8_matmul_ref, quantise_rows
 from vlserve.kernels.launch import Launch, choose, split
 from vlserve.kernels.measure import by_outputs
 from vlserve.kernels.with_triton import runs_triton
 
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+REDUCED, SUMMED = 256, 16  # awq_pairs_triton's, which only imports where Triton is
 FEW, MANY, DENSE = (1, 16), (32, 64, 128), (1024,)  # rows
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -34,8 +37,6 @@ def product_cases(sizes: Sizes, *, quick: bool = False) -> Iterator[Case]:
         outputs, inputs = sizes.linears["qkv_proj"]
         for rows in (16, 64):
             yield product(sizes.name, f"qkv_proj {outputs} x {inputs}", outputs, inputs, rows, torch.float16)
-    for rows in (1,) if quick else (1, 16, 64):
-        yield head(sizes.name, sizes.vocab, sizes.hidden, rows)
 
 
 def weights(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> Given:
@@ -46,25 +47,15 @@ def weights(outputs: int, inputs: int, device: torch.device, dtype: torch.dtype)
 
 def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     """x [T, K] times 4-bit weights [N, K]^T; but for the output projection's, what makes x brings its sums."""
-    is_dense, is_summed = rows > ROWS, not name.startswith("o_proj")
-
-    def launch(arch: int, multiprocessors: int) -> tuple[Launch, int]:
-        chosen = choose(f"sm_{arch}", rows, outputs)
-        programs = -(-outputs // chosen.block_n) * -(-rows // chosen.block_t)
-        return chosen, split(chosen, programs, -(-inputs // INPUTS), multiprocessors)
+    is_dense, is_summed = rows > ROWS, has_sums(name)
 
     def plan(arch: int, multiprocessors: int) -> str:
         if rows > ROWS:
             return "spread out, then torch's product"
-        chosen, parts = launch(arch, multiprocessors)
+        chosen, parts = launched(outputs, inputs, rows, arch, multiprocessors)
         programs = -(-outputs // chosen.block_n), -(-rows // chosen.block_t), parts
-        return f"{programs} programs of {chosen.block_t} x {chosen.block_n}, {chosen.warps} warps, {chosen.stages} stages"
-
-    def instructions(arch: int, multiprocessors: int) -> float:
-        if rows > ROWS:
-            return 0.0
-        block_t = launch(arch, multiprocessors)[0].block_t
-        return PER_WEIGHT[block_t] * -(-rows // block_t) * outputs * inputs
+        text = f"{programs} programs of {chosen.block_t} x {chosen.block_n}, {chosen.warps} warps, {chosen.stages} stages"
+        return f"{text}, {machine_code(chosen, dtype, f'sm_{arch}').per_number:g} instructions a weight"
 
     def build(device: torch.device) -> Built:
         given, x = weights(outputs, inputs, device, dtype), torch.randn(rows, inputs, device=device).to(dtype)
@@ -81,15 +72,72 @@ def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: 
         model=model,
         kernel=kind if dtype == torch.bfloat16 else f"{kind}, float16",
         shape=f"{name}, {rows} rows",
-        work=Work(
-            int4_bytes(outputs * inputs) + 2 * rows * (inputs + outputs),
-            2 * rows * outputs * inputs,
-            2 if is_dense or is_summed else 3,  # one adds up the parts
-        ),
+        work=Work(int4_bytes(outputs * inputs) + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs),
         plan=plan,
+        kernels=lambda card: product_kernels(card, outputs, inputs, rows, dtype, is_summed=is_summed),
         build=build,
-        instructions=instructions,
     )
+
+
+def has_sums(name: str) -> bool:
+    """Whether what makes the inputs of the product of that name brings their groups' sums."""
+    return not name.startswith("o_proj")
+
+
+def launched(outputs: int, inputs: int, rows: int, arch: int, multiprocessors: int) -> tuple[Launch, int]:
+    """How, and in how many parts."""
+    chosen = choose(f"sm_{arch}", rows, outputs)
+    programs = -(-outputs // chosen.block_n) * -(-rows // chosen.block_t)
+    return chosen, split(chosen, programs, -(-inputs // INPUTS), multiprocessors)
+
+
+def product_kernels(
+    card: Card, outputs: int, inputs: int, rows: int, dtype: torch.dtype = torch.bfloat16, *, is_summed: bool
+) -> list[Kernel]:
+    """Sums of x's groups, unless they are there; the product; and where the inputs are split, the sum of the parts."""
+    if rows > ROWS:
+        return [spread_out_kernel(card, outputs, inputs), dense_kernel(outputs, inputs, rows)]
+    chosen, parts = launched(outputs, inputs, rows, card.arch, card.multiprocessors)
+    types, blocks = TYPES[dtype], -(-inputs // INPUTS)
+    tiles = -(-outputs // chosen.block_n), -(-rows // chosen.block_t)
+    code = machine_code(chosen, dtype, card.architecture)
+    block = int4_bytes(chosen.block_n * INPUTS)  # what a program reads for each block of inputs, beside x and its sums
+    results = rows * outputs  # parts stay in L2
+    main = Kernel(
+        bytes=int4_bytes(outputs * inputs) + 2 * rows * inputs + (2 * results if parts == 1 else 0),
+        flops=2 * rows * outputs * inputs,
+        instructions=code.per_number * tiles[1] * outputs * inputs,
+        through_l2=tiles[0] * blocks * (tiles[1] * block + rows * (2 * INPUTS + 4)) + (4 * parts * results if parts > 1 else 0),
+        grid=Grid(
+            programs=tiles[0] * tiles[1] * parts, ahead=(chosen.stages - 1) * block / tiles[1], warps=chosen.warps, counted=code
+        ),
+    )
+    found = [main] if is_summed else [sums_kernel(card, types, inputs, rows), main]
+    return found if parts == 1 else [*found, adding_kernel(card, types, outputs * rows, parts)]
+
+
+def machine_code(launch: Launch, dtype: torch.dtype, architecture: str) -> Counted:
+    setting = f"group {GROUP}, {launch.block_t} x {launch.block_n}, {launch.warps} warps, {launch.stages} stages"
+    return counted("4-bit product", TYPES[dtype], setting, architecture)
+
+
+def sums_kernel(card: Card, types: str, inputs: int, rows: int) -> Kernel:
+    programs, num_bytes = -(-inputs // INPUTS // SUMMED) * rows, 2 * rows * inputs
+    code = counted("group sums", types, "2 groups", card.architecture)
+    return Kernel(bytes=num_bytes, grid=Grid(programs=programs, ahead=num_bytes / programs, warps=4, counted=code))
+
+
+def adding_kernel(card: Card, types: str, size: int, parts: int) -> Kernel:
+    """Parts are read from L2, four at a time."""
+    programs = -(-size // REDUCED)
+    code = counted("parts added up", types, "", card.architecture)
+    grid = Grid(programs=programs, ahead=2 * size / programs, warps=4, counted=code)
+    return Kernel(bytes=2 * size, through_l2=4 * parts * size, waits=1 + -(-parts // 4), grid=grid)
+
+
+def dense_kernel(outputs: int, inputs: int, rows: int) -> Kernel:
+    """torch's product in 16 bits."""
+    return Kernel(bytes=2 * (outputs * inputs + rows * (inputs + outputs)), flops=2 * rows * outputs * inputs)
 
 
 def int4_rivals(x: torch.Tensor, given: Given, packed: PairedWeights) -> Iterator[Callable[[], Rival]]:
@@ -121,8 +169,15 @@ def spread_out(model: str, name: str, outputs: int, inputs: int) -> Case:
         shape=name,
         work=Work(int4_bytes(outputs * inputs) + 2 * outputs * inputs, 0),
         plan=lambda arch, multiprocessors: f"{(-(-outputs // 64), -(-inputs // INPUTS))} programs",
+        kernels=lambda card: [spread_out_kernel(card, outputs, inputs)],
         build=build,
     )
+
+
+def spread_out_kernel(card: Card, outputs: int, inputs: int) -> Kernel:
+    programs, num_bytes = -(-outputs // 64) * -(-inputs // INPUTS), int4_bytes(outputs * inputs) + 2 * outputs * inputs
+    code = counted("pairs spread out", "bf16", f"group {GROUP}", card.architecture)
+    return Kernel(bytes=num_bytes, grid=Grid(programs=programs, ahead=num_bytes / programs, warps=4, counted=code))
 
 
 def _pieces(given: Given) -> Iterator[Given]:
@@ -135,34 +190,3 @@ def _spread_out(packed: PairedWeights) -> torch.Tensor:
 
         return pairs_dequantize_triton(packed)
     return awq_dequantize_ref(*unpack_pairs(packed))
-
-
-def head(model: str, outputs: int, inputs: int, rows: int) -> Case:
-    """x [T, K] times the head's 8-bit rows."""
-
-    def build(device: torch.device) -> Built:
-        dense = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5
-        if device.type == "meta":  # nothing is computed there, and the blocks are many
-            codes, scales = torch.empty_like(dense, dtype=torch.int8), torch.empty(outputs, device=device)
-        else:
-            codes, scales = quantise_rows(dense)
-        x = torch.randn(rows, inputs, device=device).bfloat16()
-        return Built(
-            run=lambda: int8_matmul(x, codes, scales),
-            want=lambda: by_outputs(partial(int8_matmul_ref, x.double()), codes, scales),
-            rivals=lambda: iter([lambda: Rival(name="F.linear", run=lambda: F.linear(x, dense), want=lambda: _linear(x, dense))]),
-        )
-
-    block_t = min(64, max(16, 1 << (rows - 1).bit_length()))
-    return Case(
-        model=model,
-        kernel="int8 head",
-        shape=f"{outputs} x {inputs}, {rows} rows",
-        work=Work(outputs * (inputs + 4) + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs),
-        plan=lambda arch, multiprocessors: f"{(-(-outputs // 64), -(-rows // block_t))} programs of {block_t} x 64",
-        build=build,
-    )
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return by_outputs(lambda part: F.linear(x.double(), part.double()), weight)

@@ -9,20 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 GROUP = 128  # inputs that share a scale and a zero point of 4-bit weights
+TILES = 13  # of a picture: twelve and the thumbnail
 KINDS = ("auto", "int8", "fp8")  # of KV cache
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What must be done at least: bytes between memory and chip, operations of tensor cores.
-
-    Of our own form: how many kernels it launches, and the instructions of all threads, where they were counted.
-    """
+    """What must be done at least: bytes between memory and chip, operations of tensor cores."""
 
     bytes: int
     flops: int
-    launches: int = 1
-    instructions: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.gpu.cards import CARDS, floor
 from benchmarks.gpu.kernels import ERRORS, Rates, Report, first_line
-from benchmarks.gpu.models import TILES, TOLERANCE, Driver, Transformers, build_model, encode_seconds
-from benchmarks.gpu.sizes import TINY, Sizes, Work
+from benchmarks.gpu.models import TOLERANCE, Driver, Transformers, build_model, encode_seconds
+from benchmarks.gpu.sizes import TILES, TINY, Sizes, Work
+from benchmarks.gpu.steps import BATCHES, CONTEXT, FORMS, step_name
 
-FORMS, BATCHES, CONTEXT = ("bf16", "awq"), (1, 8, 64), 1024
 STEP_TOKENS = 8192  # of a prefill, at most
 
 
@@ -60,7 +60,7 @@ def plan_models(models: list[Sizes], report: Report) -> None:
 
 def works(sizes: Sizes, form: str, batch: int) -> Iterator[tuple[str, Work, int]]:
     """(what, its work, tokens that it gives or takes) of a decode step and a prefill."""
-    yield f"decode, batch {batch}, context {CONTEXT}", sizes.decode(form, batch, CONTEXT), batch
+    yield step_name(batch), sizes.decode(form, batch, CONTEXT), batch
     tokens = prompt_tokens(batch)
     yield f"prefill, {batch} x {tokens}", sizes.prefill(form, batch, tokens), batch * tokens
 
