@@ -67,17 +67,26 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
 
 
 def choose_chunk(
-    lengths: Sequence[int], kv_heads: int, *, tile: int, tile_bytes: int, num_sms: int, most_programs: int = MOST_PROGRAMS
+    lengths: Sequence[int],
+    kv_heads: int,
+    *,
+    tile: int,
+    tile_bytes: int,
+    num_sms: int,
+    longest_first: bool = False,
+    most_programs: int = MOST_PROGRAMS,
 ) -> int:
     """Tiles of a context that one program goes over; as many as the longest has where no context is worth cutting.
 
     Args:
         lengths: positions that each Q-block looks at; each has a program a KV head and chunk.
         tile: positions of a tile. tile_bytes: their keys and values of one head. num_sms: multiprocessors of the device.
+        longest_first: programs begin in the order of their work, as prefill's do.
         most_programs: a multiprocessor, once contexts are cut.
 
-    The time of a choice is estimated in bytes: programs go to multiprocessors as these become free, so all take the mean
-    time, rounded up to whole programs, and the longest program may begin last.
+    The time of a choice is estimated in bytes: programs go to multiprocessors as these become free. Where the longest begin
+    first, all end together but for a shortest program; otherwise they take the mean time, rounded up to whole programs, and the
+    longest may begin last.
     """
     tiles = [-(-length // tile) for length in lengths]
     longest, whole = max(tiles), sum(tiles) * kv_heads
@@ -89,9 +98,14 @@ def choose_chunk(
         programs = sum(-(-count // chunk) for count in tiles) * kv_heads
         if parts > 1 and programs > max(most_programs * num_sms, 2 * uncut):
             break
-        mean = whole / programs
-        time = -(-programs // num_sms) * (mean * tile_bytes + PROGRAM_BYTES + (PART_BYTES if parts > 1 else 0))
-        time += (chunk - mean) * tile_bytes + (MERGE_BYTES if parts > 1 else 0)
+        beside, rounds, mean = PROGRAM_BYTES + (PART_BYTES if parts > 1 else 0), -(-programs // num_sms), whole / programs
+        if longest_first:
+            shortest = min((count - 1) % chunk + 1 for count in tiles)
+            level = (whole * tile_bytes + programs * beside) / num_sms + shortest * tile_bytes + beside
+            time = max(chunk * tile_bytes + beside, min(level, rounds * (chunk * tile_bytes + beside)))
+        else:
+            time = rounds * (mean * tile_bytes + beside) + (chunk - mean) * tile_bytes
+        time += MERGE_BYTES if parts > 1 else 0
         if time < best:
             best, chosen = time, chunk
         if best <= GOOD_ENOUGH * ideal or chunk == 1:

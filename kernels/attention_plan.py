@@ -74,6 +74,7 @@ class Shape:
             tile=tiling.positions,
             tile_bytes=tile_bytes,
             num_sms=self.num_sms,
+            longest_first=any(query_len > 1 for _, _, query_len, _ in sequences),
             most_programs=most_programs,
         )
 

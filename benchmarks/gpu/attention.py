@@ -66,7 +66,13 @@ def schedule(
     tiling = choose_tiling(query_len, sizes.heads // sizes.kv_heads, sizes.dim, itemsize, arch)
     lengths = [stop for _ in range(batch) for stop in looked_at(query_len, context, tiling.tokens)]
     tile_bytes = 2 * tiling.positions * sizes.dim * itemsize
-    chunk = choose_chunk(lengths, sizes.kv_heads, tile=tiling.positions, tile_bytes=tile_bytes, num_sms=multiprocessors)
+    chunk = choose_chunk(
+        *(lengths, sizes.kv_heads),
+        tile=tiling.positions,
+        tile_bytes=tile_bytes,
+        num_sms=multiprocessors,
+        longest_first=query_len > 1,
+    )
     sequences = [(i, i * query_len, query_len, context) for i in range(batch)]
     positions = chunk * tiling.positions
     return tiling, positions, make_schedule(sequences, tokens=tiling.tokens, chunk=positions)

@@ -7,7 +7,16 @@ from itertools import product
 
 import pytest
 
-from vlserve.kernels.attention_launch import choose_chunk, choose_tiling, looked_at, make_schedule
+from vlserve.kernels.attention_launch import (
+    MERGE_BYTES,
+    PART_BYTES,
+    PARTS,
+    PROGRAM_BYTES,
+    choose_chunk,
+    choose_tiling,
+    looked_at,
+    make_schedule,
+)
 
 TILE, TILE_BYTES = 64, 32 * 1024  # of 128 channels in 16 bits
 
@@ -55,6 +64,32 @@ def test_parts_are_bounded_where_many_programs_are() -> None:
     lengths = [131072] + [2000] * 255
     chunk = choose_chunk(lengths, 8, tile=TILE, tile_bytes=TILE_BYTES, num_sms=132)
     assert sum(-(-length // (chunk * TILE)) for length in lengths) * 8 <= 2 * 256 * 8
+
+
+def prefill_bytes(lengths: list[int], kv_heads: int, num_sms: int, chunk: int) -> int:
+    """What the busiest multiprocessor reads, with programs' own costs, where the longest begin first."""
+    tiles = [-(-length // TILE) for length in lengths]
+    is_cut = max(tiles) > chunk
+    sizes = [min(chunk, count - first) for count in tiles for first in range(0, count, chunk) for _ in range(kv_heads)]
+    work = [0] * num_sms
+    for size in sorted(sizes, reverse=True):
+        heapreplace(work, work[0] + size * TILE_BYTES + PROGRAM_BYTES + PART_BYTES * is_cut)
+    return max(work) + MERGE_BYTES * is_cut
+
+
+@pytest.mark.parametrize("num_sms", (108, 132, 148))
+@pytest.mark.parametrize("prompt", ((2048, 2048), (512, 4096), (1024, 1024), (4096, 4096), (1024, 3000), (16, 8000), (128, 8192)))
+def test_prompts_are_cut_nearly_as_well_as_can_be(prompt: tuple[int, int], num_sms: int) -> None:
+    lengths = looked_at(*prompt, 18)
+    chunk = choose_chunk(lengths, 4, tile=TILE, tile_bytes=TILE_BYTES, num_sms=num_sms, longest_first=True)
+    longest = -(-max(lengths) // TILE)
+    best = min(prefill_bytes(lengths, 4, num_sms, -(-longest // parts)) for parts in PARTS)
+    assert prefill_bytes(lengths, 4, num_sms, chunk) <= 1.12 * best
+
+
+def test_a_prompt_of_its_own_is_not_cut_where_its_q_blocks_suffice() -> None:
+    lengths = looked_at(2048, 2048, 18)
+    assert choose_chunk(lengths, 4, tile=TILE, tile_bytes=TILE_BYTES, num_sms=132, longest_first=True) * TILE >= 2048
 
 
 @pytest.mark.parametrize("chunk", (64, 128, 4096))
