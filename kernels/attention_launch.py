@@ -13,6 +13,7 @@ from functools import lru_cache
 
 LEAST_ROWS, MOST_ROWS = 16, 128  # of a tile; 16 is the least that tensor cores multiply
 IN_FLIGHT = 48 * 1024  # bytes of keys and values that a program asks for ahead; an H200 needs 26 KB a multiprocessor
+DECODING_REGISTERS = 168  # three programs a multiprocessor, as many as the tiles in flight leave room for
 # in bytes of keys and values that a multiprocessor reads meanwhile, by the bandwidth and latencies of an H100:
 PROGRAM_BYTES = 24 * 1024  # a program's start and end
 PART_BYTES = 8 * 1024  # a part's result, written and read
@@ -24,13 +25,17 @@ PARTS = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256)  # of the 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """A tile has `rows` rows, of `tokens` query tokens, and `positions` keys; `num_warps` and `num_stages` are Triton's."""
+    """A tile has `rows` rows, of `tokens` query tokens, and `positions` keys; `num_warps` and `num_stages` are Triton's.
+
+    `registers`: of a thread, at most, where the compiler by itself takes too few and spills.
+    """
 
     rows: int
     tokens: int
     positions: int
     num_warps: int
     num_stages: int
+    registers: int | None
 
 
 @lru_cache
@@ -63,6 +68,7 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
         positions=positions,
         num_warps=8 if rows > 32 else 4,
         num_stages=1 + 2 * ahead,  # a tile's addresses are loaded one stage ahead of its numbers
+        registers=DECODING_REGISTERS if rows <= 32 and itemsize < 4 else None,
     )
 
 

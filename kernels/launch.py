@@ -41,8 +41,7 @@ class Launch:
 def choose(architecture: str, rows: int, outputs: int) -> Launch:
     """For `rows` of a product with so many outputs; beyond the last class the last one."""
     row_class = next((size for size in ROWS if rows <= size), ROWS[-1])
-    table = launches()
-    return table.get(architecture, table[FALLBACK])[f"{row_class} {'wide' if outputs >= WIDE else 'narrow'}"]
+    return launches_of(architecture)[f"{row_class} {'wide' if outputs >= WIDE else 'narrow'}"]
 
 
 @cache
@@ -70,6 +69,12 @@ def launches() -> dict[str, dict[str, Launch]]:
         architecture: {name: Launch(**fields) for name, fields in of.items() if name != CARD}
         for architecture, of in table.items()
     }
+
+
+def launches_of(architecture: str) -> dict[str, Launch]:
+    """By class; those of sm_80 where the table lacks the architecture."""
+    table = launches()
+    return table.get(architecture, table[FALLBACK])
 
 
 @cache

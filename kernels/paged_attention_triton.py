@@ -76,6 +76,7 @@ def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Bloc
             LIFT=6 if is_coded and query.dtype is torch.float16 else 0,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
+            maxnreg=tiling.registers,
         )
         if launch.num_merges:
             _merge_kernel[(launch.num_merges * kv_heads * rows,)](

@@ -1,8 +1,10 @@
 """Fills launch.json for the GPU at hand: `python -m vlserve.kernels.tune`.
 
-For each class of launch.py every launch that could do is checked against the definition in float64 and timed, in bfloat16 with
-groups of 128, in shapes of InternVL3-8B and 38B; the one with the least geometric mean of times is kept. Other architectures'
-tables are left as they are.
+It holds how the products with 4-bit weights are launched, by architecture and class: up to 16, 32, 64 or 128 rows, and few or
+many outputs. For each class every launch that could do, first the one in use, is checked against the definition in float64 and
+timed, in bfloat16 with groups of 128, in shapes of InternVL3-8B and 38B; the one with the least geometric mean of times is kept.
+These are some 3000 launches of 150 kernels; how much time is left is said on the way. Other architectures' tables are left
+as they are, and a server reads the new one when it starts.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from vlserve.kernels.awq import awq_matmul_ref
 from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu
 from vlserve.kernels.group_sums import group_sums
-from vlserve.kernels.launch import CARD, ROWS, TABLE, Launch, device_of, split
+from vlserve.kernels.launch import CARD, ROWS, TABLE, Launch, device_of, launches_of, split
 from vlserve.kernels.measure import Difference, Timer, by_outputs, difference
 from vlserve.kernels.with_triton import runs_triton
 
@@ -74,8 +76,19 @@ def problems(rows: int, width: str) -> list[Problem]:
     return [Problem(some, *shape) for some in SOME_ROWS[rows] for shape in SHAPES[width]]
 
 
-def tune(measure: Measure, multiprocessors: int, *, shared: int = SHARED, say: Say = print) -> dict[str, Launch]:
-    """The fastest launch of each class; raises RuntimeError where all were refused."""
+def tune(
+    measure: Measure,
+    multiprocessors: int,
+    *,
+    in_use: dict[str, Launch],
+    shared: int = SHARED,
+    is_over: Callable[[], bool] = lambda: False,
+    say: Say = print,
+) -> dict[str, Launch]:
+    """The fastest launch of each class, where that `in_use` is tried first; raises RuntimeError where all were refused.
+
+    Once `is_over` no further launch is tried, and classes of which none could be used so far are left out.
+    """
     measured: dict[tuple[Problem, Launch, int], float | RefusedError] = {}
 
     def seconds(problem: Problem, launch: Launch) -> float:
@@ -92,18 +105,30 @@ def tune(measure: Measure, multiprocessors: int, *, shared: int = SHARED, say: S
             raise found
         return found
 
-    classes = [(rows, width, candidates(rows, shared)) for rows in ROWS for width in SHAPES]
-    progress = Progress(sum(len(launches) for *_, launches in classes), say)
-    return {f"{rows} {width}": _fastest(rows, width, launches, seconds, progress) for rows, width, launches in classes}
+    classes = {(rows, width): candidates(rows, shared) for rows in ROWS for width in SHAPES}
+    progress = Progress(sum(len(launches) for launches in classes.values()), say)
+    found = {}
+    for (rows, width), launches in classes.items():
+        name = f"{rows} {width}"
+        launches.sort(key=lambda launch: launch != in_use[name])
+        found[name] = _fastest(name, problems(rows, width), launches, seconds, progress, is_over)
+    return {name: launch for name, launch in found.items() if launch}
 
 
 def _fastest(
-    rows: int, width: str, launches: list[Launch], seconds: Callable[[Problem, Launch], float], progress: Progress
-) -> Launch:
-    name, best, chosen, reasons = f"{rows} {width}", math.inf, None, set()
+    name: str,
+    timed_in: list[Problem],
+    launches: list[Launch],
+    seconds: Callable[[Problem, Launch], float],
+    progress: Progress,
+    is_over: Callable[[], bool],
+) -> Launch | None:
+    best, chosen, reasons = math.inf, None, set()
     for launch in launches:
+        if is_over():
+            break
         try:
-            logs = [math.log(seconds(problem, launch)) for problem in problems(rows, width)]
+            logs = [math.log(seconds(problem, launch)) for problem in timed_in]
         except RefusedError as error:
             reasons.add(str(error))
         else:
@@ -111,9 +136,9 @@ def _fastest(
             if mean < best:
                 best, chosen = mean, launch
         progress.step(f"{name}: best {1e6 * best:.1f} us" if chosen else f"{name}: none yet")
-    if chosen is None:
+    if chosen is None and not is_over():
         raise RuntimeError(f"class {name!r}: none of {len(launches)} launches can be used: {'; '.join(sorted(reasons)[:3])}")
-    progress.say(f"{name}: {chosen}, {1e6 * best:.1f} us; {len(reasons)} kinds of refusals")
+    progress.say(f"{name}: {chosen}, {1e6 * best:.1f} us; {len(reasons)} kinds of refusals" if chosen else f"{name}: not reached")
     return chosen
 
 
@@ -235,7 +260,10 @@ def main(argv: list[str] | None = None) -> None:
         prog="vlserve.kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to fill; by default the one that is used")
-    parser.add_argument("--runs", type=int, default=20, help="of each timing, whose median counts")
+    parser.add_argument("--runs", type=int, default=20, help="of each timing, whose median counts (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="after so many begin nothing new, and write what was found (no limit)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the launches that would be timed, and how many compile")
     args = parser.parse_args(argv)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -247,8 +275,19 @@ def main(argv: list[str] | None = None) -> None:
     architecture, multiprocessors = device_of(device.index)
     card = torch.cuda.get_device_name(device)
     print(f"{card}, {architecture}, {multiprocessors} multiprocessors")
-    found = tune(OnDevice(device, runs=args.runs), multiprocessors, shared=_shared(device))
-    write_table(args.out, architecture, card, found)
+    in_use, deadline = launches_of(architecture), time.monotonic() + args.seconds
+    found = tune(
+        OnDevice(device, runs=args.runs),
+        multiprocessors,
+        in_use=in_use,
+        shared=_shared(device),
+        is_over=lambda: time.monotonic() >= deadline,
+    )
+    if not found:
+        parser.error(f"no launch could be timed within {args.seconds:g} seconds; nothing was written")
+    left = [name for name in in_use if name not in found]
+    card += f", all but {', '.join(left)}" if left else ""
+    write_table(args.out, architecture, card, in_use | found)
     print(f"{args.out}: {architecture} is timed on {card}")
 
 

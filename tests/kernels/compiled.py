@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
-from tests.kernels.cases import ALL, ARCHITECTURES, DTYPES, attention, every_case
+from tests.kernels.cases import ALL, ARCHITECTURES, DTYPES, SPILLS, attention, every_case
 from tests.kernels.machine_code import Case, Code, compile_all, faults
 
 COLUMNS = ("kernel", "types", "configuration", "for", "registers", "spills", "shared", "load", "a number")
@@ -20,11 +20,13 @@ Nothing here was timed, and none of it ran on a GPU: the kernels were compiled a
 figure is over its cap, which stands behind it; so does the command above for all of it.
 
 * **registers**: of a thread, and the cap. {most} is all that there are, so that there only spills are a limit.
-* **spills**: instructions that read or write registers' values in local memory, and the cap: 0, but for six settings.
+* **spills**: instructions that read or write registers' values in local memory, and the cap: 0, but for {spilling} settings,
+  which put values away before their loops and take them up after them. In a loop nothing spills anywhere.
 * **shared**: bytes of shared memory that a program takes, and the cap.
 * **load**: bits of the widest load from global memory; 128 is promised unless a "-" follows.
 * **a number**: instructions of a turn of the main loop times threads, over the 4-bit weights or the numbers of keys and values
   that the turn takes; and the cap, where there is one.
+* **group**: of attention, query heads to a head of keys and values; of 4-bit weights, inputs that share a scale.
 
 fp32 is there to be exact, not fast: its products go without tensor cores. Eight-bit keys and values are int8 or E4M3 codes, which
 become numbers of the query's type. For fp16 the hardware converts E4M3 from compute capability 8.9 on; below it, and for bf16
@@ -49,7 +51,7 @@ def main() -> int:
     missed = [f"{case.label}: {fault}" for case in cases for fault in faults(case, codes[case.label])]
     print("\n".join(missed), file=sys.stderr)
     table = _table(COLUMNS, [_row(case, codes[case.label]) for case in cases])
-    print(TEXT.format(version=version("triton"), most=ALL, types=_types(types, codes), table=table), end="")
+    print(TEXT.format(version=version("triton"), most=ALL, spilling=len(SPILLS), types=_types(types, codes), table=table), end="")
     return 1 if missed else 0
 
 

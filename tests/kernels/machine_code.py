@@ -26,12 +26,13 @@ Instructions = list[tuple[int, str]]  # address and text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A kernel, how it is called, for which architecture (80, 90, 100), and the most that it may take.
+    """A kernel, how it is called, for which architecture (80, 86, 90, ...), and the most that it may take.
 
     `types` are Triton's, of the arguments that are no constants, None where there is no such tensor; pointers are aligned to 16
     bytes, and so are multiples of 16 the numbers in `multiples`. A constant that is a type is given by its name. `numbers`:
     weights, or keys' and values' numbers, that a program takes in one turn of its loop; `per_number`: instructions for each.
-    `shared`: bytes. `wide`: whether it reads 16 bytes at once; `ahead`: whether its loop does, for a later turn.
+    `spills`: outside of loops; in them nothing may spill. `shared`: bytes. `wide`: whether it reads 16 bytes at once; `ahead`:
+    whether its loop does, for a later turn.
     """
 
     name: str
@@ -62,14 +63,15 @@ class Case:
 class Code:
     """What was counted, in the whole kernel or in a turn of its main loop.
 
-    `spills`: instructions that read or write local memory; `shared`: bytes; `widest`: bits of the widest global load.
-    `ahead`: of a turn, the loads straight to shared memory, for a later turn, by their width in bits; `waited_for`: other loads.
-    `per_number`: instructions of a turn times threads, over its numbers; None without them.
+    `spills`: instructions that read or write local memory, `looped` of them in loops; `shared`: bytes; `widest`: bits of the
+    widest global load. `ahead`: of a turn, the loads straight to shared memory, for a later turn, by their width in bits;
+    `waited_for`: other loads. `per_number`: instructions of a turn times threads, over its numbers; None without them.
     `units`: the kinds of tensor core instructions.
     """
 
     registers: int
     spills: int
+    looped: int
     shared: int
     widest: int
     ahead: dict[int, int]
@@ -95,6 +97,8 @@ def faults(case: Case, code: Code | str) -> list[str]:
     found = []
     if code.spills > case.spills:
         found.append(f"{code.spills} instructions spill, {case.spills} allowed")
+    if code.looped:
+        found.append(f"{code.looped} of them in loops")
     if code.registers > case.registers:
         found.append(f"{code.registers} registers, {case.registers} allowed")
     if code.shared > case.shared:
@@ -117,7 +121,8 @@ def _compile(case: Case) -> Code | str:
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, CompilationError
+    from triton.compiler import ASTSource
+    from triton.errors import TritonError
 
     kernel = getattr(import_module(case.module), case.kernel)
     types = {"fp16": tl.float16, "bf16": tl.bfloat16}
@@ -131,17 +136,20 @@ def _compile(case: Case) -> Code | str:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=dict(case.options))
-    except CompilationError as error:
+    except (TritonError, RuntimeError) as error:  # an architecture that Triton does not know is the latter
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         return str(cause)
     instructions, usage = _disassemble(compiled.asm["cubin"])
-    loop = _main_loop(instructions)
+    loops = _loops(instructions)
+    loop = _main_loop(loops)
+    spills = {one for one in instructions if re.search(r"\b(STL|LDL)\b", one[1])}
     units = {found[0] for _, text in instructions if (found := TENSOR_CORES.findall(text))}
     return Code(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
-        spills=sum(bool(re.search(r"\b(STL|LDL)\b", text)) for _, text in instructions),
+        spills=len(spills),
+        looped=len(spills & {one for loop in loops for one in loop}),
         shared=compiled.metadata.shared,
         widest=max(_widths(instructions, "LDGSTS|LDG"), default=0),
         ahead=dict(_widths(loop, "LDGSTS")),
@@ -165,16 +173,18 @@ def _disassemble(cubin: bytes) -> tuple[Instructions, str]:
     return [(int(address, 16), text) for address, text in found], listing
 
 
-def _main_loop(instructions: Instructions) -> Instructions:
-    """Of the pieces that a branch at their end goes back to the beginning of, the one that multiplies and loads ahead.
-
-    Of two the shorter, as attention's without masks is; where there is none the longest piece. With what is jumped over.
-    """
+def _loops(instructions: Instructions) -> list[Instructions]:
+    """The pieces that a branch at their end goes back to the beginning of, with what is jumped over."""
     loops = []
     for last, (at, text) in enumerate(instructions):
         branch = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
         if branch and int(branch[1], 16) < at:
             loops.append([one for one in instructions[: last + 1] if one[0] >= int(branch[1], 16)])
+    return loops
+
+
+def _main_loop(loops: list[Instructions]) -> Instructions:
+    """The one that multiplies and loads ahead, of two the shorter, as attention's without masks is; else the longest."""
     main = [loop for loop in loops if any(PRODUCTS.search(text) for _, text in loop) and _widths(loop, "LDGSTS")]
     return min(main, key=len) if main else max(loops, key=len, default=[])
 

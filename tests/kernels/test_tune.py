@@ -24,7 +24,7 @@ def test_candidates_divide_their_class_and_fit() -> None:
         assert all(launch.stages * (64 * launch.block_n + 256 * launch.block_t) <= 99 * 1024 for launch in found)
     assert set(candidates(64, 2 * 99 * 1024)) > set(candidates(64)), "more shared memory, more to try"
     kept = {launch for table in launches().values() for launch in table.values()}
-    assert kept <= {launch for rows in ROWS for launch in candidates(rows)}, "what the table has is tried too"
+    assert kept <= {launch for rows in ROWS for launch in candidates(rows, 227 * 1024)}, "what the table has is tried too"
 
 
 def test_the_fastest_right_launch_is_kept() -> None:
@@ -38,7 +38,7 @@ def test_the_fastest_right_launch_is_kept() -> None:
         return 1e-6 * (1 + distance + abs(launch.block_t - 16) + (launch.registers or 0) / 100 + parts / 100)
 
     said: list[str] = []
-    found = tune(measure, 132, say=said.append)
+    found = tune(measure, 132, in_use=launches()["sm_90"], say=said.append)
     assert set(found) == {f"{rows} {width}" for rows in ROWS for width in ("narrow", "wide")}
     for launch in (found["16 narrow"], found["16 wide"], found["32 wide"]):
         assert (launch.block_t, launch.block_n, launch.warps, launch.stages, launch.registers) == (16, 128, 4, 3, None)
@@ -53,7 +53,27 @@ def test_no_right_launch_is_an_error() -> None:
         raise RefusedError("OutOfResources: shared memory")
 
     with pytest.raises(RuntimeError, match="class '16 narrow': none of .* OutOfResources"):
-        tune(refuse, 132, say=lambda line: None)
+        tune(refuse, 132, in_use=launches()["sm_90"], say=lambda line: None)
+
+
+@pytest.mark.parametrize("end,classes", [(1, ["16 narrow"]), (300, ["16 narrow", "16 wide"]), (0, [])])
+def test_what_was_found_before_the_end_is_kept(end: int, classes: list[str]) -> None:
+    """The launch in use is tried first, so that a class that was begun is not worse than before."""
+    tried: list[Launch] = []
+
+    def measure(problem: Problem, launch: Launch, parts: int) -> float:
+        if not tried or tried[-1] != launch:
+            tried.append(launch)
+        return 1.0 if launch.stages == 2 else 2.0
+
+    in_use = launches()["sm_90"]
+    begun = iter(range(end))
+    found = tune(measure, 132, in_use=in_use, is_over=lambda: next(begun, None) is None, say=lambda line: None)
+    assert list(found) == classes and (not classes or tried[0] == in_use["16 narrow"])
+    if end == 1:
+        assert found == {"16 narrow": in_use["16 narrow"]}
+    elif classes:
+        assert found["16 narrow"].stages == 2, "all were tried"
 
 
 def test_the_problems_are_of_their_class() -> None:
