@@ -187,7 +187,7 @@ def pairs_matmul_triton(x: torch.Tensor, sums: torch.Tensor, packed: PairedWeigh
     """x [T, K'] and its `group_sums` -> [T, N] in x's type; the checks are `PairedWeights.matmul`'s."""
     x = x.contiguous()
     architecture, multiprocessors = device_of(x.device.index)
-    launch = choose(architecture, len(x), packed.outputs)
+    launch = choose(architecture, len(x), packed.outputs, x.dtype)
     programs = triton.cdiv(packed.outputs, launch.block_n) * triton.cdiv(len(x), launch.block_t)
     parts = split(launch, programs, packed.words.shape[1], multiprocessors)
     return multiply(x, packed, sums, launch, parts)

@@ -9,7 +9,7 @@ table names a card, they are the fastest of those that `python -m vlserve.kernel
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ FALLBACK = "sm_80"
 CARD = "card"  # beside the classes: what the table was timed on
 ROWS = (16, 32, 64, 128)
 WIDE = 16384  # outputs
+MOST_SUMS = 64  # numbers that a thread adds up, beside as many of a group
 SPLIT = 4  # tokens of a program to a block of inputs of a part: less, and writing the parts takes as long as reading weights
 
 
@@ -38,10 +39,17 @@ class Launch:
     registers: int | None = None
 
 
-def choose(architecture: str, rows: int, outputs: int) -> Launch:
+def choose(architecture: str, rows: int, outputs: int, dtype: torch.dtype) -> Launch:
     """For `rows` of a product with so many outputs; beyond the last class the last one."""
     row_class = next((size for size in ROWS if rows <= size), ROWS[-1])
-    return launches_of(architecture)[f"{row_class} {'wide' if outputs >= WIDE else 'narrow'}"]
+    return fitted(launches_of(architecture)[f"{row_class} {'wide' if outputs >= WIDE else 'narrow'}"], dtype)
+
+
+@cache
+def fitted(launch: Launch, dtype: torch.dtype) -> Launch:
+    """Of half the rows where float16, which keeps a second product beside the first, would have too few registers."""
+    is_full = launch.block_t * launch.block_n >= MOST_SUMS * 32 * launch.warps
+    return replace(launch, block_t=launch.block_t // 2) if dtype == torch.float16 and is_full and launch.block_t > 32 else launch
 
 
 @cache

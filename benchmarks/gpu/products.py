@@ -52,7 +52,7 @@ def product(model: str, name: str, outputs: int, inputs: int, rows: int, dtype: 
     def plan(arch: int, multiprocessors: int) -> str:
         if rows > ROWS:
             return "spread out, then torch's product"
-        chosen, parts = launched(outputs, inputs, rows, arch, multiprocessors)
+        chosen, parts = launched(outputs, inputs, rows, dtype, arch, multiprocessors)
         programs = -(-outputs // chosen.block_n), -(-rows // chosen.block_t), parts
         text = f"{programs} programs of {chosen.block_t} x {chosen.block_n}, {chosen.warps} warps, {chosen.stages} stages"
         return f"{text}, {machine_code(chosen, dtype, f'sm_{arch}').per_number:g} instructions a weight"
@@ -84,9 +84,9 @@ def has_sums(name: str) -> bool:
     return not name.startswith("o_proj")
 
 
-def launched(outputs: int, inputs: int, rows: int, arch: int, multiprocessors: int) -> tuple[Launch, int]:
+def launched(outputs: int, inputs: int, rows: int, dtype: torch.dtype, arch: int, multiprocessors: int) -> tuple[Launch, int]:
     """How, and in how many parts."""
-    chosen = choose(f"sm_{arch}", rows, outputs)
+    chosen = choose(f"sm_{arch}", rows, outputs, dtype)
     programs = -(-outputs // chosen.block_n) * -(-rows // chosen.block_t)
     return chosen, split(chosen, programs, -(-inputs // INPUTS), multiprocessors)
 
@@ -97,7 +97,7 @@ def product_kernels(
     """Sums of x's groups, unless they are there; the product; and where the inputs are split, the sum of the parts."""
     if rows > ROWS:
         return [spread_out_kernel(card, outputs, inputs), dense_kernel(outputs, inputs, rows)]
-    chosen, parts = launched(outputs, inputs, rows, card.arch, card.multiprocessors)
+    chosen, parts = launched(outputs, inputs, rows, dtype, card.arch, card.multiprocessors)
     types, blocks = TYPES[dtype], -(-inputs // INPUTS)
     tiles = -(-outputs // chosen.block_n), -(-rows // chosen.block_t)
     code = machine_code(chosen, dtype, card.architecture)

@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
+import torch
+
 from tests.kernels.machine_code import Case
 from vlserve.kernels import launch as launching
 from vlserve.kernels.attention_launch import choose_tiling
 from vlserve.kernels.kv_codes import TINY
-from vlserve.kernels.launch import CARD, launches
+from vlserve.kernels.launch import CARD, Launch, fitted, launches
 
 ARCHITECTURES = (80, 90, 100)
-HALF = ("bf16", "fp16")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = (*HALF, "fp32")
 # W4A16, by rows of a program. In the time in which its memory gives a weight, a B200 can issue 2.3 instructions, others 3.3 and
 # more. With each further 16 rows a weight takes an eighth of one four times: twice in products, twice in what is added up.
-PER_WEIGHT = {16: 2.5, 32: 3.1, 64: 6.2}
-REGISTERS = {16: 170, 32: 192, 64: 180}
+PER_WEIGHT = {16: 2.5, 32: 3.5, 64: 4.0}
 FINER = {80: ("fp16", 32), 100: ("fp16", 64)}  # inputs of a group, by architecture
 FINER_ELSEWHERE = ("bf16", 32)
 # prefill's instructions a number by (codes, before Hopper): with a dimension of 64, and with 128, of which 80 and 96 use a part.
@@ -34,6 +35,7 @@ SPILLS = {  # what is left of them, for want of registers: what the loops do not
     ("attention, prefill", "bf16 int8", "dim 128, page 16, group 4", 90): 15,
 }
 ALL = 255  # registers that a thread can have: then only spills are a limit
+REGISTERS = {16: 170, 32: ALL, 64: ALL}
 
 
 def four_bits() -> Iterator[Case]:
@@ -44,30 +46,37 @@ def four_bits() -> Iterator[Case]:
     timed = {name for name, table in json.loads(launching.TABLE.read_text()).items() if CARD in table}
     for name, table in launches().items():
         architecture = int(name.removeprefix("sm_"))
-        for launch in dict.fromkeys(table.values()):
-            kinds = [(dtype, 128) for dtype in HALF]
-            kinds += [FINER.get(architecture, FINER_ELSEWHERE)] * ((launch.block_t, launch.block_n) == (16, 64))
-            for dtype, group in kinds:
-                sizes = f"{launch.block_t} x {launch.block_n}, {launch.warps} warps, {launch.stages} stages"
-                limit = {"maxnreg": launch.registers} if launch.registers else {}
-                yield Case(
-                    name="4-bit product",
-                    dtype=dtype,
-                    setting=f"group {group}, {sizes}",
-                    module="vlserve.kernels.awq_pairs_triton",
-                    kernel="_matmul",
-                    architecture=architecture,
-                    types=(f"*{dtype}", "*i32", "*i32", "*i32", "*fp32", "*fp32", *["i32"] * 6),
-                    constants={"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n}
-                    | {"GROUP": group, "STAGES": launch.stages, "FACTOR": dtype, "ASM": True},
-                    options={"num_warps": launch.warps} | limit,
-                    numbers=launch.block_n * 128,
-                    registers=ALL if name in timed else REGISTERS[launch.block_t],
-                    shared=(227 if name in timed else 64 if launch.block_t == 64 else 48) * 1024,
-                    per_number=PER_WEIGHT[launch.block_t] if group == 128 and name not in timed else None,
-                    ahead=True,
-                    in_suite=dtype == "bf16" or group < 128,
-                )
+        for dtype, launch, group in _kinds(architecture, table):
+            sizes = f"{launch.block_t} x {launch.block_n}, {launch.warps} warps, {launch.stages} stages"
+            limit = {"maxnreg": launch.registers} if launch.registers else {}
+            yield Case(
+                name="4-bit product",
+                dtype=dtype,
+                setting=f"group {group}, {sizes}",
+                module="vlserve.kernels.awq_pairs_triton",
+                kernel="_matmul",
+                architecture=architecture,
+                types=(f"*{dtype}", "*i32", "*i32", "*i32", "*fp32", "*fp32", *["i32"] * 6),
+                constants={"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n}
+                | {"GROUP": group, "STAGES": launch.stages, "FACTOR": dtype, "ASM": True},
+                options={"num_warps": launch.warps} | limit,
+                numbers=launch.block_n * 128,
+                registers=ALL if name in timed else REGISTERS[launch.block_t],
+                shared=(227 if name in timed else 72 if launch.block_t == 64 else 48) * 1024,
+                per_number=PER_WEIGHT[launch.block_t] if group == 128 and name not in timed else None,
+                ahead=True,
+                in_suite=dtype == "bf16" or group < 128,
+            )
+
+
+def _kinds(architecture: int, table: dict[str, Launch]) -> Iterator[tuple[str, Launch, int]]:
+    """(type, launch, inputs of a group)."""
+    finer = FINER.get(architecture, FINER_ELSEWHERE)
+    for dtype, of_torch in HALF.items():
+        for launch in dict.fromkeys(fitted(launch, of_torch) for launch in table.values()):
+            yield dtype, launch, 128
+            if (launch.block_t, launch.block_n, dtype) == (16, 64, finer[0]):
+                yield dtype, launch, finer[1]
 
 
 def beside(dtype: str, architecture: int) -> Iterator[Case]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from vlserve.kernels.launch import FALLBACK, ROWS, WIDE, Launch, choose, launches, split
+import pytest
+import torch
+
+from vlserve.kernels.launch import FALLBACK, ROWS, WIDE, Launch, choose, fitted, launches, split
 
 CLASSES = {f"{rows} {width}" for rows in ROWS for width in ("narrow", "wide")}
 
@@ -19,12 +22,19 @@ def test_every_architecture_has_every_class() -> None:
 def test_classes_end_where_they_say() -> None:
     table = launches()["sm_90"]
     for rows, name in ((1, "16"), (16, "16"), (17, "32"), (33, "64"), (64, "64"), (65, "128"), (128, "128"), (500, "128")):
-        assert choose("sm_90", rows, WIDE - 1) is table[f"{name} narrow"]
-        assert choose("sm_90", rows, WIDE) is table[f"{name} wide"]
+        assert choose("sm_90", rows, WIDE - 1, torch.bfloat16) is table[f"{name} narrow"]
+        assert choose("sm_90", rows, WIDE, torch.bfloat16) is table[f"{name} wide"]
 
 
 def test_an_unknown_architecture_is_launched_as_the_oldest() -> None:
-    assert choose("sm_1", 1, 64) is launches()[FALLBACK]["16 narrow"]
+    assert choose("sm_1", 1, 64, torch.float16) is launches()[FALLBACK]["16 narrow"]
+
+
+def test_float16_has_half_the_rows_where_registers_are_short() -> None:
+    full = Launch(block_t=64, block_n=128, warps=4, stages=3, waves=1)
+    assert fitted(full, torch.bfloat16) is full and fitted(full, torch.float16) == replace(full, block_t=32)
+    for roomy in (replace(full, warps=8), replace(full, block_n=64), replace(full, block_t=32, warps=2)):
+        assert fitted(roomy, torch.float16) is roomy
 
 
 @pytest.mark.parametrize("blocks", (1, 3, 7, 38, 231))
