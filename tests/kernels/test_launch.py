@@ -22,8 +22,8 @@ def test_every_architecture_has_every_class() -> None:
 def test_classes_end_where_they_say() -> None:
     table = launches()["sm_90"]
     for rows, name in ((1, "16"), (16, "16"), (17, "32"), (33, "64"), (64, "64"), (65, "128"), (128, "128"), (500, "128")):
-        assert choose("sm_90", rows, WIDE - 1, torch.bfloat16) is table[f"{name} narrow"]
-        assert choose("sm_90", rows, WIDE, torch.bfloat16) is table[f"{name} wide"]
+        assert choose("sm_90", rows, WIDE - 1, torch.bfloat16) == table[f"{name} narrow"]
+        assert choose("sm_90", rows, WIDE, torch.bfloat16) == table[f"{name} wide"]
 
 
 def test_an_unknown_architecture_is_launched_as_the_oldest() -> None:
