@@ -30,7 +30,7 @@ __all__ = ["poisoned"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16)
 NARROW, WIDE, MANY = (
-    Launch(block_t=rows, block_n=outputs, warps=2, stages=3, waves=4) for rows, outputs in ((16, 64), (16, 128), (64, 64))
+    Launch(block_t=rows, block_n=outputs, warps=2, stages=3, waves=4) for rows, outputs in ((16, 64), (16, 128), (64, 128))
 )
 # outputs, inputs, inputs of a group; with padding of either size, and one group
 SIZES = [
@@ -75,6 +75,7 @@ def test_the_order_is_the_one_described(size: tuple[int, int, int], dtype: torch
         ((5, 512, 256), 33, MANY, 3),  # parts begin within groups
         ((16, 384, 384), 1, NARROW, 2),
         ((8, 128, 128), 128, MANY, 1),
+        ((200, 256, 128), 70, MANY, 2),
     ],
     ids=str,
 )

@@ -32,9 +32,9 @@ def test_an_unknown_architecture_is_launched_as_the_oldest() -> None:
 
 def test_float16_has_half_the_rows_where_registers_are_short() -> None:
     full = Launch(block_t=64, block_n=128, warps=4, stages=3, waves=1)
-    assert fitted(full, torch.bfloat16) is full and fitted(full, torch.float16) == replace(full, block_t=32)
+    assert fitted(full, torch.bfloat16) == full and fitted(full, torch.float16) == replace(full, block_t=32)
     for roomy in (replace(full, warps=8), replace(full, block_n=64), replace(full, block_t=32, warps=2)):
-        assert fitted(roomy, torch.float16) is roomy
+        assert fitted(roomy, torch.float16) == roomy
 
 
 @pytest.mark.parametrize("blocks", (1, 3, 7, 38, 231))
