@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _is_there(picture: str) -> bool:
     """Whether it is a file; URLs are not looked at."""
-    return picture.startswith(("http://", "https://", "data:", "file:")) or Path(picture).expanduser().is_file()
+    return picture.lower().startswith(("http://", "https://", "data:", "file:")) or Path(picture).expanduser().is_file()
 
 
 def _chat(options: argparse.Namespace) -> int:
