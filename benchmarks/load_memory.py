@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from vlserve.checkpoint import read_checkpoint
 from vlserve.config import EngineConfig
-from vlserve.engine.loading import load_model
+from vlserve.engine.loading import load_model  # and what it imports: their memory is not the weights'
 from vlserve.engine.memory import release_leftovers, weight_bytes
 from vlserve.llm.formats import Slot
 from vlserve.llm.packing import AWQ_GEMM
@@ -95,10 +95,20 @@ def resident_bytes() -> tuple[int, int]:
     return int(status["RssAnon"].split()[0]) * 1024, int(status["VmRSS"].split()[0]) * 1024
 
 
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a process of its own: a fork of this one, which has imported everything and made nothing."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*arguments)))
+    process.start()
+    sender.close()  # the other end is the process's: EOFError when that fails
+    result = receiver.recv()
+    process.join()
+    return result
+
+
 def load(folder: Path, rank: int, tp: int) -> dict[str, int]:
     """In this process; call it once."""
-    import timm  # noqa: F401  (its memory is not the weights')
-
     checkpoint, config = read_checkpoint(folder), EngineConfig(model=str(folder), tp=tp, device="cpu")
     release_leftovers(torch.device("cpu"))
     before, is_done = resident_bytes(), threading.Event()
@@ -133,23 +143,18 @@ def main() -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--awq", action="store_true", help="the decoder in 4 bits")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made; default: a temporary folder")
-    parser.add_argument("--load", type=int, nargs=2, metavar=("RANK", "TP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
 
-    if args.load:
-        print(json.dumps(load(args.folder, *args.load)))
-        return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        largest = make_checkpoint(folder, 1e6 * args.megabytes, is_awq=args.awq)
+        largest = alone(partial(make_checkpoint, folder, 1e6 * args.megabytes, is_awq=args.awq))
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         print(f"a checkpoint of {size / 1e6:.0f} MB, its largest tensor {largest / 1e6:.1f} MB; in MB:")
         print(f"{'tp':>4} {'rank':>5} {'shard':>8} {'highest':>8} {'above the shard':>16} {'with mapped files':>18}")
         ranks: list[dict[str, Any]] = []
         for tp in args.tp:
             for rank in range(tp):
-                command = [sys.executable, __file__, "--folder", name, "--load", str(rank), str(tp)]
-                found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+                found = alone(load, folder, rank, tp)
                 ranks.append(found | {"largest_tensor_bytes": largest})
                 shard, peak, mapped = (
                     found[key] / 1e6 for key in ("shard_bytes", "peak_growth_bytes", "with_mapped_files_bytes")

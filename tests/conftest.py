@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,13 @@ import torch
 import vlserve.pixels
 from tests.checkpoints import make_checkpoint
 from tests.faults import MARK, add_path, nothing_left, write_hold
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_stay() -> None:
+    """Every engine collects garbage when it starts, which would look through all modules of the process each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -116,19 +116,20 @@ def test_a_rank_out_of_memory_while_loading(hold: Hold, checkpoint: Callable[...
         assert text.startswith("rank 1, stage 'kv cache': out of memory; try a smaller kv_cache_gib")
 
 
-def begin(pipe: VLPipeline) -> Iterator[Any]:
-    """A stream that has begun and would go on for a while."""
+def begin(pipe: VLPipeline) -> tuple[Iterator[Any], psutil.Process]:
+    """A stream that has begun and would go on for a while, and rank 1, which is not quickly found on a busy machine."""
     pipe.wait_ready()
+    rank = ranks_of(os.getpid())[1]
     deltas = iter(pipe.stream("hi", max_tokens=480, ignore_eos=True))
     next(deltas)
-    return deltas
+    return deltas, rank
 
 
 def test_a_rank_killed_in_a_step(checkpoint: Callable[..., Path]) -> None:
     with pipeline(checkpoint("qwen2")) as pipe:
-        deltas = begin(pipe)
+        deltas, rank = begin(pipe)
         clock = Clock("rank 1 killed in decoding")
-        ranks_of(os.getpid())[1].kill()
+        rank.kill()
         with pytest.raises(EngineError) as error:
             list(deltas)
         text = clock.stop(str(error.value), limit_s=0)
@@ -138,8 +139,8 @@ def test_a_rank_killed_in_a_step(checkpoint: Callable[..., Path]) -> None:
 
 def test_a_rank_stopped_in_a_step(checkpoint: Callable[..., Path]) -> None:
     with pipeline(checkpoint("qwen2"), step_timeout_s=LIMIT_S) as pipe:
-        deltas = begin(pipe)
-        ranks_of(os.getpid())[1].suspend()
+        deltas, rank = begin(pipe)
+        rank.suspend()
         clock = Clock("rank 1 stopped in decoding")
         with pytest.raises(EngineError) as error:
             list(deltas)
@@ -156,8 +157,8 @@ def test_a_request_sent_before_rank_0_listens_is_not_lost(hold: Hold, checkpoint
 
 def test_requests_that_leave_do_not_hide_a_rank_that_hangs(checkpoint: Callable[..., Path]) -> None:
     with pipeline(checkpoint("qwen2"), step_timeout_s=LIMIT_S) as pipe:
-        deltas = begin(pipe)
-        ranks_of(os.getpid())[1].suspend()
+        deltas, rank = begin(pipe)
+        rank.suspend()
         clock = Clock("rank 1 stopped, and its client leaves")
         deltas.close()  # type: ignore[attr-defined]
         assert "step_timeout_s" in clock.wait_error(pipe, limit_s=LIMIT_S)
@@ -245,10 +246,10 @@ def test_a_rendezvous_port_that_is_taken(checkpoint: Callable[..., Path]) -> Non
 def test_a_machine_that_is_killed(checkpoint: Callable[..., Path]) -> None:
     port = free_port()
     with machine(checkpoint("qwen2"), 0, port) as first, machine(checkpoint("qwen2"), 1, port) as second:
-        deltas = begin(first)
+        deltas, rank = begin(first)
         second.wait_ready()
         clock = Clock("the other machine's rank killed")
-        ranks_of(os.getpid())[1].kill()
+        rank.kill()
         with pytest.raises(EngineError) as error:
             list(deltas)
         assert "rank 0 waited for the other ranks in" in clock.stop(str(error.value), limit_s=2)

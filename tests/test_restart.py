@@ -21,8 +21,8 @@ from tests.vision.test_preprocess import noise
 from vlserve import EngineError
 
 
-def num_waiting(server: RunningServer) -> float:
-    lines = httpx2.get(server.base + "/metrics").text.splitlines()
+def num_waiting(client: httpx2.Client, server: RunningServer) -> float:
+    lines = client.get(server.base + "/metrics").text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith("vlserve:num_requests_waiting"))
 
 
@@ -31,7 +31,7 @@ def test_requests_that_waited_are_answered_on_the_same_port(
 ) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
     options = ("--tp", "2", "--device", "cpu", "--threads", "1", "--max-num-seqs", "8", "--on-rank-failure", "restart")
-    with running(*tiny(checkpoint("qwen2")), *options) as server, ThreadPoolExecutor(8) as pool:
+    with running(*tiny(checkpoint("qwen2")), *options) as server, ThreadPoolExecutor(8) as pool, httpx2.Client() as http:
         server.wait_ready()
         base, folders, ranks = server.base, own_folders(server.process.pid), ranks_of(server.process.pid)
         streaming = [InFlight(server) for _ in range(8)]
@@ -39,16 +39,16 @@ def test_requests_that_waited_are_answered_on_the_same_port(
             client.begun.wait(60)
         body = chat("hi", max_tokens=4, ignore_eos=True)
         waiting = [pool.submit(httpx2.post, base + "/v1/chat/completions", json=body, timeout=300) for _ in range(8)]
-        wait_until(lambda: num_waiting(server) == 8, "eight requests wait")
+        wait_until(lambda: num_waiting(http, server) == 8, "eight requests wait")
         clock = Clock("restart: rank 1 killed in decoding, 8 stream and 8 wait")
         ranks[1].kill()
         clock.stop("begun: " + streaming[0].last(), limit_s=0)
         assert all("rank 1 ended (killed by signal 9)" in client.last() for client in streaming)
-        health = httpx2.get(base + "/health")
+        health = http.get(base + "/health")
         assert health.status_code == 503 and {rank["rank"] for rank in health.json()["ranks"]} <= {0, 1}
-        refused = httpx2.post(base + "/v1/chat/completions", json=body)
+        refused = http.post(base + "/v1/chat/completions", json=body)
         assert refused.status_code == 503 and refused.headers["Retry-After"]
-        wait_until(lambda: httpx2.get(base + "/health").status_code == 200, "the server serves again")
+        wait_until(lambda: http.get(base + "/health").status_code == 200, "the server serves again")
         answers = [future.result() for future in waiting]
         print(f"FAULT | restart, until it serves again | {time.monotonic() - clock.begun:.1f} s | {len(answers)} waited")
         assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [4] * 8

@@ -141,6 +141,9 @@ def _check_address(host: str, port: int) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     sampling = SamplingParams(**given(options, SamplingParams))
+    for path in options.image:
+        if not _is_there(path):  # said before a model is loaded
+            raise ConfigError(f"cannot read {path}: no such file")
     from vlserve.pipeline import VLPipeline
 
     with VLPipeline(**given(options, EngineConfig, MediaConfig)) as pipeline:
@@ -152,6 +155,11 @@ def _run(options: argparse.Namespace) -> int:
             print(delta.text, end="", flush=True)
         print()
     return 0
+
+
+def _is_there(picture: str) -> bool:
+    """Whether it is a file; URLs are not looked at."""
+    return picture.lower().startswith(("http://", "https://", "data:", "file:")) or Path(picture).expanduser().is_file()
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -180,7 +188,7 @@ def _talk(pipeline: Any, sampling: SamplingParams) -> None:
             messages, pictures = [], []
         elif word == "/image":
             path = rest.strip()
-            if path.startswith(("http://", "https://")) or Path(path).expanduser().is_file():
+            if _is_there(path):
                 pictures.append({"type": "image", "image": path})
             else:
                 print(f"no such file: {path!r}")

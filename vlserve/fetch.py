@@ -12,8 +12,10 @@ import asyncio
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 from urllib.parse import urljoin
 
@@ -65,6 +67,12 @@ class _Refused(Exception):
         self.code = code
 
 
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """Reading the certificates takes tens of milliseconds: once, when first asked for."""
+    return httpx2.create_ssl_context(trust_env=False)
+
+
 class Fetcher:
     """Fetches for many requests at once, which share nothing but the settings.
 
@@ -78,7 +86,6 @@ class Fetcher:
         self._config = config
         self._look_up = look_up or look_up_host
         self._backend = backend or httpcore2.AnyIOBackend()
-        self._ssl_context = httpx2.create_ssl_context(trust_env=False)
 
     async def fetch_all(
         self, wanted: Sequence[tuple[str, str]], take: Callable[[int, str], None], clock: PreparationClock
@@ -101,7 +108,7 @@ class Fetcher:
 
         try:
             async with httpcore2.AsyncConnectionPool(
-                ssl_context=self._ssl_context, max_connections=MAX_CONNECTIONS, network_backend=backend
+                ssl_context=_ssl_context(), max_connections=MAX_CONNECTIONS, network_backend=backend
             ) as pool:
                 tasks = [asyncio.ensure_future(fetch(pool, url, param)) for url, param in wanted]
                 try:

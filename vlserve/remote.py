@@ -6,9 +6,11 @@ import asyncio
 import base64
 import io
 import json
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from vlserve.config import MediaConfig, SamplingParams
@@ -65,7 +67,7 @@ class RemotePipeline(VLPipeline):
         shown = sys.stderr.isatty()
         while True:
             try:
-                answer = httpx2.get(f"{self.url}/health", timeout=CONNECT_S)
+                answer = httpx2.get(f"{self.url}/health", timeout=CONNECT_S, verify=_ssl_context())
                 health = answer.json()
             except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
                 raise EngineError(f"no vlserve server answers at {self.url} ({type(error).__name__})") from None
@@ -92,7 +94,7 @@ class RemotePipeline(VLPipeline):
         timeout = httpx2.Timeout(SILENCE_S, connect=CONNECT_S)
         try:
             async with (
-                httpx2.AsyncClient(timeout=timeout, headers=self._headers) as client,
+                httpx2.AsyncClient(timeout=timeout, headers=self._headers, verify=_ssl_context()) as client,
                 client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response,
             ):
                 if response.status_code != 200:
@@ -115,6 +117,14 @@ class RemotePipeline(VLPipeline):
         raise EngineError(NOT_HERE)
 
     prepare_text = prepare
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """Reading the certificates takes tens of milliseconds: once, not for every question."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 def _options(params: SamplingParams) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class RunningServer:
 
     def wait_ready(self) -> None:
         base = self.base
-        wait_until(lambda: httpx2.get(base + "/health").status_code == 200)
+        with httpx2.Client() as client:  # one for all tries: making one reads all certificates of the system
+            wait_until(lambda: client.get(base + "/health").status_code == 200)
 
     def ranks(self) -> list[psutil.Process]:
         return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "vlserve.rank" in " ".join(p.cmdline())]
@@ -93,7 +94,7 @@ def wait_until(condition: Callable[[], bool], what: str = "") -> None:
     deadline = time.monotonic() + START_S
     while not condition():
         assert time.monotonic() < deadline, f"did not happen: {what or condition}"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def data_url(image: Image.Image) -> str:

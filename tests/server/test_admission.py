@@ -141,7 +141,7 @@ def test_a_deadline_ends_the_request_and_nothing_else(checkpoint: Callable[..., 
 
 
 def test_sigterm_lets_open_requests_end_and_takes_no_new_ones(checkpoint: Callable[..., Path]) -> None:
-    with running(*tiny(checkpoint("qwen2")), "--threads", "1") as server:
+    with running(*tiny(checkpoint("qwen2")), "--threads", "1") as server, httpx2.Client(timeout=60) as late:
         server.wait_ready()
         clients = [InFlight(server) for _ in range(4)]
         for client in clients:
@@ -151,7 +151,7 @@ def test_sigterm_lets_open_requests_end_and_takes_no_new_ones(checkpoint: Callab
 
         def refused() -> bool:
             try:
-                answer = httpx2.post(server.base + "/v1/chat/completions", json=chat("hi", max_tokens=1), timeout=60)
+                answer = late.post(server.base + "/v1/chat/completions", json=chat("hi", max_tokens=1))
             except httpx2.HTTPError:
                 return True  # drained and gone already
             seen.add(answer.status_code)

@@ -36,11 +36,11 @@ def check_end(server: RunningServer, clock: Clock, number: int, folders: list[Pa
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_ctrl_c_while_loading(stage: str, hold: Callable[..., None], command: tuple[str, ...]) -> None:
     def in_stage() -> bool:
-        ranks = httpx2.get(server.base + "/health").json()["ranks"]
+        ranks = client.get(server.base + "/health").json()["ranks"]
         return any(entry["rank"] == 1 and entry["stage"] == stage and entry["seconds"] >= 0 for entry in ranks)
 
     hold(stage)
-    with running(*command) as server:
+    with running(*command) as server, httpx2.Client() as client:
         wait_until(in_stage, stage)
         folders = own_folders(server.process.pid)
         clock = Clock(f"Ctrl-C in stage {stage!r}")
