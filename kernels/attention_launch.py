@@ -13,7 +13,7 @@ from functools import lru_cache
 
 LEAST_ROWS, MOST_ROWS = 16, 128  # of a tile; 16 is the least that tensor cores multiply
 IN_FLIGHT = 48 * 1024  # bytes of keys and values that a program asks for ahead; an H200 needs 26 KB a multiprocessor
-DECODING_REGISTERS = 168  # three programs a multiprocessor, as many as the tiles in flight leave room for
+DECODING_REGISTERS = 168  # with 16-bit caches: three programs a multiprocessor, as many as the tiles in flight leave room for
 # in bytes of keys and values that a multiprocessor reads meanwhile, by the bandwidth and latencies of an H100:
 PROGRAM_BYTES = 24 * 1024  # a program's start and end
 PART_BYTES = 8 * 1024  # a part's result, written and read
@@ -68,7 +68,7 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
         positions=positions,
         num_warps=8 if rows > 32 else 4,
         num_stages=1 + 2 * ahead,  # a tile's addresses are loaded one stage ahead of its numbers
-        registers=DECODING_REGISTERS if rows <= 32 and itemsize < 4 else None,
+        registers=DECODING_REGISTERS if rows <= 32 and itemsize == 2 else None,
     )
 
 
