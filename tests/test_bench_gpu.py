@@ -27,7 +27,7 @@ from benchmarks.gpu.predict import Grid, Kernel, predict
 from benchmarks.gpu.products import machine_code, product
 from benchmarks.gpu.sizes import MODELS, Sizes
 from tests.kernels.cases import PER_WEIGHT
-from vlserve.kernels.launch import launches
+from vlserve.kernels.launch import fitted, launches
 from vlserve.kernels.measure import difference
 
 ROOT = Path(__file__).parent.parent
@@ -153,8 +153,9 @@ def test_predictions_take_the_instructions_that_were_counted() -> None:
     for architecture, table in launches().items():
         for launch in table.values():
             for dtype in (torch.bfloat16, torch.float16):
-                found = machine_code(launch, dtype, architecture)
-                assert 1 < found.per_number <= PER_WEIGHT[launch.block_t] and found.registers > 16 and found.shared > 1024
+                own = fitted(launch, dtype)
+                found = machine_code(own, dtype, architecture)
+                assert 1 < found.per_number <= PER_WEIGHT[own.block_t] and found.registers > 16 and found.shared > 1024
     with pytest.raises(KeyError):
         counted("4-bit product", "bf16", "another", "sm_90")
 
