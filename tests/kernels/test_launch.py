@@ -27,7 +27,7 @@ def test_classes_end_where_they_say() -> None:
 
 
 def test_an_unknown_architecture_is_launched_as_the_oldest() -> None:
-    assert choose("sm_1", 1, 64, torch.float16) is launches()[FALLBACK]["16 narrow"]
+    assert choose("sm_1", 1, 64, torch.float16) == launches()[FALLBACK]["16 narrow"]
 
 
 def test_float16_has_half_the_rows_where_registers_are_short() -> None:
