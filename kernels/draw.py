@@ -100,7 +100,8 @@ def _draw(row: torch.Tensor, draw: Draw) -> torch.Tensor:
         weights = (below / draw.temperature).exp()
         total = weights.cumsum(0)
         keep &= total - weights < draw.top_p * (total[-1] if mass is None else mass)
-    place = _race(below, keep, log_noise_of(draw.seed, draw.number, ids), draw)
+    noise = log_noise_of(draw.seed, draw.number, ids, len(row))
+    place = _race(below, keep, noise, draw)
     return ids.gather(0, place.view(1)).squeeze(0)
 
 
@@ -115,14 +116,14 @@ def _likeliest(row: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tenso
     if 0 < draw.top_k < vocab:
         if draw.top_k <= AMONG[-1]:
             return ranks.topk(draw.top_k).indices, None
-        return ranks.argsort(descending=True)[: draw.top_k], None
+        return row.sort(descending=True, stable=True).indices[: draw.top_k], None
     weights = ((row - row.max()) / draw.temperature).exp_()
     mass = weights.sum()
     for number in AMONG:
         ids = ranks.topk(min(number, vocab)).indices
         if bool(weights.gather(0, ids).sum() > draw.top_p * mass):
             return ids, mass
-    return ranks.argsort(descending=True), mass
+    return row.sort(descending=True, stable=True).indices, mass
 
 
 def _ranks(row: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,10 @@ def log_noise(words: torch.Tensor) -> torch.Tensor:
     return torch.where(share < SMALL, share + share.square() / 2, (1 - share).log_().neg_()).log_()
 
 
-def log_noise_of(seed: int, number: int, ids: torch.Tensor) -> torch.Tensor:
-    """ids [n] int64 -> [n] float32."""
+def log_noise_of(seed: int, number: int, ids: torch.Tensor, size: int) -> torch.Tensor:
+    """ids [n] int64, below `size` -> [n] float32."""
+    if 4 * len(ids) > size:  # each counter would be needed more than once
+        return log_noise_of_all(seed, number, size, ids.device).gather(0, ids)
     return log_noise(philox(seed, number, ids >> 2).gather(1, (ids & 3).unsqueeze(1)).squeeze(1))
 
 

@@ -160,7 +160,7 @@ def test_words_are_those_of_the_paper_and_the_noise_is_exponential() -> None:
     assert torch.equal(philox(-1, 5, torch.arange(3)), philox(2**64 - 1, 5, torch.arange(3)))
     noise = log_noise_of_all(3, 1, 100_001, torch.device("cpu"))
     ids = torch.tensor([100_000, 3, 77, 2])
-    assert torch.equal(log_noise_of(3, 1, ids), noise[ids])
+    assert torch.equal(log_noise_of(3, 1, ids, 100_001), noise[ids])
     for at in (0.001, 0.1, 1.0, 3.0):
         share = 1 - math.exp(-at)
         assert abs(float((noise < math.log(at)).double().mean()) - share) < 5 * math.sqrt(share * (1 - share) / 100_000)
