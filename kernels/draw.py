@@ -18,7 +18,7 @@ import torch
 from vlserve.kernels.noise import log_noise_of, log_noise_of_all
 from vlserve.kernels.with_triton import runs_triton
 
-AMONG = (1024, 8192)  # likeliest tokens, in which top-k and top-p are looked for before all are sorted
+LIKELIEST = 1024  # tokens among which a CPU looks for top-p first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,20 +88,14 @@ def draw_tokens(logits: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw
 
 def _draw(row: torch.Tensor, draw: Draw) -> torch.Tensor:
     """row [V] -> its token, []."""
+    below = row - row.max()
     if not draw.cuts(len(row)):
-        below = row - row.max()
         noise = log_noise_of_all(draw.seed, draw.number, len(row), row.device)
         return _race(below, below >= -draw.reach, noise, draw)
-    ids, mass = _likeliest(row, draw)
-    below = row.gather(0, ids)
-    below = below - below[0]
-    keep = below >= -draw.reach
-    if draw.top_p < 1:
-        weights = (below / draw.temperature).exp()
-        total = weights.cumsum(0)
-        keep &= total - weights < draw.top_p * (total[-1] if mass is None else mass)
+    ids, keep = _cut(row, below, draw)
+    below = below.gather(0, ids)
     noise = log_noise_of(draw.seed, draw.number, ids, len(row))
-    place = _race(below, keep, noise, draw)
+    place = _race(below, keep & (below >= -draw.reach), noise, draw)
     return ids.gather(0, place.view(1)).squeeze(0)
 
 
@@ -110,20 +104,31 @@ def _race(below: torch.Tensor, keep: torch.Tensor, noise: torch.Tensor, draw: Dr
     return (below / draw.temperature).sub_(noise).masked_fill_(~keep, -math.inf).argmax()
 
 
-def _likeliest(row: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The ids of at least those that top-k and top-p keep, by falling logit, then rising id; all weights' sum if top-k is off."""
+def _cut(row: torch.Tensor, below: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """row [V], and less its largest -> ids [n], and which of them top-k and top-p keep."""
     vocab, ranks = len(row), _ranks(row)
-    if 0 < draw.top_k < vocab:
-        if draw.top_k <= AMONG[-1]:
-            return ranks.topk(draw.top_k).indices, None
-        return row.sort(descending=True, stable=True).indices[: draw.top_k], None
-    weights = ((row - row.max()) / draw.temperature).exp_()
-    mass = weights.sum()
-    for number in AMONG:
-        ids = ranks.topk(min(number, vocab)).indices
-        if bool(weights.gather(0, ids).sum() > draw.top_p * mass):
-            return ids, mass
-    return row.sort(descending=True, stable=True).indices, mass
+    has_top_k = 0 < draw.top_k < vocab
+    ids = ranks.topk(draw.top_k if has_top_k else min(LIKELIEST, vocab)).indices
+    if draw.top_p >= 1:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    weights = (below / draw.temperature).exp_()
+    first = weights.gather(0, ids)
+    wanted = draw.top_p * (first if has_top_k else weights).sum()
+    if has_top_k or bool(first.sum() >= wanted):
+        return ids, first.cumsum(0) - first < wanted  # the token that crosses the bound stays
+    ids = (ranks >= _least_rank(ranks, weights, wanted)).nonzero().squeeze(1)
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def _least_rank(ranks: torch.Tensor, weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The largest of the ranks from which on weights have the sum `wanted`; each round leaves half of them."""
+    while len(ranks) > 1:
+        above = ranks > ranks.median()
+        mass = weights[above].sum()
+        is_enough = bool(mass >= wanted)
+        half = above if is_enough else ~above
+        ranks, weights, wanted = ranks[half], weights[half], wanted if is_enough else wanted - mass
+    return ranks
 
 
 def _ranks(row: torch.Tensor) -> torch.Tensor:

@@ -40,11 +40,11 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 
 def test_filters_keep_what_they_say() -> None:
-    assert set(frequencies(temperature=1.0, top_k=2)) == {4, 0}
+    assert set(frequencies(300, temperature=1.0, top_k=2)) == {4, 0}
     probabilities = LOGITS.softmax(0)
-    assert set(frequencies(temperature=1.0, top_p=float(probabilities[4]) + 0.01)) == {4, 0}
-    assert set(frequencies(temperature=1.0, top_p=1e-6)) == {4}
-    assert set(frequencies(temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
+    assert set(frequencies(300, temperature=1.0, top_p=float(probabilities[4]) + 0.01)) == {4, 0}
+    assert set(frequencies(300, temperature=1.0, top_p=1e-6)) == {4}
+    assert set(frequencies(300, temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
 
 
 def test_penalties_bias_and_minimum_are_applied() -> None:
