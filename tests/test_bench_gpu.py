@@ -67,7 +67,7 @@ def test_a_dry_run_says_what_it_is_and_ends_in_json(dry: list[str]) -> None:
     assert {row["model"] for row in result["models"]} == set(MODELS)
     kinds = {row["kernel"].split(",")[0] for row in result["kernels"]}
     assert kinds == {
-        *("AWQ product", "AWQ", "AWQ dequantise", "int8 head", "head", "greedy sampling"),
+        *("AWQ product", "AWQ", "AWQ dequantise", "int8 head", "head", "greedy sampling", "sampling with top-k"),
         *("attention decode", "attention prefill"),
         *("rms_norm", "add_rms_norm", "silu_mul", "rotary_store", "add_scaled_norm"),
     }

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.cards import CARDS, card_of
-from benchmarks.gpu.heads import OPERATORS, drawing_kernels
 from benchmarks.gpu.kernels import Rates, Report
 from benchmarks.gpu.predict import Prediction
 from benchmarks.gpu.products import product_kernels
@@ -20,8 +16,6 @@ from benchmarks.gpu.sizes import MODELS
 from benchmarks.gpu.steps import plan_steps, predict_step
 from benchmarks.gpu.target_report import judge_targets, plan_targets
 from benchmarks.gpu.targets import FLOOR, STEP, Target, is_met, target_cases, targets
-from vlserve.config import SamplingParams
-from vlserve.engine.sampling import Sampler
 
 ROOT = Path(__file__).parent.parent
 CASE, WHOLE = ("8b", "norm", "4096 x 3584"), ("8b", "awq", "decode, batch 1, context 1024")
@@ -102,9 +96,8 @@ def test_a_target_that_the_prediction_misses_is_said_to_be_missed() -> None:
     assert lines[-1].strip().startswith("H100: norm") and "us: memory 80.0, launches 10.0" in lines[-1]
 
 
-def test_a_prediction_that_leaves_something_out_shows_a_miss_only() -> None:
+def test_what_takes_as_long_as_it_may_is_met() -> None:
     assert is_met(1.0, 2.0) is True and is_met(3.0, 2.0) is False and is_met(2.0, 2.0) is True
-    assert is_met(1.0, 2.0, at_least=True) is None and is_met(3.0, 2.0, at_least=True) is False
     assert is_met(None, 2.0) is None and is_met(1.0, None) is None
 
 
@@ -160,29 +153,3 @@ def test_a_step_has_the_kernels_of_its_cases() -> None:
     for form in ("bf16", "awq"):
         for batch in (1, 64):
             assert card.floor(model.decode(form, batch, 1024)) < predict_step(model, form, batch, card).seconds
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators that compute; views, memory and numbers from the host do not."""
-
-    FREE = ("lift_fresh", "view", "unbind", "slice", "empty", "squeeze")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.name().split("::")[1].split(".")[0] not in self.FREE
-        return func(*args, **kwargs or {})
-
-
-def test_a_draw_has_as_many_operators_as_are_counted_for_it() -> None:
-    rows, params = 3, SamplingParams(temperature=1.0, top_k=40, top_p=0.9, min_p=0.05)
-    sequences: list[Any] = [SimpleNamespace(id=i, sampling=params) for i in range(rows)]
-    logits = torch.randn(rows, 100)
-    with Operators() as operators:
-        Sampler(frozenset())._draw(logits, sequences)
-    around = 2  # rows are selected before it and the tokens are put back after it
-    assert operators.count + around == OPERATORS + rows
-    assert len(drawing_kernels(100, rows)) == 2 + OPERATORS + rows
-    assert len(drawing_kernels(2**19, 3)) == 2 + 2 * OPERATORS + 3, "two rows at once"

@@ -27,8 +27,7 @@ def pick(logits: torch.Tensor, s: Sequence, sampler: Sampler | None = None) -> i
 
 def frequencies(number: int = 4000, **params: Any) -> dict[int, float]:
     sampler = Sampler(frozenset())
-    s = sequence(seed=1, **params)
-    counts = Counter(pick(LOGITS, s, sampler) for _ in range(number))
+    counts = Counter(pick(LOGITS, sequence(seed=i, **params), sampler) for i in range(number))
     return {token: n / number for token, n in counts.items()}
 
 
@@ -41,11 +40,11 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 
 def test_filters_keep_what_they_say() -> None:
-    assert set(frequencies(temperature=1.0, top_k=2)) == {4, 0}
+    assert set(frequencies(300, temperature=1.0, top_k=2)) == {4, 0}
     probabilities = LOGITS.softmax(0)
-    assert set(frequencies(temperature=1.0, top_p=float(probabilities[4]) + 0.01)) == {4, 0}
-    assert set(frequencies(temperature=1.0, top_p=1e-6)) == {4}
-    assert set(frequencies(temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
+    assert set(frequencies(300, temperature=1.0, top_p=float(probabilities[4]) + 0.01)) == {4, 0}
+    assert set(frequencies(300, temperature=1.0, top_p=1e-6)) == {4}
+    assert set(frequencies(300, temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
 
 
 def test_penalties_bias_and_minimum_are_applied() -> None:
@@ -69,10 +68,17 @@ def test_a_seed_gives_the_same_draws_in_any_company() -> None:
         sampler, s = Sampler(frozenset()), sequence(id=1, temperature=1.0, seed=5)
         others = [sequence(id=2, temperature=1.0), sequence(id=3)] if with_others else []
         rows = LOGITS.repeat(1 + len(others), 1)
-        return [sampler.sample(rows, [s, *others]).read()[0].token_id for _ in range(40)]
+        for _ in range(40):
+            s.token_ids.append(sampler.sample(rows, [s, *others]).read()[0].token_id)
+        return s.token_ids[1:]
 
     assert draws(False) == draws(True)
     assert len(set(draws(False))) > 1
+
+
+def test_without_a_seed_each_draw_has_its_own() -> None:
+    s = sequence(temperature=1.0)
+    assert len({pick(torch.zeros(1000), s) for _ in range(20)}) > 10
 
 
 def test_logprobs_are_the_models_own() -> None:
@@ -85,7 +91,6 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def test_rows_drawn_together_are_those_drawn_alone() -> None:
-    """As on a GPU, whatever each of them asks for."""
     asked: list[dict[str, Any]] = [
         {"temperature": 0.3},
         {"temperature": 1.0, "top_k": 3},
@@ -93,12 +98,11 @@ def test_rows_drawn_together_are_those_drawn_alone() -> None:
         {"temperature": 2.0, "min_p": 0.02},
         {"temperature": 1.0, "top_k": 900, "top_p": 0.5, "min_p": 0.001},
     ]
-    rows = 3 * torch.randn(len(asked), 700)
-    sequences = [sequence(id=i, seed=i, **params) for i, params in enumerate(asked)]
-    together, alone = Sampler(frozenset()), Sampler(frozenset())
-    for _ in range(20):
-        want = [s.token_id for s in alone.sample(rows, sequences).read()]
-        assert together._draw(rows, sequences).tolist() == want
+    rows, sampler = 3 * torch.randn(len(asked), 700), Sampler(frozenset())
+    for number in range(20):
+        sequences = [sequence(id=i, seed=i, answer=(0,) * number, **params) for i, params in enumerate(asked)]
+        together = [s.token_id for s in sampler.sample(rows, sequences).read()]
+        assert together == [pick(row, s) for row, s in zip(rows, sequences, strict=True)]
 
 
 def test_logprobs_of_several_rows() -> None:

@@ -17,6 +17,7 @@ from vlserve.kernels import launch as launching
 from vlserve.kernels.attention_launch import choose_tiling
 from vlserve.kernels.kv_codes import TINY
 from vlserve.kernels.launch import CARD, Launch, fitted, launches
+from vlserve.kernels.noise import ROUNDS
 
 ARCHITECTURES = (80, 90, 100)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +35,8 @@ SPILLS = {  # what is left of them, for want of registers: what the loops do not
     ("attention, prefill", "bf16 int8", "dim 128, page 16, group 1", 90): 18,
     ("attention, prefill", "bf16 int8", "dim 128, page 16, group 4", 90): 15,
 }
+# as in draw_triton.py and top_filter_triton.py, which only import where Triton is
+DRAWN, COLUMNS, GROUP, TURN = 1024, 8, 32, 64
 ALL = 255  # registers that a thread can have: then only spills are a limit
 REGISTERS = {16: 170, 32: ALL, 64: ALL}
 
@@ -257,6 +260,48 @@ def silu_mul(dtype: str, arch: int, *, groups: int = 0) -> Case:
     )
 
 
+def drawing(arch: int) -> Iterator[Case]:
+    """Top-k and top-p, and the race; logits' rows are aligned to 4 bytes only, so nothing is read by 16."""
+    i32, given = "i32", ("*fp32", "*i64", "*fp64")
+    turns = {"COLUMNS": COLUMNS, "GROUP": GROUP, "TURN": TURN}
+    race = {"COLUMNS": COLUMNS, "BLOCK": DRAWN, "ROUNDS": ROUNDS}
+    settings: dict[str, tuple[str, str, tuple[str, ...], dict[str, int], int, int]] = {
+        "survey of logits": ("top_filter", "_survey", (*given, "*fp32", "*fp32", i32, i32, i32), turns, 8, 40),
+        "top-k and top-p": (
+            "top_filter",
+            "_cut",
+            (*given, "*fp32", "*fp32", "*i32", "*fp32", "*i32", i32, i32, i32, i32),
+            turns | {"PARTS": 128},
+            16,
+            80,
+        ),
+        "race": ("draw", "_race", (*given, "*fp32", "*i32", "*fp32", "*i32", i32, i32, i32), race, 4, 56),
+        "race's winner": (
+            "draw",
+            "_win",
+            ("*i64", "*fp64", "*fp32", "*i32", i32),
+            {"COLUMNS": COLUMNS, "PARTS": 256},
+            1,
+            32,
+        ),
+    }
+    for name, (module, kernel, types, constants, warps, registers) in settings.items():
+        yield Case(
+            name=name,
+            dtype="fp32",
+            setting="",
+            module=f"vlserve.kernels.{module}_triton",
+            kernel=kernel,
+            architecture=arch,
+            types=types,
+            constants=constants,
+            options={"num_warps": warps},
+            registers=registers,
+            wide=False,
+            in_suite=arch == 90 and kernel in ("_cut", "_race"),
+        )
+
+
 def with_sums(groups: int) -> str:
     return f", sums of {128 // groups}" if groups else ""
 
@@ -291,6 +336,7 @@ def every_case() -> list[Case]:
         cases += [norm(kind, dtype, 1024, arch) for kind in ("layer_norm", "add_scaled_layer_norm")]
         cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch)]
         cases += summed(dtype, arch) if dtype in HALF else ()
+    cases += [case for arch in ARCHITECTURES for case in drawing(arch)]
     shown = [
         *(attention("bf16", None, 128, n, arch) for n, arch in ((1, 80), (1, 90), (1, 100), (512, 80), (512, 90))),
         attention("bf16", None, 128, 1, 90, page=32),

@@ -27,6 +27,7 @@ from vlserve.engine.sequence import Sequence
 from vlserve.engine.tiles import TileEncoder
 from vlserve.engine.timings import Timings
 from vlserve.footprint import LOGIT_COPIES
+from vlserve.kernels.draw import Draw, draw_tokens
 from vlserve.kernels.paged_attention import plan_attention
 from vlserve.kernels.upload import upload
 from vlserve.kernels.with_triton import runs_triton
@@ -154,7 +155,6 @@ class Runner:
 
     def forget(self, ids: list[int]) -> None:
         """Sequences that ended."""
-        self.sampler.forget(ids)
         for id in ids:
             self._last_rows.pop(id, None)  # a request to come may have the same id
         if self.group.size > 1:
@@ -279,5 +279,7 @@ class Runner:
         logits = self.model.decoder.logits(hidden[:max_num_seqs])
         if logits is not None:  # sampled from on this rank
             logits.new_empty(LOGIT_COPIES - 1, *logits.shape)
+            first = Draw(row=0, temperature=1.0, top_k=1, seed=0, number=0)
+            draw_tokens(logits, logits.argmax(-1), [first])  # Triton compiles it now, and not when somebody waits for it
         peak = torch.cuda.max_memory_allocated(self.device) - before
         return max(0, peak - self._cache_bytes(num_blocks))

@@ -1,11 +1,12 @@
 """From logits to tokens, as each request asks. Shapes: R rows (one a request), V vocabulary.
 
-A request's draws come from its own generator, so they do not depend on who else is in the batch. The host waits once, when it
-reads the tokens.
+A request's draws come from its own seed and the number of its tokens, so they do not depend on who else is in the batch. The host
+waits once, when it reads the tokens.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 
 import torch
@@ -15,22 +16,16 @@ from vlserve.engine.grammar import Grammar, allowed_tokens
 from vlserve.engine.messages import TokenLogprob
 from vlserve.engine.scheduler import Sampled
 from vlserve.engine.sequence import Sequence
+from vlserve.kernels.draw import Draw, draw_tokens
 from vlserve.kernels.upload import Download, upload
 
 GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature leave float32's range
 _NOBODY = Sequence(id=-1, token_ids=[0], images=[], sampling=SamplingParams(), max_tokens=1)
-DRAWN_AT_ONCE = 2**20  # logits of rows that a GPU draws from together; drawing takes some 40 bytes for each
 
 
 class Sampler:
     def __init__(self, end_token_ids: frozenset[int]) -> None:
         self._end_token_ids = end_token_ids
-        self._generators: dict[int, torch.Generator] = {}
-
-    def forget(self, ids: list[int]) -> None:
-        """Drop the generators of requests that ended."""
-        for id in ids:
-            self._generators.pop(id, None)
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
         """logits [R, V] float32, one row a sequence -> its next token (and log-probabilities when asked for).
@@ -45,13 +40,8 @@ class Sampler:
         masks = {i: mask for i, mask in allowed.items() if isinstance(mask, torch.Tensor)}
         adjusted = self._adjust(logits, sequences, masks)
         tokens = adjusted.argmax(dim=-1)  # [R]
-        drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
-        # one at a time on a CPU, where a sum's rounding would depend on the company
-        step = max(1, DRAWN_AT_ONCE // logits.shape[1]) if logits.is_cuda else 1
-        for first in range(0, len(drawn), step):
-            part = drawn[first : first + step]
-            places = upload(part, torch.int64, logits.device)
-            tokens.index_copy_(0, places, self._draw(adjusted.index_select(0, places), [sequences[i] for i in part]))
+        drawn = [(i, s) for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
+        draw_tokens(adjusted, tokens, [_asked(i, s) for i, s in drawn])
         return Drawn(tokens, _logprobs(logits, sequences, tokens), failed)
 
     def _adjust(self, logits: torch.Tensor, sequences: list[Sequence], masks: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -80,38 +70,19 @@ class Sampler:
             row = goes_on if allowed is None else torch.where(allowed.index_fill(0, banned, False).any(), goes_on, row)
         return row if allowed is None else row.masked_fill(~allowed, float("-inf"))
 
-    def _draw(self, rows: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-        """rows [R, V] -> tokens [R]."""
-        asked, vocab_size = [s.sampling for s in sequences], rows.shape[1]
-        settings = [
-            (p.temperature, p.top_k if p.top_k > 0 else vocab_size, p.top_p if p.top_p < 1 else 2.0, p.min_p) for p in asked
-        ]  # what is off keeps all
-        numbers = upload([number for row in settings for number in row], torch.float32, rows.device)
-        temperature, top_k, top_p, min_p = numbers.view(-1, 4, 1).unbind(1)  # [R, 1] each
-        values, ids = torch.sort(rows / temperature, descending=True, stable=True)
-        probabilities = values.softmax(dim=-1)
-        keep = torch.arange(vocab_size, device=rows.device) < top_k  # [R, V]
-        if any(p.top_p < 1 for p in asked):
-            kept = probabilities.masked_fill(~keep, 0)
-            kept = kept / kept.sum(-1, keepdim=True)
-            keep &= kept.cumsum(-1) - kept < top_p  # the token that crosses the bound stays
-        if any(p.min_p > 0 for p in asked):
-            keep &= probabilities >= min_p * probabilities[:, :1]
-        # dividing by exponential noise and taking the largest draws from the distribution
-        noise = torch.stack([self._noise(sequence, vocab_size, rows.device) for sequence in sequences])
-        best = (probabilities.masked_fill(~keep, 0) / noise.clamp_min(1e-30)).argmax(dim=-1, keepdim=True)
-        return ids.gather(1, best).squeeze(1)
 
-    def _noise(self, sequence: Sequence, size: int, device: torch.device) -> torch.Tensor:
-        """[size] float32, made where it is used; a seed draws otherwise on a GPU than on a CPU."""
-        generator = self._generators.get(sequence.id)
-        if generator is None:
-            generator = self._generators[sequence.id] = torch.Generator(device=device)
-            if sequence.sampling.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(sequence.sampling.seed)
-        return torch.empty(size, dtype=torch.float32, device=device).exponential_(generator=generator)
+def _asked(row: int, sequence: Sequence) -> Draw:
+    """Without a seed every draw has one of its own."""
+    p = sequence.sampling
+    return Draw(
+        row=row,
+        temperature=p.temperature,
+        top_k=p.top_k,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        seed=secrets.randbits(64) if p.seed is None else p.seed,
+        number=sequence.num_output_tokens,
+    )
 
 
 def _logprobs(
