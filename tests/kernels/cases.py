@@ -12,9 +12,9 @@ from itertools import product
 
 import torch
 
-from tests.kernels.machine_code import Case
+from tests.kernels.attention_cases import attention, merge, power_of_2
+from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels import launch as launching
-from vlserve.kernels.attention_launch import choose_tiling
 from vlserve.kernels.kv_codes import TINY
 from vlserve.kernels.launch import CARD, Launch, fitted, launches
 from vlserve.kernels.noise import ROUNDS
@@ -27,17 +27,8 @@ DTYPES = (*HALF, "fp32")
 PER_WEIGHT = {16: 2.5, 32: 3.5, 64: 4.0}
 FINER = {80: ("fp16", 32), 100: ("fp16", 64)}  # inputs of a group, by architecture
 FINER_ELSEWHERE = ("bf16", 32)
-# prefill's instructions a number by (codes, before Hopper): with a dimension of 64, and with 128, of which 80 and 96 use a part.
-# More than decoding's, since a program has 128 rows; before Hopper scores and codes go through registers that are too few
-PER_NUMBER = {(False, False): (11, 7), (False, True): (14, 11.2), (True, False): (28, 17), (True, True): (38, 33)}
-SPILLS = {  # what is left of them, for want of registers: what the loops do not use is put away before them
-    ("attention, prefill", "bf16 int8", "dim 128, page 16, group 1", 80): 3,
-    ("attention, prefill", "bf16 int8", "dim 128, page 16, group 1", 90): 18,
-    ("attention, prefill", "bf16 int8", "dim 128, page 16, group 4", 90): 15,
-}
 # as in draw_triton.py and top_filter_triton.py, which only import where Triton is
 DRAWN, COLUMNS, GROUP, TURN = 1024, 8, 32, 64
-ALL = 255  # registers that a thread can have: then only spills are a limit
 REGISTERS = {16: 170, 32: ALL, 64: ALL}
 
 
@@ -125,77 +116,6 @@ def head(dtype: str, weight: str, architecture: int, rows: int = 16) -> Case:
     )
 
 
-def attention(
-    dtype: str,
-    codes: str | None,
-    dim: int,
-    longest_query: int,
-    arch: int,
-    *,
-    page: int = 16,
-    group: int = 7,
-    is_native: bool | None = None,
-) -> Case:
-    itemsize = 4 if dtype == "fp32" else 1 if codes else 2
-    tiling = choose_tiling(longest_query, group, dim, itemsize, arch)
-    if is_native is None:
-        is_native = codes == "e4m3" and arch >= 89 and dtype == "fp16"  # bfloat16 always goes by the bits
-    stored, scales = ("*i16", "*i16") if codes else (f"*{dtype}", None)
-    constants = {
-        "KV_HEADS": 4, "GROUP": group, "DIM": dim, "DIM_PADDED": _power_of_2(dim), "TOKENS": tiling.tokens,
-        "PAGE": page, "ROWS": tiling.rows, "TILE": tiling.positions, "IS_CODED": bool(codes), "IS_E4M3": codes == "e4m3",
-        "IS_NATIVE": is_native, "LIFT": 6 if codes and dtype == "fp16" else 0,
-    }  # fmt: skip
-    decodes = longest_query == 1
-    tile_bytes = tiling.positions * _power_of_2(dim) * (1 if codes else itemsize)
-    is_wide = tile_bytes >= 16 * 32 * tiling.num_warps  # else a thread has fewer than 16 bytes to ask for
-    kinds = {None: "", "int8": " int8", "e4m3": " E4M3 native" if is_native else " E4M3 by bits"}
-    of_64, of_128 = PER_NUMBER[bool(codes), arch < 90]
-    most = (9 if codes else 4.5) if decodes else of_64 if dim == 64 else of_128 * _power_of_2(dim) / dim
-    about = (
-        "attention, decode" if decodes else "attention, prefill",
-        f"{dtype}{kinds[codes]}",
-        f"dim {dim}, page {page}, group {group}",
-    )
-    return Case(
-        name=about[0],
-        dtype=about[1],
-        setting=about[2],
-        module="vlserve.kernels.paged_attention_triton",
-        kernel="_attention_kernel",
-        architecture=arch,
-        types=(f"*{dtype}", "*fp32", "*fp32", f"*{dtype}", stored, scales, stored, scales, "*i32", "*i32")
-        + ("i32", "i32", "i32", "fp32"),
-        constants=constants,
-        options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-        | ({"maxnreg": tiling.registers} if tiling.registers else {}),
-        numbers=2 * tiling.positions * dim,
-        registers=170 if decodes and dtype != "fp32" else ALL,
-        shared=160 * 1024,
-        spills=SPILLS.get((*about, arch), 0),
-        per_number=None if dtype == "fp32" else round(most, 1),
-        wide=is_wide,
-        ahead=is_wide and dtype != "fp32",
-    )
-
-
-def merge(dtype: str, dim: int, arch: int) -> Case:
-    constants = {
-        "KV_HEADS": 4, "GROUP": 7, "DIM": dim, "DIM_PADDED": _power_of_2(dim), "TOKENS": 1, "TILE": 64, "PARTS": 16,
-    }  # fmt: skip
-    return Case(
-        name="attention, merge",
-        dtype=dtype,
-        setting=f"dim {dim}",
-        module="vlserve.kernels.paged_attention_triton",
-        kernel="_merge_kernel",
-        architecture=arch,
-        types=(f"*{dtype}", "*fp32", "*fp32", "*i32", *["i32"] * 3),
-        constants=constants,
-        in_suite=dtype == "bf16" and arch == 90,
-    )
-
-
 def rotary_store(dtype: str, codes: str | None, has_norms: bool, arch: int) -> Case:
     stored = {None: f"*{dtype}", "int8": "*i8", "e4m3": "*u8"}[codes]
     scales, norm = ("*i16" if codes else None), (f"*{dtype}" if has_norms else None)
@@ -221,7 +141,7 @@ def rotary_store(dtype: str, codes: str | None, has_norms: bool, arch: int) -> C
 
 def norm(kind: str, dtype: str, width: int, arch: int, *, groups: int = 0) -> Case:
     """kind: as the operations are called; groups: of 128 numbers, whose sums are written as well."""
-    is_rms, padded = kind.endswith("rms_norm") and "scaled" not in kind, _power_of_2(width)
+    is_rms, padded = kind.endswith("rms_norm") and "scaled" not in kind, power_of_2(width)
     x, constants = f"*{dtype}", {"WIDTH": width, "WIDTH_PADDED": padded, "ADDS": kind.startswith("add")}
     is_centred = kind.endswith("layer_norm")
     of_residual = x if constants["ADDS"] else None
@@ -344,7 +264,3 @@ def every_case() -> list[Case]:
         attention("fp16", None, 80, 1, 80),
     ]
     return [replace(case, in_suite=True) if case in shown else case for case in cases]
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
-from tests.kernels.cases import ALL, ARCHITECTURES, DTYPES, SPILLS, attention, every_case
-from tests.kernels.machine_code import Case, Code, compile_all, faults
+from tests.kernels.attention_cases import SPILLS, attention
+from tests.kernels.cases import ARCHITECTURES, DTYPES, every_case
+from tests.kernels.machine_code import ALL, Case, Code, compile_all, faults
 
 COLUMNS = ("kernel", "types", "configuration", "for", "registers", "spills", "shared", "load", "a number")
 TEXT = """<!-- Made by `python -m tests.kernels.compiled > docs/kernels.md` with triton {version}. -->

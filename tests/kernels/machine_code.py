@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|QGMMA)\b")
 PRODUCTS = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|QGMMA|FFMA)\b")
+ALL = 255  # registers that a thread can have: then only spills are a limit
 Instructions = list[tuple[int, str]]  # address and text
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.cases import attention, every_case, four_bits
+from tests.kernels.attention_cases import attention
+from tests.kernels.cases import every_case, four_bits
 from tests.kernels.compiled import COLUMNS
 from tests.kernels.machine_code import Case, Code, compile_all, faults
 from vlserve.kernels import launch as launching
