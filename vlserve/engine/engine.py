@@ -89,7 +89,6 @@ class Engine:
             end_token_ids=checkpoint.end_token_ids,
             image_token_id=checkpoint.image_token_id,
         )
-
         self.overlaps = config.overlap and self.runner.device.type == "cuda"
         self._open: Started | None = None  # the device computes it
 

@@ -114,8 +114,8 @@ class Scheduler:
                 break
             chunks.append(admitted)
             budget -= admitted.stop - admitted.start
-        is_idle = not (self.running or ready) or any(s.is_unknown for s in (*self.running, *self.waiting))
-        assert chunks or is_idle, "a step without work: the KV cache holds less than one sequence"
+        is_stuck = not chunks and (self.running or ready) and not any(s.is_unknown for s in (*self.running, *self.waiting))
+        assert not is_stuck, "a step without work: the KV cache holds less than one sequence"
         return chunks
 
     def expect(self, chunks: list[Chunk]) -> None:
