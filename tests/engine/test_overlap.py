@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,25 @@ def test_aborted_under_way_and_asked_again_under_the_same_id(folder: Path) -> No
     for id, p in ((0, asked[2]), (1, asked[1])):
         add(plain, id, p, LOGPROBS, 12)
     same(got, run(plain))
+
+
+@pytest.mark.parametrize("overlaps", (False, True))
+def test_what_was_booked_before_a_grammar_failed_is_told(folder: Path, overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = engine(folder)
+    ours.overlaps = overlaps
+    add(ours, 0, prompt(folder, "a"), SamplingParams(ignore_eos=True), 1)
+    add(ours, 1, prompt(folder, "b"), SamplingParams(structured=NUMBER), 9)
+    grammar = ours.scheduler.waiting[1].grammar
+    assert grammar is not None
+    while not grammar.is_ready:
+        time.sleep(0.01)
+
+    def broken(self: Any, token_id: int) -> bool:
+        raise ValueError("a token that is none")
+
+    monkeypatch.setattr(type(grammar), "accept", broken)
+    events = run(ours)
+    assert [e.finish_reason for e in events[0]] == ["length"] and [e.finish_reason for e in events[1]] == ["error"]
 
 
 @pytest.mark.parametrize("where", ("start", "sample", "finish"))

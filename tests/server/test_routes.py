@@ -27,6 +27,9 @@ def test_several_choices_are_drawn_apart_and_repeatably(server: RunningServer) -
     assert ids == [choice["token_ids"] for choice in second["choices"]]
     alone = [post(server, "/v1/chat/completions", body | {"n": 1, "seed": 7 + i})["choices"][0]["token_ids"] for i in range(3)]
     assert ids == alone
+    last = post(server, "/v1/chat/completions", body | {"n": 2, "seed": 2**63 - 1})["choices"][1]["token_ids"]
+    after = post(server, "/v1/chat/completions", body | {"n": 1, "seed": -(2**63)})["choices"][0]["token_ids"]
+    assert last == after, "after the last seed of 64 bits comes the first"
     assert first["usage"]["completion_tokens"] == sum(map(len, ids))
     chunks = events(httpx2.post(server.base + "/v1/chat/completions", json=body | {"stream": True}, timeout=60))
     for index, want in enumerate(ids):

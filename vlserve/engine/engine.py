@@ -125,8 +125,8 @@ class Engine:
         if chunks:
             with self._failing(chunks, events):
                 step = self.runner.start(chunks)
-        elif self._open is None:
-            time.sleep(COMPILING_PAUSE_S if self.has_work else 0)
+        elif self._open is None and self.has_work:
+            time.sleep(COMPILING_PAUSE_S)
         events += self._finish()
         if step is not None:
             with self._failing(chunks, events):
@@ -138,11 +138,11 @@ class Engine:
     def _finish(self) -> list[TokenEvent]:
         """Take in the step that the device computes; what it sampled is known from here on."""
         step, self._open = self._open, None
-        events: list[TokenEvent] = []
+        booked, failed = list[TokenEvent](), list[TokenEvent]()
         if step is not None:
-            with self._failing(step.chunks, events):
-                events += self._ended(self.scheduler.commit(step.chunks, self.runner.finish(step)))
-        return events
+            with self._failing(step.chunks, failed):
+                self.scheduler.commit(step.chunks, self.runner.finish(step), booked)
+        return self._ended(booked) + failed
 
     @contextlib.contextmanager
     def _failing(self, chunks: list[Chunk], events: list[TokenEvent]) -> Iterator[None]:

@@ -70,21 +70,29 @@ class DistributedGroup(Group):
         Args:
             num_local: ranks on this machine.
         """
-        made, cause = None, "another rank could not"
+        made, failure = None, ""
         if self.minimum(can_meet(device, self.size, num_local), "one-shot vote") == 0:
             return
         try:
             made = OneShot(self._store, self.rank, self.size, device, self._timeout)
         except RuntimeError as error:
-            cause = _shorten(error)
-        if self.minimum(made is not None, "one-shot vote") and made is not None:
-            x = torch.full((1024,), float(self.rank + 1), device=device)
-            made.all_reduce(x)
-            if self.minimum(bool((x == sum(range(1, self.size + 1))).all()), "one-shot vote"):
+            failure = _shorten(error)
+        if self.minimum(not failure, "one-shot vote") and made is not None:
+            failure = self._try(made, device)
+            if self.minimum(not failure, "one-shot vote"):
                 self._one_shot = made
                 return
-            cause = "the first sum was wrong"
-        log.warning("small all-reduces go over NCCL, since torch's symmetric memory does not work here: %s", cause)
+        reason = failure or "another rank could not"
+        log.warning("small all-reduces go over NCCL, since torch's symmetric memory does not work here: %s", reason)
+
+    def _try(self, one_shot: OneShot, device: torch.device) -> str:
+        """Why it is not used; nothing where its first sum is right."""
+        x = torch.full((1024,), float(self.rank + 1), device=device)
+        try:
+            one_shot.all_reduce(x)
+            return "" if bool((x == sum(range(1, self.size + 1))).all()) else "the first sum was wrong"
+        except RuntimeError as error:
+            return _shorten(error)
 
     @property
     def can_record(self) -> bool:

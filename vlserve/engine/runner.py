@@ -1,7 +1,7 @@
 """Owns a rank's model, KV cache and feature cache, and computes steps: `start`, `sample`, `finish` on rank 0, `follow` elsewhere.
 
-In one step all ranks call the same collectives in the same order: the announcement, the features of new pictures, the
-embedding, two a decoder layer, the logits, the tokens.
+In one step all ranks call the same collectives in the same order: the announcement, the embedding, the features of new
+pictures, two a decoder layer, the logits, the tokens.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from vlserve.engine.sequence import Sequence
 from vlserve.kernels.draw import Draw, draw_tokens
 from vlserve.kernels.upload import Download, upload
 
-GREEDY_BELOW = 1e-5  # logits divided by a smaller temperature leave float32's range
+GREEDY_BELOW = 1e-5  # a smaller temperature leaves nothing of the noise beside float32's logits
 _NOBODY = Sequence(id=-1, token_ids=[0], images=[], sampling=SamplingParams(), max_tokens=1)
 
 

@@ -126,9 +126,14 @@ class Scheduler:
                 if chunk.samples:
                     chunk.sequence.token_ids.append(UNKNOWN)
 
-    def commit(self, chunks: list[Chunk], sampled: list[Sampled]) -> list[TokenEvent]:
-        """Book what an expected step computed; `sampled` has one entry for each chunk that samples, in order."""
-        events = []
+    def commit(self, chunks: list[Chunk], sampled: list[Sampled], events: list[TokenEvent] | None = None) -> list[TokenEvent]:
+        """Book what an expected step computed.
+
+        Args:
+            sampled: one entry for each chunk that samples, in order.
+            events: to which the result is added, so that what has been booked is there should a grammar raise.
+        """
+        events = [] if events is None else events
         tokens = iter(sampled)
         for chunk in chunks:
             sequence, token = chunk.sequence, next(tokens) if chunk.samples else None

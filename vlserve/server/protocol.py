@@ -118,7 +118,7 @@ class SamplingBody(AnswerBody):
         if self.num_choices == 1:
             return [params]
         given = {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
-        seeds = [None if params.seed is None else params.seed + i for i in range(self.num_choices)]
+        seeds = [None if params.seed is None else _following(params.seed, i) for i in range(self.num_choices)]
         return [SamplingParams(**given | {"seed": seed}) for seed in seeds]
 
 
@@ -241,6 +241,11 @@ class Chunks:
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+def _following(seed: int, i: int) -> int:
+    """The i-th after a seed; after the last of 64 bits comes the first."""
+    return (seed + i + 2**63) % 2**64 - 2**63
 
 
 def _read_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
