@@ -28,11 +28,12 @@ from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, SOURCES
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.elementwise import gate, norm, rotary
-from benchmarks.gpu.heads import drawing, greedy, head, int8_head
+from benchmarks.gpu.heads import head, int8_head
 from benchmarks.gpu.kernels import ERRORS, Rates, Report, all_cases, first_line, measure_rates, plan_cases, run_cases
 from benchmarks.gpu.predict import ASSUMED
 from benchmarks.gpu.products import product, spread_out
 from benchmarks.gpu.report import machine, plot
+from benchmarks.gpu.sampling import drawing, greedy
 from benchmarks.gpu.sizes import KINDS, MODELS, TINY, Sizes
 from benchmarks.gpu.steps import BATCHES, plan_steps
 from benchmarks.gpu.target_report import judge_targets, plan_targets

@@ -8,10 +8,11 @@ from __future__ import annotations
 from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, Card
 from benchmarks.gpu.elementwise import gate, gate_with_sums, norm, norm_with_sums, rotary
-from benchmarks.gpu.heads import greedy, head
+from benchmarks.gpu.heads import head
 from benchmarks.gpu.kernels import Report
 from benchmarks.gpu.predict import Kernel, Prediction, predict
 from benchmarks.gpu.products import dense_kernel, has_sums, product_kernels
+from benchmarks.gpu.sampling import greedy
 from benchmarks.gpu.sizes import Sizes
 
 FORMS, BATCHES, CONTEXT = ("bf16", "awq"), (1, 8, 64), 1024

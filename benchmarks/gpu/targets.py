@@ -16,9 +16,10 @@ from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, Card
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.elementwise import gate, norm, rotary
-from benchmarks.gpu.heads import drawing, greedy, head, int8_head
+from benchmarks.gpu.heads import head, int8_head
 from benchmarks.gpu.predict import ATTAINABLE, Kernel, Prediction, predict
 from benchmarks.gpu.products import dense_kernel, product, spread_out
+from benchmarks.gpu.sampling import drawing, greedy
 from benchmarks.gpu.sizes import MODELS, TILES, Sizes
 from benchmarks.gpu.steps import CONTEXT, predict_step, step_name
 from benchmarks.gpu.vision import encoder_norm

@@ -78,14 +78,14 @@ class DistributedGroup(Group):
         except RuntimeError as error:
             failure = _shorten(error)
         if self.minimum(not failure, "one-shot vote") and made is not None:
-            failure = self._try(made, device)
+            failure = self._try_one_shot(made, device)
             if self.minimum(not failure, "one-shot vote"):
                 self._one_shot = made
                 return
         reason = failure or "another rank could not"
         log.warning("small all-reduces go over NCCL, since torch's symmetric memory does not work here: %s", reason)
 
-    def _try(self, one_shot: OneShot, device: torch.device) -> str:
+    def _try_one_shot(self, one_shot: OneShot, device: torch.device) -> str:
         """Why it is not used; nothing where its first sum is right."""
         x = torch.full((1024,), float(self.rank + 1), device=device)
         try:

@@ -177,10 +177,12 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """A tile on every rank through the encoder and one row through the head, so that the first request is not slow."""
+        """A tile on every rank through the encoder, a row through the head, and a draw: so that the first request is not slow."""
         size = self.model.image_config.tile_size
         self.group.all_gather(self.model.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8)), "warm-up")
-        self.model.decoder.logits(self.model.decoder.embed(torch.zeros(1, dtype=torch.int64, device=self.device)))
+        logits = self.model.decoder.logits(self.model.decoder.embed(torch.zeros(1, dtype=torch.int64, device=self.device)))
+        if logits is not None:
+            draw_tokens(logits, logits.argmax(-1), [Draw(row=0, temperature=1.0, top_k=1, seed=0, number=0)])
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes by kind; on CUDA they add up to what torch has allocated. On the CPU pages that were never used count too."""
@@ -279,7 +281,5 @@ class Runner:
         logits = self.model.decoder.logits(hidden[:max_num_seqs])
         if logits is not None:  # sampled from on this rank
             logits.new_empty(LOGIT_COPIES - 1, *logits.shape)
-            first = Draw(row=0, temperature=1.0, top_k=1, seed=0, number=0)
-            draw_tokens(logits, logits.argmax(-1), [first])  # Triton compiles it now, and not when somebody waits for it
         peak = torch.cuda.max_memory_allocated(self.device) - before
         return max(0, peak - self._cache_bytes(num_blocks))
