@@ -13,6 +13,7 @@ MULTIPLIERS, RAISED = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 WORD = 2**32 - 1
 MOST = 1 - 2**-24  # the largest float32 below 1
 SMALL = 2.0**-10
+AT_ONCE = 2**13  # counters: as many words as torch computes with in one thread; others would be waited for after every operator
 
 
 def philox(seed: int, number: int, counters: torch.Tensor) -> torch.Tensor:
@@ -46,4 +47,5 @@ def log_noise_of(seed: int, number: int, ids: torch.Tensor, size: int) -> torch.
 def log_noise_of_all(seed: int, number: int, size: int, device: torch.device) -> torch.Tensor:
     """Of the ids 0 to size - 1."""
     counters = torch.arange(-(-size // 4), device=device)
-    return log_noise(philox(seed, number, counters).view(-1)[:size])
+    parts = [log_noise(philox(seed, number, part).view(-1)) for part in counters.split(AT_ONCE)]
+    return torch.cat(parts)[:size]
