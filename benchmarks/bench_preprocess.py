@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from vlserve.config import MediaConfig
-from vlserve.loader import PictureLoader
-from vlserve.messages import ImagePart
+from vlserve.media.loader import PictureLoader
+from vlserve.prompt.chat_messages import ImagePart
 from vlserve.vision.config import ImageConfig
 from vlserve.vision.preprocess import ImageTiles, normalise
 

@@ -26,7 +26,7 @@ LAYERS = int(TEXT["num_hidden_layers"])
 
 def run(model: Path, out: Path, options: list[str], *, kill_after: int | None = None) -> dict[str, Any]:
     """One `vlserve quantize`, perhaps killed when so many layers are written; seconds and the peak of resident memory in MB."""
-    command = [sys.executable, "-m", "vlserve.cli", "quantize", str(model), str(out), *options]
+    command = [sys.executable, "-m", "vlserve", "quantize", str(model), str(out), *options]
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     if kill_after is not None:

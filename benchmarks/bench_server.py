@@ -41,7 +41,7 @@ def picture(seed: int) -> str:
 def served(model: str) -> Iterator[tuple[str, float]]:
     """(base URL, seconds from the command to a healthy server)."""
     begun = time.perf_counter()
-    command = [sys.executable, "-m", "vlserve.cli", "serve", model, "--port", "0"]
+    command = [sys.executable, "-m", "vlserve", "serve", model, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

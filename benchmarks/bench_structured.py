@@ -13,11 +13,11 @@ import re
 import statistics
 import time
 
-from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.config import EngineConfig, SamplingParams, StructuredOutput
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import Add
-from vlserve.prompt import Message, PromptBuilder, Text
+from vlserve.models.checkpoint import find_folder, read_checkpoint
+from vlserve.prompt.build import Message, PromptBuilder, Text
 
 ITEM = {
     "type": "object",

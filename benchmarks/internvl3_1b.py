@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vlserve.checkpoint import DEMO, read_checkpoint
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
+from vlserve.models.checkpoint import DEMO, read_checkpoint
 
 TEXT = {
     "hidden_size": 896,

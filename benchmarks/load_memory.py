@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vlserve.checkpoint import read_checkpoint
 from vlserve.config import EngineConfig
 from vlserve.engine.loading import load_model  # and what it imports: their memory is not the weights'
 from vlserve.engine.memory import release_leftovers, weight_bytes
 from vlserve.llm.formats import Slot
 from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Group, Split
+from vlserve.models.checkpoint import read_checkpoint
 
 TEXT = {
     "model_type": "qwen2",

@@ -54,7 +54,19 @@ class Server:
     """`vlserve serve` on two ranks, on a free port."""
 
     def __init__(self, model: str, tp: int) -> None:
-        command = [sys.executable, "-m", "vlserve.cli", "serve", model, "--port", "0", "--tp", str(tp), "--device", "cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "vlserve.commands.main",
+            "serve",
+            model,
+            "--port",
+            "0",
+            "--tp",
+            str(tp),
+            "--device",
+            "cpu",
+        ]
         command += ["--kv-cache-gib", "0.03", "--max-model-len", "1024", "--vision-cache-gib", "0.005", "--threads", "1"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=500, help="clients that leave")
     parser.add_argument("--flood", type=int, default=2000, help="requests against a queue of 64")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "vlserve.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "vlserve", "serve", "--port", "0"]
     command += ["--max-queue", str(QUEUE), "--max-num-seqs", str(RUNNING), "--kv-cache-gib", "0.3"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

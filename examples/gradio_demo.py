@@ -75,7 +75,7 @@ def main() -> None:
 @contextmanager
 def serving(python: str, model: str, key: str) -> Iterator[str]:
     """A server with `model` on a free port: its address, once it is ready. Ends with the block."""
-    command = [python, "-m", "vlserve.cli", "serve", model, "--port", "0"]
+    command = [python, "-m", "vlserve", "serve", model, "--port", "0"]
     environment = os.environ | {"VLSERVE_API_KEYS": key}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:

@@ -52,8 +52,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from vlserve import VLPipeline, VLServeError
-from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.config import ServerConfig, read_options
+from vlserve.models.checkpoint import find_folder, read_checkpoint
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
 from vlserve.server.app import create_app
 from vlserve.server.logs import configure_logging

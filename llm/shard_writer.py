@@ -26,7 +26,7 @@ SHARED = "shared.safetensors"
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # types that can be asked for, as stored
 
 
-class Place(Group):
+class OfflineGroup(Group):
     """A rank as far as shapes go: it meets no others."""
 
     def __init__(self, rank: int, size: int) -> None:

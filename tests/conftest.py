@@ -16,9 +16,9 @@ if not Path("/dev/nvidiactl").exists():  # Triton's kernels then run on the CPU,
 import pytest
 import torch
 
-import vlserve.pixels
+import vlserve.ranks.shared_pixels
 from tests.checkpoints import make_checkpoint
-from tests.faults import MARK, add_path, nothing_left, write_hold
+from tests.ranks.faults import MARK, add_path, nothing_left, write_hold
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +54,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     temporary.mkdir(), shared.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(vlserve.pixels, "SHARED", shared)
+    monkeypatch.setattr(vlserve.ranks.shared_pixels, "SHARED", shared)
     monkeypatch.setenv(MARK, str(tmp_path))
     yield temporary
     nothing_left(str(tmp_path), temporary, shared)

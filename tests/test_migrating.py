@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import vlserve
-from vlserve import ConfigError, RequestError, SamplingParams, VLPipeline, cli
+from tests.commands.test_main import vlserve
+from vlserve import ConfigError, RequestError, SamplingParams, VLPipeline
+from vlserve.commands.main import COMMANDS, _flags
 from vlserve.config import read_options
 from vlserve.migrating import FLAGS, LMDEPLOY, SAMPLING, SGLANG, VLLM, explain_sampling
 from vlserve.server.chat import ChatRequest
 from vlserve.server.protocol import read_body
 
 TEXT = (Path(__file__).parent.parent / "docs/migrating.md").read_text()
-OURS = {flag for command in cli.COMMANDS for flag in cli._flags(command)} | {"--no-prefix-caching"}
+OURS = {flag for command in COMMANDS for flag in _flags(command)} | {"--no-prefix-caching"}
 FLAG = r"--[a-z][a-z-]*"
 
 

@@ -1,10 +1,12 @@
-"""Who may import whom, what a rank may load, and that the public names are all there."""
+"""The order of the rooms, that nothing imports in a circle, what a rank and the front may load, and the public names."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,26 +14,31 @@ import pytest
 import vlserve
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {"kernels": {"kernels"}, "llm": {"llm", "kernels"}, "vision": {"vision", "kernels"}}
-FRONT = ("server", "client", "pipeline", "prompt", "tokenizer", "messages", "answer", "observer", "media", "outputs", "cli")
-FRONT += (
-    "launch",
-    "supervisor",
-    "follow",
-    "pixels",
-    "balance",
-    "loader",
-    "fetch",
-    "sources",
-    "asking",
-    "remote",
-    "flags",
-    "commands",
-    "doctor",
+# from the ground up: a room imports what stands before it
+ROOMS = (
+    *("kernels", "llm", "vision", "ground", "models", "plan", "structured", "prompt", "media"),
+    *("engine", "ranks", "pipeline", "doctor", "quantize", "server", "commands"),
 )
+OUTSIDE = ("kernels", "llm", "vision")  # at the top level of the repository, linked into the package
+ENTRIES = ("vlserve", "vlserve.__main__", "vlserve.rank")  # name everything, and are imported by nobody
+MOVED = ("vlserve.engine.model",)  # an old name that leads to the new one
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name."""
+    files = [path for path in (ROOT / "vlserve").glob("**/*.py") if path.relative_to(ROOT).parts[1] not in OUTSIDE]
+    files += [path for room in OUTSIDE for path in (ROOT / room).glob("**/*.py")]
+    found = {}
+    for path in files:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "vlserve" else ("vlserve", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
 def imports(path: Path) -> set[str]:
+    """Everything that a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -42,32 +49,58 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def ours(path: Path) -> set[str]:
-    """First name after `vlserve.` of everything that a file imports from the project."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("vlserve.")}
+def ours(name: str) -> set[str]:
+    """The project's modules that one imports; a name taken from a package counts as the package's."""
+    return {found for found in imports(modules()[name]) if found in modules()} - {name, "vlserve"}
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_the_three_rooms_import_only_downwards(room: str) -> None:
-    files = list((ROOT / room).glob("*.py"))
-    assert files
-    for path in files:
-        assert ours(path) <= ALLOWED[room], path
+def room_of(name: str) -> str:
+    first = name.split(".")[1]
+    return first if first in ROOMS else "ground"
 
 
-def test_the_engine_never_imports_the_front() -> None:
-    for path in [*(ROOT / "vlserve/engine").glob("*.py"), ROOT / "vlserve/rank.py"]:
-        assert not ours(path) & set(FRONT), path
+def inner() -> list[str]:
+    return [name for name in modules() if name not in ENTRIES and name not in MOVED]
 
 
-def test_the_front_takes_only_the_messages_from_the_engine() -> None:
-    folders = ("server", "commands", "doctor")
-    files = [ROOT / f"vlserve/{name}.py" for name in FRONT if name not in folders]
-    for path in [*files, *(path for folder in folders for path in (ROOT / "vlserve" / folder).glob("*.py"))]:
-        engine = {name for name in imports(path) if name.startswith("vlserve.engine.")}
-        if path.name == "shard.py":  # a tool that builds models itself
-            engine -= {name for name in engine if name.startswith("vlserve.engine.loading")}
-        assert all(name.startswith("vlserve.engine.messages") for name in engine), path
+def test_every_folder_is_a_room_and_every_room_a_folder() -> None:
+    folders = {path.parent.name for path in (ROOT / "vlserve").glob("*/__init__.py")}
+    assert folders == set(ROOMS) - {"ground"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_downwards(room: str) -> None:
+    height = ROOMS.index(room)
+    for name in (name for name in inner() if room_of(name) == room):
+        above = {found for found in ours(name) if found in ENTRIES or ROOMS.index(room_of(found)) > height}
+        assert not above, f"{name} imports {sorted(above)}, which stand above it"
+
+
+def test_kernels_import_nothing_of_ours_and_llm_and_vision_not_each_other() -> None:
+    for name in inner():
+        rooms = {room_of(found) for found in ours(name)}
+        if room_of(name) == "kernels":
+            assert rooms <= {"kernels"}, name
+        elif room_of(name) in ("llm", "vision"):
+            assert rooms <= {room_of(name), "kernels"}, name
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    """Imports within functions and for types count as well."""
+    TopologicalSorter({name: ours(name) for name in inner()}).prepare()
+
+
+def test_the_core_knows_no_family_of_models() -> None:
+    families = ("internvl", "qwen", "llava", "gemma")
+    for room in ("engine", "ranks", "server"):
+        for path in (ROOT / "vlserve" / room).glob("**/*.py"):
+            found = [word for word in families if word in path.read_text().lower()]
+            assert not found, f"{path} names {found}"
+
+
+def test_tests_mirror_the_tree() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
+    assert folders <= {*ROOMS, "examples", "benchmarks"}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -77,17 +110,19 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_a_rank_loads_no_web_framework_and_no_transformers() -> None:
     loaded = loaded_by("import vlserve.rank, vlserve.engine.engine")
-    assert "torch" in loaded and "timm" in loaded
+    assert "torch" in loaded and "timm" not in loaded  # which takes seconds and is the families' that need it
+    loaded = loaded_by("import vlserve.rank, vlserve.engine.engine, vlserve.models.internvl")
+    assert "timm" in loaded
     assert not loaded & {"fastapi", "starlette", "uvicorn", "transformers", "tokenizers", "jinja2", "pydantic", "xgrammar"}
 
 
 def test_the_front_starts_without_torch() -> None:
-    loaded = loaded_by("import vlserve.cli, vlserve.pipeline, vlserve.server.serve")
+    loaded = loaded_by("import vlserve.commands.main, vlserve.pipeline.local, vlserve.server.serve")
     assert not loaded & {"torch", "timm", "transformers", "torchvision", "httpx2", "httpcore2", "xgrammar"}
 
 
 def test_it_runs_where_triton_does_not_exist() -> None:
-    code = "import sys; sys.modules['triton'] = None; import vlserve.engine.engine, vlserve.pipeline"
+    code = "import sys; sys.modules['triton'] = None; import vlserve.engine.engine, vlserve.pipeline.local"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -97,6 +132,16 @@ def test_public_names() -> None:
         assert getattr(vlserve, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vlserve.nothing
+
+
+def test_old_names_lead_to_the_new_ones() -> None:
+    import vlserve.engine.model as old
+    from vlserve.models.base import Model, build_decoder
+
+    with pytest.warns(DeprecationWarning, match=r"import it from vlserve\.models\.base"):
+        assert (old.Model, old.build_decoder) == (Model, build_decoder)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = old.nothing
 
 
 def test_no_pickle_anywhere() -> None:

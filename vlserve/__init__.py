@@ -13,20 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlserve.architectures import Architecture
     from vlserve.config import EngineConfig, MediaConfig, SamplingParams, StructuredOutput
     from vlserve.errors import ConfigError, EngineError, ModelError, RequestError, VLServeError
-    from vlserve.outputs import Completion, Delta, Timing, Usage
-    from vlserve.pipeline import VLPipeline
+    from vlserve.models.registry import Architecture
+    from vlserve.pipeline.outputs import Completion, Delta, Timing, Usage
+    from vlserve.pipeline.vl_pipeline import VLPipeline
     from vlserve.server.app import router
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Architecture": "architectures",
-    "Completion": "outputs",
+    "Architecture": "models.registry",
+    "Completion": "pipeline.outputs",
     "ConfigError": "errors",
-    "Delta": "outputs",
+    "Delta": "pipeline.outputs",
     "EngineConfig": "config",
     "EngineError": "errors",
     "MediaConfig": "config",
@@ -34,9 +34,9 @@ _HOMES = {
     "RequestError": "errors",
     "SamplingParams": "config",
     "StructuredOutput": "config",
-    "Timing": "outputs",
-    "Usage": "outputs",
-    "VLPipeline": "pipeline",
+    "Timing": "pipeline.outputs",
+    "Usage": "pipeline.outputs",
+    "VLPipeline": "pipeline.vl_pipeline",
     "VLServeError": "errors",
     "router": "server.app",
 }

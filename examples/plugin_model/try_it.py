@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from vlserve import VLPipeline
-from vlserve.checkpoint import DEMO
+from vlserve.models.checkpoint import DEMO
 
 PICTURE = Path(__file__).parent.parent / "pictures" / "shapes.png"
 SIZE, PATCH = 28, 7

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vlserve.board import Marker
-from vlserve.checkpoint import read_checkpoint
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Engine, Seat, build_runner
-from vlserve.engine.group import DistributedGroup
-from vlserve.engine.pixels import PixelStore
+from vlserve.engine.pixel_store import PixelStore
+from vlserve.engine.process_group import DistributedGroup
+from vlserve.engine.rank_status import RankStatusWriter
 from vlserve.engine.runner import Runner
+from vlserve.models.checkpoint import read_checkpoint
 
 
 class SharedTiles(PixelStore):
@@ -46,7 +46,7 @@ def tp_engine(folder: Path, tp: int, **options: Any) -> Iterator[tuple[Engine, l
     errors: list[BaseException] = []
 
     def seat(rank: int) -> Seat:
-        group = DistributedGroup(store, rank, tp, address="127.0.0.1", timeout_s=60, marker=Marker())
+        group = DistributedGroup(store, rank, tp, address="127.0.0.1", timeout_s=60, status=RankStatusWriter())
         is_here = rank < config.ranks_per_node  # on rank 0's machine; to the others rank 0 must send what they need
         return Seat(group=group, local_rank=rank % config.ranks_per_node, pixels=tiles if is_here else PixelStore([]))
 

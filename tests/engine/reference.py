@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from vlserve.checkpoint import read_checkpoint
 from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import Add, ImageRef, TokenEvent
-from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, Text
+from vlserve.models.checkpoint import read_checkpoint
+from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, Text
 from vlserve.vision.preprocess import make_tiles
 
 TIE = 1e-4  # two best logits nearer than this may change places with the order of a sum

@@ -12,12 +12,12 @@ import pytest
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import add, prompt
 from tests.engine.test_tensor_parallel import BIASES, EIGHT, ODD, mixed, picture
-from vlserve.checkpoint import read_checkpoint
 from vlserve.config import SamplingParams
 from vlserve.engine.batch import StepInput
 from vlserve.engine.engine import Engine
-from vlserve.engine.group import BATCH_BYTES, DistributedGroup
+from vlserve.engine.process_group import BATCH_BYTES, DistributedGroup
 from vlserve.engine.runner import Runner
+from vlserve.models.checkpoint import read_checkpoint
 
 Figures = dict[str, tuple[int, int]]  # by kind: how many, and their bytes
 FLOAT, INTEGER = 4, 8

@@ -14,12 +14,12 @@ from PIL import Image
 
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import Ties, add, engine, prompt, run
-from vlserve.checkpoint import DEMO
 from vlserve.config import SamplingParams
 from vlserve.engine import engine as engine_module
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
-from vlserve.prompt import Prompt
+from vlserve.models.checkpoint import DEMO
+from vlserve.prompt.build import Prompt
 
 sys.path.append(str(Path(__file__).parents[2] / "examples/demo_model"))
 from held_out import make_items

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.commands.test_main import vlserve
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import Ties, add, engine, prompt, run
 from tests.engine.test_laws import SAMPLING, answer, mixed_prompts, picture
-from tests.test_cli import vlserve
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Engine
 from vlserve.errors import ConfigError
 from vlserve.kernels.kv_codes import QuantizedBlocks
 from vlserve.llm.kv_cache import block_bytes
-from vlserve.plan import make_plan
+from vlserve.plan.tp_plan import make_plan
 
 KINDS = ("int8", "fp8")
 BYTES = {"auto": 8 * 4, "int8": 8 + 2, "fp8": 8 + 2}  # a head of a token, of the test's checkpoint in float32

@@ -14,7 +14,7 @@ from tests.vision.test_preprocess import noise
 from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
-from vlserve.prompt import Prompt
+from vlserve.prompt.build import Prompt
 
 SAMPLING = SamplingParams(logprobs=2)
 

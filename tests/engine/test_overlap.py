@@ -18,7 +18,7 @@ from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
 from vlserve.engine.runner import Started
 from vlserve.engine.scheduler import Chunk, Sampled
-from vlserve.prompt import Prompt
+from vlserve.prompt.build import Prompt
 
 LOGPROBS = SamplingParams(logprobs=2)
 NUMBER = StructuredOutput(regex="[0-9]{3}[a-z]{2,9}")

@@ -15,14 +15,14 @@ from PIL import Image
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import Ties, add, ask, engine, prompt, run, tokens
 from tests.vision.test_preprocess import noise
-from vlserve.checkpoint import DEMO, read_checkpoint
 from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.memory import GIB
 from vlserve.engine.messages import TokenEvent
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.kv_cache import block_bytes
-from vlserve.prompt import Prompt
+from vlserve.models.checkpoint import DEMO, read_checkpoint
+from vlserve.prompt.build import Prompt
 
 sys.path.append(str(Path(__file__).parents[2] / "examples/demo_model"))
 from held_out import make_items

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import ask, engine, prompt
 from tests.llm.parts import splits
-from tests.test_footprint import build, config
+from tests.plan.test_footprint import build, config
 from vlserve.config import EngineConfig
 from vlserve.engine.memory import weight_bytes
 from vlserve.errors import ConfigError
 from vlserve.kernels.int8_head import quantise_rows
 from vlserve.llm.embedding import VocabParallel
 from vlserve.llm.parallel import Split
-from vlserve.llm.shard_writer import Place
-from vlserve.plan import make_plan
+from vlserve.llm.shard_writer import OfflineGroup
+from vlserve.plan.tp_plan import make_plan
 
 Make = Callable[..., Path]
 TEXTS = ("what is this", "count to ten", "a")
@@ -77,7 +77,7 @@ def test_the_plan_counts_it(tied: bool, tp: int) -> None:
     settings: dict[str, Any] = config(tie_word_embeddings=tied)
     for rank in make_plan(settings, tp=tp, lm_head_bits=8).ranks:
         with torch.device("meta"):
-            model = build(settings, Split(group=Place(rank.rank, tp)))
+            model = build(settings, Split(group=OfflineGroup(rank.rank, tp)))
             model.decoder.quantise_head()
         held = weight_bytes(model)
         assert (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes) == tuple(held.values())

@@ -12,13 +12,13 @@ from tests.engine.ranks import tp_engine
 from tests.engine.reference import Ties, add, engine, prompt, run
 from tests.llm.quantised import Recipe, awq, compressed, fp8, gptq, int8, rewrite
 from tests.vision.test_preprocess import noise
-from vlserve.checkpoint import read_checkpoint
 from vlserve.commands.shard import shard
 from vlserve.config import EngineConfig, SamplingParams
-from vlserve.degrees import check_tp
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
 from vlserve.errors import ConfigError
+from vlserve.models.checkpoint import read_checkpoint
+from vlserve.plan.divisibility import check_tp
 
 Make = Callable[..., Path]
 # of four ranks, each begins within a group; 176 / 4 = 44 rows begin within a word too

@@ -8,8 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.prompt.test_build import copy_of
 from tests.server.running import RunningServer, running, tiny
-from tests.test_prompt import copy_of
 
 HERMES = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"

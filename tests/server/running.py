@@ -29,7 +29,7 @@ class RunningServer:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vlserve.cli", "serve", *arguments, "--port", "0"],
+            [sys.executable, "-m", "vlserve", "serve", *arguments, "--port", "0"],
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,

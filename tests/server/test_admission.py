@@ -198,7 +198,7 @@ def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "vlserve.cli", "serve", "--port", str(port)]
+        command = [sys.executable, "-m", "vlserve", "serve", "--port", str(port)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and f"cannot listen on 127.0.0.1 port {port}: Address already in use" in done.stderr
 

@@ -11,7 +11,7 @@ import httpx2
 import psutil
 import pytest
 
-from tests.faults import Clock, own_folders, ranks_of
+from tests.ranks.faults import Clock, own_folders, ranks_of
 from tests.server.running import RunningServer, running, tiny, wait_until
 from tests.server.test_life import InFlight
 from vlserve.engine.messages import STAGES

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from tests.checkpoints import edit_json
+from tests.prompt.test_build import copy_of
 from tests.server.running import RunningServer, chat, running, tiny, wait_until
-from tests.test_prompt import copy_of
 
 
 class InFlight(threading.Thread):

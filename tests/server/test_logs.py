@@ -10,7 +10,7 @@ import pytest
 
 from vlserve.config import ServerConfig
 from vlserve.errors import ConfigError
-from vlserve.outputs import Usage
+from vlserve.pipeline.outputs import Usage
 from vlserve.server.logs import JsonFormatter, TextFormatter, access_line
 
 

@@ -22,8 +22,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import vlserve
+from tests.pipeline.test_local import OPTIONS
 from tests.server.running import RunningServer, chat, data_url, running, tiny, wait_until
-from tests.test_pipeline import OPTIONS
 from tests.vision.test_preprocess import encoded, noise
 from vlserve import EngineError, VLPipeline
 from vlserve.config import ServerConfig
@@ -205,7 +205,7 @@ def test_two_routers_count_apart_and_answer_while_loading_and_after_a_failure(
     async def fetched(*arguments: Any) -> bytes:
         return encoded(Image.fromarray(noise(60, 30)), "PNG")
 
-    monkeypatch.setattr("vlserve.fetch.Fetcher._fetch", fetched)
+    monkeypatch.setattr("vlserve.media.fetch.Fetcher._fetch", fetched)
     with VLPipeline(str(checkpoint("qwen2")), wait=False, **OPTIONS) as pipe:
         app = FastAPI()
         for name in ("a", "b"):
@@ -416,7 +416,7 @@ def test_the_deployment_examples_name_what_the_server_has(server: RunningServer)
     assert paths == ["/metrics", "/health", "/health", "/live"]
     assert all(httpx2.get(server.base + path).status_code == 200 for path in paths)
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
-    from vlserve.cli import _parser
+    from vlserve.commands.main import _parser
 
     dockerfile = (EXAMPLES / "deploy/Dockerfile").read_text()
     for command in (json.loads(dockerfile.rsplit("CMD ", 1)[1]), container["args"]):

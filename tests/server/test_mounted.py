@@ -20,9 +20,9 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 import vlserve
+from tests.pipeline.test_local import OPTIONS
 from tests.server.running import START_S, chat, wait_until
 from tests.server.test_api import BAD, events
-from tests.test_pipeline import OPTIONS
 from vlserve import VLPipeline
 from vlserve.config import ServerConfig
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlserve.checkpoint import read_checkpoint
-from vlserve.media import decode_image
+from vlserve.media.decode import decode_image
+from vlserve.models.checkpoint import read_checkpoint
 from vlserve.vision.config import ImageConfig
 from vlserve.vision.preprocess import make_tiles, normalise
 from vlserve.vision.tiling import Grid, choose_grid

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlserve.commands.flags import add_flags, given
 from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, EngineError, ModelError
-from vlserve.flags import add_flags, given
-from vlserve.plan import check_tp
+from vlserve.plan.tp_plan import check_tp
 
 if TYPE_CHECKING:
     from vlserve.commands.bench_advice import Advice
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
 
 def check_degrees(degrees: tuple[int, ...], engine: dict[str, Any]) -> None:
     """From config.json alone; raises ConfigError naming the degrees that the model cannot have, and those that it can."""
-    from vlserve.checkpoint import find_folder, read_checkpoint
+    from vlserve.models.checkpoint import find_folder, read_checkpoint
 
     checkpoint = read_checkpoint(find_folder(engine["model"], engine.get("revision")))
     for tp in degrees:

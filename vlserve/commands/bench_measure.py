@@ -18,8 +18,8 @@ from vlserve.config import SamplingParams
 
 if TYPE_CHECKING:
     from vlserve.engine.messages import Stats
-    from vlserve.outputs import Completion
-    from vlserve.pipeline import VLPipeline
+    from vlserve.pipeline.outputs import Completion
+    from vlserve.pipeline.vl_pipeline import VLPipeline
 
 WORDS = (
     "a",
@@ -107,7 +107,7 @@ def measure(options: dict[str, Any], load: Load, on_answer: Callable[[str], None
 
     Raises ConfigError, ModelError or EngineError when this degree cannot run, RequestError when the load does not fit the model.
     """
-    from vlserve.pipeline import VLPipeline
+    from vlserve.pipeline.vl_pipeline import VLPipeline
 
     begun = time.perf_counter()
     with VLPipeline(**options) as pipe:

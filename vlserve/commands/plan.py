@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve.config import EngineConfig
 from vlserve.errors import ModelError, VLServeError
-from vlserve.shape import Request
+from vlserve.plan.model_shape import Request
 
 if TYPE_CHECKING:
-    from vlserve.footprint import Cut
-    from vlserve.plan import Plan, RankPlan
+    from vlserve.plan.footprint import Cut
+    from vlserve.plan.tp_plan import Plan, RankPlan
 
 HELP = "Show which tensor-parallel degrees a model allows and what each rank holds, from its config.json alone."
 ENGINE_FLAGS = (
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _make(options: argparse.Namespace) -> Plan:
-    from vlserve.plan import make_plan
+    from vlserve.plan.tp_plan import make_plan
 
     path = _find_config(options.model, options.revision)
     tp, replicate_kv_heads = _degree(options, path.parent)
@@ -101,8 +101,8 @@ def _make(options: argparse.Namespace) -> Plan:
 
 def _degree(options: argparse.Namespace, folder: Path) -> tuple[int | None, bool]:
     """Ranks, and whether KV heads are replicated: as asked, or as the folder was cut. Raises ConfigError where they differ."""
-    from vlserve.checkpoint import check_shards
     from vlserve.llm.shards import read_shards
+    from vlserve.models.checkpoint import check_shards
 
     if options.tp is not None:
         check_shards(folder, EngineConfig(tp=options.tp, replicate_kv_heads=options.replicate_kv_heads))
@@ -116,7 +116,7 @@ def _degree(options: argparse.Namespace, folder: Path) -> tuple[int | None, bool
 
 def _failed(tp: int | None, reason: str) -> dict[str, Any]:
     """The document of a plan that could not be made: the same keys, with nothing in them."""
-    from vlserve.plan import Plan
+    from vlserve.plan.tp_plan import Plan
 
     empty: dict[str, Any] = {field.name: [] if "tuple" in str(field.type) else None for field in fields(Plan)}
     if tp is not None:
@@ -126,7 +126,7 @@ def _failed(tp: int | None, reason: str) -> dict[str, Any]:
 
 def _find_config(model: str, revision: str | None) -> Path:
     """The config.json of `demo`, a folder or a Hub name (this file alone is downloaded), or the given file itself."""
-    from vlserve.checkpoint import DEMO
+    from vlserve.models.checkpoint import DEMO
 
     path = DEMO if model == "demo" else Path(model).expanduser()
     if path.is_file():

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import vlserve
-from vlserve.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.config import DTYPES, EngineConfig
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.shards import Shards, read_shards, write_shards
-from vlserve.plan import check_tp
+from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
+from vlserve.plan.tp_plan import check_tp
 
 if TYPE_CHECKING:
     from vlserve.llm.shard_writer import ShardWriter
@@ -144,10 +144,10 @@ def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:
 
     from vlserve.engine.loading import build_model
     from vlserve.llm.parallel import Split
-    from vlserve.llm.shard_writer import Place, ShardWriter
+    from vlserve.llm.shard_writer import OfflineGroup, ShardWriter
 
     try:
-        splits = [Split(group=Place(r, config.tp), replicate_kv_heads=config.replicate_kv_heads) for r in range(config.tp)]
+        splits = [Split(group=OfflineGroup(r, config.tp), replicate_kv_heads=config.replicate_kv_heads) for r in range(config.tp)]
         models = [build_model(checkpoint, split) for split in splits]
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         return ShardWriter(checkpoint.folder, [model.targets() for model in models], rename=models[0].rename, dtype=dtype)

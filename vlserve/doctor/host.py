@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 import vlserve
-from vlserve.host_memory import available_memory
+from vlserve.plan.host_memory import available_memory
 
 PACKAGES = ("torch", "transformers", "tokenizers", "timm", "pyzmq", "msgspec", "safetensors", "xgrammar", "pillow", "fastapi")
 CUDA_PACKAGES = ("triton",)

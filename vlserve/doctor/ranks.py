@@ -13,8 +13,8 @@ import zmq
 
 from vlserve.config import EngineConfig
 from vlserve.engine.messages import Failed, FromRank, Preflight, Stage
-from vlserve.launch import GPU_HINTS, Ranks
-from vlserve.supervisor import ECHO_S
+from vlserve.ranks.launch import GPU_HINTS, Ranks
+from vlserve.ranks.supervisor import ECHO_S
 
 POLL_MS = 100
 

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 import torch
 
-from vlserve.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.config import EngineConfig
+from vlserve.engine.cuda_graphs import Recorder
 from vlserve.engine.grammar import GrammarCompiler
-from vlserve.engine.graphs import Recorder
 from vlserve.engine.loading import Progress, load_model, resolve_device, resolve_max_model_len
 from vlserve.engine.memory import graph_budget
 from vlserve.engine.messages import Add, Stats, TokenEvent
-from vlserve.engine.pixels import PixelStore
+from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.runner import Runner, Started
 from vlserve.engine.scheduler import Chunk, Scheduler
 from vlserve.engine.sequence import ImageSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 from vlserve.llm.parallel import ALONE, Group, Split
-from vlserve.plan import check_tp
+from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
+from vlserve.plan.tp_plan import check_tp
 
 log = logging.getLogger(__name__)
 COMPILING_PAUSE_S = 0.005  # when grammars are compiled and there is nothing else to do

@@ -20,7 +20,7 @@ import torch
 from vlserve.config import StructuredOutput
 from vlserve.errors import VLServeError
 from vlserve.kernels.upload import pinned
-from vlserve.structured import COMPILE_LIMIT_S, is_json, to_grammar
+from vlserve.structured.grammar import COMPILE_LIMIT_S, is_json, to_grammar
 
 if TYPE_CHECKING:
     import xgrammar

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from vlserve.checkpoint import Checkpoint, check_shards
 from vlserve.config import EngineConfig
-from vlserve.engine.model import Model
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.parallel import Split
+from vlserve.models.base import Model
+from vlserve.models.checkpoint import Checkpoint, check_shards
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,7 +38,7 @@ def build_model(checkpoint: Checkpoint, split: Split) -> Model:
         model = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, split)
     if not isinstance(model, Model):
         origin, kind = checkpoint.architecture.origin, type(model).__name__
-        raise ModelError(f"{origin}: build gave {kind!r}; expected a vlserve.engine.model.Model")
+        raise ModelError(f"{origin}: build gave {kind!r}; expected a vlserve.models.base.Model")
     return model
 
 

@@ -9,16 +9,16 @@ import sys
 
 import torch
 
-from vlserve.checkpoint import Checkpoint
 from vlserve.config import EngineConfig
-from vlserve.engine.model import Model
 from vlserve.errors import ConfigError
-from vlserve.footprint import Step, shard
-from vlserve.graph_sizes import graph_bytes
-from vlserve.host_memory import available_memory
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.kv_cache import block_bytes
-from vlserve.shape import read_model_shape
+from vlserve.models.base import Model
+from vlserve.models.checkpoint import Checkpoint
+from vlserve.plan.cuda_graph_sizes import graph_bytes
+from vlserve.plan.footprint import Step, shard
+from vlserve.plan.host_memory import available_memory
+from vlserve.plan.model_shape import read_model_shape
 
 GIB = 2**30
 

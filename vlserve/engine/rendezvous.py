@@ -15,10 +15,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 import vlserve
-from vlserve.checkpoint import find_folder
 from vlserve.config import EngineConfig
-from vlserve.engine.group import CollectiveError
+from vlserve.engine.process_group import CollectiveError
 from vlserve.errors import ConfigError, EngineError
+from vlserve.models.checkpoint import find_folder
 
 PAUSE_S = 0.02
 READ_S = 1.0

@@ -15,23 +15,23 @@ import torch
 
 from vlserve.config import EngineConfig
 from vlserve.engine.batch import Announcer, ImageTask, Listener, StepInput, describe, lay_out, make_batch
+from vlserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, Recorder, TileGraphs
+from vlserve.engine.device_timer import Timings
 from vlserve.engine.feature_cache import FeatureCache
-from vlserve.engine.graphs import CudaRecorder, DecodeGraphs, Recorder, TileGraphs
-from vlserve.engine.group import DistributedGroup
+from vlserve.engine.feature_encoder import TileEncoder
 from vlserve.engine.memory import GIB, fit_blocks, release_leftovers, weight_bytes
-from vlserve.engine.model import Model
-from vlserve.engine.pixels import PixelStore
+from vlserve.engine.pixel_store import PixelStore
+from vlserve.engine.process_group import DistributedGroup
 from vlserve.engine.sampling import Drawn, Sampler
 from vlserve.engine.scheduler import Chunk, Sampled
 from vlserve.engine.sequence import Sequence
-from vlserve.engine.tiles import TileEncoder
-from vlserve.engine.timings import Timings
-from vlserve.footprint import LOGIT_COPIES
 from vlserve.kernels.draw import Draw, draw_tokens
 from vlserve.kernels.paged_attention import plan_attention
 from vlserve.kernels.upload import upload
 from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.kv_cache import KVCache, block_bytes
+from vlserve.models.base import Model
+from vlserve.plan.footprint import LOGIT_COPIES
 from vlserve.vision.config import TILES_AT_ONCE
 
 

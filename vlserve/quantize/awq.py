@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from vlserve.quantize.inputs import ROWS_AT_ONCE, Inputs
+from vlserve.quantize.activation_stats import ROWS_AT_ONCE, Inputs
 from vlserve.quantize.rounding import Grouped, merge_rows, round_groups
 
 RATIOS = [i / 20 for i in range(20)]

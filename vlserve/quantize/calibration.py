@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlserve.checkpoint import Checkpoint
 from vlserve.config import MediaConfig
 from vlserve.errors import ConfigError, EngineError, RequestError
-from vlserve.loader import PictureLoader
-from vlserve.messages import ImagePart, Turn, read_messages
-from vlserve.prompt import Message, Picture, Prompt, PromptBuilder, PromptOptions, Span, Text
-from vlserve.quantize.generated import make_conversation
+from vlserve.media.loader import PictureLoader
+from vlserve.media.sources import scheme_of
+from vlserve.models.checkpoint import Checkpoint
+from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, PromptOptions, Span, Text
+from vlserve.prompt.chat_messages import ImagePart, Turn, read_messages
+from vlserve.quantize.sample_conversations import make_conversation
 from vlserve.quantize.settings import GENERATED, TEXT, Settings
-from vlserve.sources import scheme_of
 
 HELD_OUT_EVERY = 8
 WHOLE = PromptOptions(add_generation_prompt=False)

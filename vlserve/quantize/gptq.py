@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from vlserve.quantize.inputs import Inputs
+from vlserve.quantize.activation_stats import Inputs
 from vlserve.quantize.rounding import LEVELS, Grouped, merge_rows, round_groups
 
 DAMPING = (0.01, 0.1, 1.0)  # shares of the mean moment that are added to the diagonal; the next one where the last fails

@@ -12,9 +12,9 @@ import torch
 
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.packing import pack_awq, pack_compressed
+from vlserve.quantize.activation_stats import Inputs, relative_error
 from vlserve.quantize.awq import round_clipped, search_scales
 from vlserve.quantize.gptq import round_gptq
-from vlserve.quantize.inputs import Inputs, relative_error
 from vlserve.quantize.rounding import Grouped, Rounded, round_groups, round_rows
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -14,17 +14,12 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import vlserve
-from vlserve.checkpoint import find_folder, read_checkpoint
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.decoder import DecoderLayer
 from vlserve.llm.weights import slot_of
+from vlserve.models.checkpoint import find_folder, read_checkpoint
 from vlserve.quantize.calibration import find_calibration, read_samples
-from vlserve.quantize.described import quantization_config
-from vlserve.quantize.layer import LINEARS, LayerResult, Recipe, quantize_layer, tensors_of
-from vlserve.quantize.output import REPORT, Output, copied_files, read_header, read_json, write_tensors
-from vlserve.quantize.settings import Settings
-from vlserve.quantize.source import Source
-from vlserve.quantize.streams import (
+from vlserve.quantize.hidden_states import (
     NOT_SCORED,
     LayerRunner,
     Streams,
@@ -34,6 +29,11 @@ from vlserve.quantize.streams import (
     score,
     watch_inputs,
 )
+from vlserve.quantize.layer import LINEARS, LayerResult, Recipe, quantize_layer, tensors_of
+from vlserve.quantize.output_folder import REPORT, Output, copied_files, read_header, read_json, write_tensors
+from vlserve.quantize.quantization_config import quantization_config
+from vlserve.quantize.settings import Settings
+from vlserve.quantize.source_checkpoint import Source
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 MAX_SHARD = 2 * 2**30  # bytes of what is copied as it is, in one file and so in memory

@@ -19,9 +19,9 @@ from fastapi.responses import JSONResponse
 import vlserve
 from vlserve.config import SamplingParams, ServerConfig
 from vlserve.errors import RequestError
-from vlserve.messages import read_messages
-from vlserve.pipeline import VLPipeline
-from vlserve.prompt import Prompt
+from vlserve.pipeline.vl_pipeline import VLPipeline
+from vlserve.prompt.build import Prompt
+from vlserve.prompt.chat_messages import read_messages
 from vlserve.server import openapi, protocol
 from vlserve.server.admission import Admission, Keys
 from vlserve.server.chat import ChatAnswer, ChatRequest

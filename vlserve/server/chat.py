@@ -12,12 +12,12 @@ from pydantic import Field
 from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
-from vlserve.outputs import Delta, Timing, Usage
-from vlserve.prompt import Prompt, PromptOptions
+from vlserve.pipeline.outputs import Delta, Timing, Usage
+from vlserve.prompt.build import Prompt, PromptOptions
+from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
 from vlserve.server.protocol import Chunks, SamplingBody, Strict
 from vlserve.server.reply import CALL, END_CALL, THINK, Piece, ReplyParser
-from vlserve.tokenizer import Tokenizer
 
 MAX_TOOLS = 128
 

@@ -11,12 +11,12 @@ from pydantic import Field
 from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
-from vlserve.outputs import Delta, Usage
-from vlserve.prompt import Prompt
+from vlserve.pipeline.outputs import Delta, Usage
+from vlserve.prompt.build import Prompt
+from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
 from vlserve.server.chat import StructuredBody, read_structured
 from vlserve.server.protocol import MAX_CHOICES, Chunks, SamplingBody
-from vlserve.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

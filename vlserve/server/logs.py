@@ -14,7 +14,7 @@ from typing import Any
 
 from vlserve.config import ServerConfig
 from vlserve.engine.messages import FinishReason
-from vlserve.outputs import Usage
+from vlserve.pipeline.outputs import Usage
 
 
 def configure_logging(config: ServerConfig) -> None:

@@ -25,14 +25,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from vlserve.engine.messages import FinishReason, Stats
-from vlserve.observer import Preparation
-from vlserve.outputs import Timing, Usage
+from vlserve.pipeline.outputs import Timing, Usage
 from vlserve.server.gpus import Gpus
 from vlserve.server.logs import access_line
+from vlserve.timing import Preparation
 
 if TYPE_CHECKING:
-    from vlserve.pipeline import VLPipeline
-    from vlserve.prompt import Prompt
+    from vlserve.pipeline.vl_pipeline import VLPipeline
+    from vlserve.prompt.build import Prompt
 
 log = logging.getLogger(__name__)
 # seconds; from a small model on a GPU to a large one on a CPU

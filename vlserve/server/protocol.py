@@ -19,8 +19,8 @@ from vlserve.config import MAX_LOGPROBS, SamplingParams
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
 from vlserve.migrating import explain_sampling
-from vlserve.outputs import Usage
-from vlserve.tokenizer import Tokenizer
+from vlserve.pipeline.outputs import Usage
+from vlserve.prompt.tokenizer import Tokenizer
 
 MAX_CHOICES = 16  # of one request
 # without any influence on the answer

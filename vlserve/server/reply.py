@@ -1,6 +1,6 @@
 """An answer's text told apart while it comes: reasoning, content, and function calls in the Hermes form.
 
-The Hermes form, which Qwen and InternVL use, is <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
+The Hermes form is <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ from pydantic import Field
 
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
-from vlserve.outputs import Delta, Usage
-from vlserve.prompt import Prompt
+from vlserve.pipeline.outputs import Delta, Usage
+from vlserve.prompt.build import Prompt
+from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
 from vlserve.server.chat import ChatRequest, Function, FunctionName, is_thinking
 from vlserve.server.protocol import AnswerBody, Strict
 from vlserve.server.reply import Piece, ReplyParser
-from vlserve.tokenizer import Tokenizer
 
 LOGPROBS = "message.output_text.logprobs"
 

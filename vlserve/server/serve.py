@@ -13,10 +13,10 @@ from types import FrameType
 
 import uvicorn
 
-from vlserve.balance import memory_lines
 from vlserve.config import ServerConfig
 from vlserve.errors import VLServeError
-from vlserve.pipeline import VLPipeline
+from vlserve.pipeline.vl_pipeline import VLPipeline
+from vlserve.ranks.memory_report import memory_lines
 from vlserve.server.admission import KEYS_VARIABLE, Admission
 from vlserve.server.app import create_app
 from vlserve.server.logs import configure_logging

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from vlserve.errors import EngineError
-from vlserve.outputs import Delta
+from vlserve.pipeline.outputs import Delta
 from vlserve.server import protocol
 from vlserve.server.guard import INTERNAL_ERROR, engine_error_code
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from vlserve.errors import RequestError
-from vlserve.prompt import PromptOptions
+from vlserve.prompt.build import PromptOptions
 from vlserve.server.chat import Tool
 from vlserve.server.protocol import Body
 

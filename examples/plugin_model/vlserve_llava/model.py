@@ -12,9 +12,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vlserve.engine.model import Model, build_decoder
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
+from vlserve.models.base import Model, build_decoder
 from vlserve.vision.config import ImageConfig
 
 # timm's names for the encoder's parts, and the checkpoint's

@@ -1,0 +1,281 @@
+"""What xgrammar would pass over is refused by name and place; what is taken lets only valid documents through."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import random
+import re
+import uuid
+from collections.abc import Callable
+from datetime import date, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import jsonschema
+import pytest
+import torch
+import xgrammar
+
+from vlserve.config import StructuredOutput
+from vlserve.errors import RequestError
+from vlserve.structured.grammar import to_grammar
+from vlserve.structured.json_schema import SchemaError, read_schema, rewrite_schema
+from vlserve.structured.regex import Budget
+
+# single bytes without control characters but the newline, as the engine has it for JSON; the last one ends
+BYTES = [bytes([byte]) if byte == 10 or byte >= 32 else b"" for byte in range(256)]
+SECOND = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> xgrammar.GrammarCompiler:
+    vocabulary = xgrammar.TokenizerInfo([*BYTES, b""], xgrammar.VocabType.RAW, vocab_size=257, stop_token_ids=[256])
+    return xgrammar.GrammarCompiler(vocabulary, max_threads=1)
+
+
+def wander(compiler: xgrammar.GrammarCompiler, schema: Any, rng: random.Random, most: int = 400) -> str | None:
+    """A document that the grammar lets through, drawn byte by byte; None when it has no end after `most` bytes."""
+    matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(to_grammar(StructuredOutput(json=json.dumps(schema)))))
+    bitmask, out = torch.zeros(1, 9, dtype=torch.int32), bytearray()
+    while len(out) < most:
+        matcher.fill_next_token_bitmask(bitmask, 0)
+        words = bitmask[0].tolist()
+        allowed = [t for t in range(257) if words[t // 32] >> (t % 32) & 1 and (t == 256 or BYTES[t])]
+        if out and out[-1] in SECOND:
+            allowed = [t for t in allowed if t in SECOND[out[-1]]]
+        assert allowed, f"{schema}: no way on after {bytes(out)!r}"
+        weights = [30 if t == 256 or t in (34, 93, 125) else 0.1 if t in (10, 32) else 1 if t < 128 else 0.05 for t in allowed]
+        (token,) = rng.choices(allowed, weights)
+        assert matcher.accept_token(token)
+        if token == 256:
+            return out.decode()
+        out.append(token)
+    return None
+
+
+NAMES = ["a", "b", "ab", "c d", "é", 'x"y', "_"]
+PATTERNS = ["^a", "b$", r"^[A-Z]{2,4}-\d+$", "[^a]x", "^.{2,5}$", r"^\S+$", "^(?:ab|c)+$", "^a|b$", r"^[\]^-]+$", "é", "^$", ""]
+
+
+def number(rng: random.Random, kind: str) -> dict[str, Any]:
+    low = rng.choice([rng.randint(-1000, 1000), rng.randint(-(10**12), 10**12), 0, round(rng.uniform(-5, 5), rng.randint(0, 4))])
+    low = int(low) if kind == "integer" else low
+    schema: dict[str, Any] = {"type": kind}
+    if rng.random() < 0.5:
+        schema[rng.choice(["minimum", "exclusiveMinimum"])] = low
+    if rng.random() < 0.5:
+        schema[rng.choice(["maximum", "exclusiveMaximum"])] = low + rng.choice([2, 3, 1000])
+    if kind == "integer" and len(schema) in (1, 3) and rng.random() < 0.5:
+        schema["multipleOf"] = rng.randint(1, 3)
+    return schema
+
+
+def string(rng: random.Random, kind: str) -> dict[str, Any]:
+    least = rng.randint(0, 5)
+    bounds = [{}, {"minLength": least}, {"maxLength": least}, {"minLength": least, "maxLength": least + 3}]
+    return {"type": "string", **rng.choice([*bounds, {"pattern": rng.choice(PATTERNS)}])}
+
+
+def array(rng: random.Random, depth: int) -> dict[str, Any]:
+    least = rng.randint(0, 3)
+    schema: dict[str, Any] = {"type": "array", "minItems": least, "items": random_schema(rng, depth + 1)}
+    if rng.random() < 0.6:
+        schema["maxItems"] = least + 2
+    if rng.random() < 0.3:
+        schema["prefixItems"] = [random_schema(rng, depth + 1) for _ in range(2)]
+    return schema
+
+
+def closed(rng: random.Random, depth: int) -> dict[str, Any]:
+    names = rng.sample(NAMES, rng.randint(1, 4))
+    required = [name for name in names if rng.random() < 0.5]
+    schema = {"type": "object", "properties": {n: random_schema(rng, depth + 1) for n in names}, "required": required}
+    if rng.random() < 0.3:
+        schema["minProperties"] = rng.randint(0, len(names))
+    if rng.random() < 0.3:
+        schema["maxProperties"] = max(len(required), schema.get("minProperties", 0))
+    return schema
+
+
+def opened(rng: random.Random, depth: int) -> dict[str, Any]:
+    more: list[dict[str, Any]] = [
+        {"properties": {"a": random_schema(rng, depth + 1)}, "additionalProperties": random_schema(rng, depth + 1)},
+        {"additionalProperties": random_schema(rng, depth + 1), "minProperties": 1, "maxProperties": 3},
+        {"patternProperties": {rng.choice(["^x-", "^[a-z]{1,3}$", "é"]): random_schema(rng, depth + 1)}},
+        {"propertyNames": rng.choice([{"pattern": "^[a-c]+$"}, {"enum": ["k", "l"]}, {"maxLength": 3}])},
+        {},
+    ]
+    return {"type": "object", **rng.choice(more)}
+
+
+def random_schema(rng: random.Random, depth: int = 0) -> Any:
+    leaves: list[Callable[[], Any]] = [
+        lambda: number(rng, rng.choice(["integer", "number"])),
+        lambda: string(rng, "string"),
+        lambda: {"type": rng.choice(["null", "boolean"])},
+        lambda: {"enum": rng.sample([1, 2.5, "a", 'é"\n', None, True, [1, "x"], {"a": 1}, "", -0.1, 1e20], 3)},
+        lambda: {"const": rng.choice([1, "x\\y", {"b": [1]}, False])},
+        lambda: {"type": rng.sample(["integer", "string", "null", "array"], 2), "maxLength": 4, "minimum": 3},
+        lambda: {"$ref": rng.choice(["#/$defs/chain", "#/$defs/list/items"])},
+        lambda: {"oneOf": [{"type": "integer", "maximum": 3}, {"type": "string", "maxLength": 2}, {"const": None}]},
+        lambda: True,
+    ]
+    branches: list[Callable[[], Any]] = [
+        lambda: array(rng, depth),
+        lambda: closed(rng, depth),
+        lambda: opened(rng, depth),
+        lambda: {"anyOf": [random_schema(rng, depth + 1) for _ in range(2)]},
+        lambda: {"allOf": [random_schema(rng, depth + 1)], "title": "one"},
+    ]
+    return rng.choice(leaves + branches * (2 if depth == 0 else 1 if depth < 3 else 0))()
+
+
+DEFINITIONS = {
+    "chain": {"type": "object", "properties": {"n": {"anyOf": [{"$ref": "#/$defs/chain"}, {"type": "null"}]}}, "required": ["n"]},
+    "list": {"type": "array", "items": {"type": "integer", "minimum": 5}},
+}
+
+
+def test_what_the_grammar_lets_through_is_valid(compiler: xgrammar.GrammarCompiler) -> None:
+    rng, ended = random.Random(5), 0
+    for _ in range(200):
+        schema = random_schema(rng)
+        schema = {**({} if schema is True else schema), "$defs": DEFINITIONS}
+        for _ in range(2):
+            document = wander(compiler, schema, rng)
+            if document is not None:
+                jsonschema.Draft202012Validator(schema).validate(json.loads(document))
+                ended += 1
+    assert ended > 350
+
+
+FORMATS: dict[str, Callable[[str], Any]] = {
+    "date": date.fromisoformat,
+    "date-time": lambda text: datetime.fromisoformat(text[:19]),
+    "time": lambda text: datetime.fromisoformat(f"2000-01-01T{text[:8]}"),
+    "ipv4": ipaddress.IPv4Address,
+    "ipv6": ipaddress.IPv6Address,
+    "uuid": uuid.UUID,
+    "email": lambda text: text.index("@", 1) < text.index(".", text.index("@")),
+    "hostname": lambda text: text.encode("idna"),
+    "duration": lambda text: re.fullmatch(r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+S)?)?)", text),
+    "uri": lambda text: urlsplit(text).scheme,
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_come_out_right(compiler: xgrammar.GrammarCompiler, format: str) -> None:
+    rng = random.Random(format)
+    for _ in range(60):
+        document = wander(compiler, {"type": "string", "format": format}, rng)
+        if document is not None and not document.startswith('"0000'):  # Python's calendar begins with the year 1
+            assert FORMATS[format](json.loads(document)), document
+
+
+def test_29_february_is_a_day_of_leap_years_only(compiler: xgrammar.GrammarCompiler) -> None:
+    schema = StructuredOutput(json={"type": "string", "format": "date"})
+    matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(to_grammar(schema)))
+    for year in range(1888, 2112):
+        matcher.reset()
+        is_leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+        assert (matcher.accept_string(f'"{year}-02-29"') and matcher.is_completed()) == is_leap
+
+
+UNSUPPORTED: list[tuple[Any, str]] = [
+    ({"type": "array", "uniqueItems": True}, r"'uniqueItems' is not supported \(at #\)"),
+    ({"items": {"not": {"type": "null"}}}, r"'not' is not supported \(at #/items\)"),
+    ({"properties": {"a": {"if": {}, "then": {}}}}, r"'if' is not supported \(at #/properties/a\)"),
+    ({"anyOf": [{"type": "null"}, {"type": "array", "contains": {}}]}, r"'contains' is not supported \(at #/anyOf/1\)"),
+    ({"type": "array", "minContains": 1}, "'minContains'"),
+    ({"type": "object", "dependentRequired": {}}, "'dependentRequired'"),
+    ({"type": "array", "additionalItems": False}, "'additionalItems'"),
+    ({"$dynamicRef": "#a"}, r"'\$dynamicRef'"),
+    ({"type": "string", "minLenght": 3}, "'minLenght'"),
+    ({"type": "string", "nullable": True}, "'nullable'"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "else": 1}}}, r"'else' is not supported \(at #/\$defs/a\)"),
+    ({"type": "number", "multipleOf": 0.1}, "multipleOf is supported for integers only"),
+    ({"type": "integer", "multipleOf": 2000}, "multipleOf is 2000; expected a whole number from 1 to 1024"),
+    ({"type": "integer", "multipleOf": 2, "minimum": 0}, "both its ends"),
+    ({"type": "integer", "format": "int32"}, "format is supported for strings only"),
+    ({"type": "string", "format": "json-pointer"}, "format 'json-pointer' is not supported; formats: date"),
+    ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern cannot be combined with maxLength"),
+    ({"type": "string", "format": "date", "pattern": "a"}, "format cannot be combined with pattern"),
+    ({"type": "string", "pattern": "(?=a)"}, r"pattern '\(\?=a\)' cannot be used: lookaround"),
+    ({"type": "string", "maxLength": 10**9}, "maxLength is 1000000000; expected a whole number from 0 to 65536"),
+    ({"type": "array", "maxItems": 10**9}, "maxItems"),
+    ({"type": "array", "items": [{}]}, "neither an object nor true"),
+    ({"type": "string", "const": 3}, "const has a value that is not of its type"),
+    ({"const": 3, "minimum": 2}, "const cannot be combined with minimum"),
+    ({"const": 2**60}, "more than a JSON number holds"),
+    ({"enum": []}, "enum must be a list with values"),
+    ({"anyOf": []}, "anyOf must be a list of schemas"),
+    ({"type": "object", "anyOf": [{}]}, "anyOf cannot be combined with type"),
+    ({"anyOf": [{}], "allOf": [{}]}, "anyOf cannot be combined with allOf"),
+    ({"allOf": [{"type": "object"}, {"type": "object"}]}, "allOf is supported with one schema only"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf has alternatives that may both fit"),
+    ({"$ref": "#/$defs/a", "type": "object"}, r"\$ref cannot be combined with type"),
+    ({"$ref": "http://example.com/a.json"}, "only references within the schema"),
+    ({"$ref": "#/$defs/a"}, "points at nothing"),
+    ({"minLength": 3}, "minLength needs a type"),
+    ({"type": "object", "required": ["a"]}, "required names 'a', which properties does not have"),
+    ({"type": "object", "properties": {"a": {}}, "patternProperties": {"b": {}}}, "patternProperties cannot be combined"),
+    ({"type": "object", "patternProperties": {"b": {}, "c": {}}}, "one pattern only"),
+    ({"type": "object", "propertyNames": {}, "additionalProperties": False}, "propertyNames cannot be combined"),
+    ({"type": "object", "additionalProperties": True, "minProperties": 3}, "minProperties above 1"),
+    ({"type": "object", "properties": {str(i): {} for i in range(40)}, "maxProperties": 9}, "at most 32 properties"),
+    ({"type": "number", "minimum": 1e-9}, "finer than five places"),
+    ({"type": "number", "exclusiveMinimum": True}, "must be a number"),
+    ({"type": []}, r"type is \[\]"),
+    (False, "allows nothing"),
+    ([], "neither an object nor true"),
+]
+
+
+@pytest.mark.parametrize("schema,message", UNSUPPORTED, ids=[str(n) for n in range(len(UNSUPPORTED))])
+def test_what_is_not_supported_is_refused_by_name_and_place(schema: Any, message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
+        read_schema(json.dumps(schema))
+    with pytest.raises(RequestError, match="structured.json cannot be used"):
+        to_grammar(StructuredOutput(json=json.dumps(schema)))
+
+
+def test_size_and_depth_are_bounded() -> None:
+    deep: Any = {}
+    for _ in range(40):
+        deep = {"items": deep}
+    wide = {"anyOf": [{"const": i} for i in range(600)]}
+    for schema in (deep, wide):
+        with pytest.raises(SchemaError, match="too large"):
+            rewrite_schema(schema, Budget())
+    lengths = {"anyOf": [{"type": "string", "maxLength": 500 + i} for i in range(9)]}
+    with pytest.raises(SchemaError, match=r"come to 1152 states, 1024 are allowed; .* \(at #/anyOf/8\)"):
+        rewrite_schema(lengths, Budget())
+    rewrite_schema({"anyOf": [{"type": "string", "maxLength": 500} for _ in range(9)]}, Budget())
+    for text in ('{"minimum": NaN}', "{'a': 1}", "[" * 9000):
+        with pytest.raises(SchemaError, match="not valid JSON"):
+            read_schema(text)
+
+
+def test_references_are_followed_once_and_cycles_end() -> None:
+    tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#/properties/left"}}}
+    assert rewrite_schema(tree, Budget()) == {
+        "type": "object",
+        "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#/$defs/d1"}},
+        "required": [],
+        "$defs": {"d1": {"$ref": "#"}},
+    }
+
+
+def test_alternatives_of_one_of_may_differ_in_a_required_constant() -> None:
+    def arm(kind: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"]}
+
+    schema = {
+        "oneOf": [{"$ref": "#/$defs/cat"}, arm("dog")],
+        "$defs": {"cat": arm("cat")},
+        "discriminator": {"propertyName": "kind"},
+    }
+    assert len(rewrite_schema(schema, Budget())["anyOf"]) == 2
+    with pytest.raises(SchemaError, match="may both fit"):
+        rewrite_schema({"oneOf": [arm("dog"), arm("dog")]}, Budget())

@@ -1,0 +1,139 @@
+"""Expressions mean for xgrammar what they mean for Python, within a text of its own and within a JSON string."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+import xgrammar
+
+from vlserve.structured.regex import Budget, rewrite
+
+ASCII = [chr(code) for code in range(1, 127)]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> xgrammar.GrammarCompiler:
+    vocabulary = xgrammar.TokenizerInfo([*(bytes([i]) for i in range(256)), b""], stop_token_ids=[256])
+    return xgrammar.GrammarCompiler(vocabulary, max_threads=1)
+
+
+def fits(compiler: xgrammar.GrammarCompiler, pattern: str, texts: list[str], in_json: bool = False) -> list[str]:
+    """Those of `texts` that the rewritten pattern takes."""
+    text = rewrite(pattern, Budget(), in_json=in_json)
+    if in_json:
+        schema: dict[str, Any] = {"type": "string", "pattern": f"^{text}$"}
+        matcher = xgrammar.GrammarMatcher(compiler.compile_json_schema(json.dumps(schema)))
+    else:
+        matcher = xgrammar.GrammarMatcher(compiler.compile_regex(text))
+    taken = []
+    for candidate in texts:
+        matcher.reset()
+        if matcher.accept_string(f'"{candidate}"' if in_json else candidate) and matcher.is_completed():
+            taken.append(candidate)
+    return taken
+
+
+@pytest.mark.parametrize("form", ("{}", "[{}]", "[^{}]", "[A{}]", "[{}a]", "[{}-~]", "{}cd", "{}{{2}}"))
+def test_every_ascii_character_means_itself(compiler: xgrammar.GrammarCompiler, form: str) -> None:
+    for character in ASCII:
+        pattern = form.format("\\" + character if not character.isalnum() else character)
+        texts = [*ASCII, character + "cd", character * 2]
+        want = [t for t in texts if re.fullmatch(pattern, t, re.ASCII)]
+        assert fits(compiler, pattern, texts) == want, pattern
+        harmless = [t for t in texts if min(t) >= " " and not set(t) & {'"', "\\"}]
+        if character in harmless:
+            assert fits(compiler, pattern, harmless, in_json=True) == [t for t in harmless if re.search(pattern, t, re.ASCII)]
+
+
+PATTERNS = [
+    r"a|b*",
+    r"(ab)+|c?",
+    r"(?:a|b){2,3}",
+    r"[^ab]c?",
+    r"a{0}",
+    r"a{2,}",
+    r"a{,2}",
+    r"^ab?$",
+    r"(|a)b",
+    r"a*?b+?",
+    r"(?P<x>a)c",
+    r"\d\D",
+    r"\w\W",
+    r".",
+    r"a.b",
+    r"^a|b$",
+    r"(a|^b)c",
+    r"[a-c]{3}",
+    r"[\]\-^_]+",
+    r"é+",
+    r"[é-ü]a",
+    r"[^é]",
+    r"\u00e9",
+    r"😀",
+    r"[😀-😎]{2}",
+    r"\.",
+    r"\/",
+    r"((a|b)c){2}",
+    r"x{0,3}y",
+    r"[^\x01ab]",
+    r"[\x01\x02a-c]",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_expressions_mean_what_python_says(compiler: xgrammar.GrammarCompiler, pattern: str) -> None:
+    rng = random.Random(pattern)
+    texts = ["".join(letters) for n in range(4) for letters in itertools.product("abc", repeat=n)]
+    texts += ["".join(rng.choices("abcxy -^]_./1éü😀😎", k=rng.randint(1, 5))) for _ in range(300)]
+    assert fits(compiler, pattern, texts) == [t for t in texts if re.fullmatch(pattern, t, re.ASCII)]
+    assert fits(compiler, pattern, texts, in_json=True) == [t for t in texts if re.search(pattern, t, re.ASCII)]
+
+
+@pytest.mark.parametrize("pattern", (".", ".*", "[^a]{1,3}", r"\S+", r"[\s\S]", "é|.", "[!-~]", r"\W"))
+def test_nothing_breaks_out_of_a_json_string(compiler: xgrammar.GrammarCompiler, pattern: str) -> None:
+    assert fits(compiler, pattern, ['"', "\\", "\n", "\t", "\x01", 'a"b', "a\\"], in_json=True) == []
+
+
+@pytest.mark.parametrize(
+    "pattern,reason",
+    [
+        ("(?=a)b", "lookaround"),
+        ("(?<!a)b", "lookaround"),
+        (r"(a)\1", "backreferences"),
+        (r"\ba", "anchors"),
+        ("a^b", "anchors"),
+        ("(a$)b", "anchors"),
+        ("(?i)a", "flags"),
+        ("(?i:a)", "flags"),
+        (r"\p{L}", "bad escape"),
+        ("(a", "missing"),
+        ("*a", "nothing to repeat"),
+        ("a{70000}", "repeats 70000 times"),
+        ("(a{500}){500}", "states"),
+        ("(" * 4000, "nested|missing"),
+    ],
+)
+def test_the_rest_is_refused_with_a_reason(pattern: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        rewrite(pattern, Budget())
+
+
+def test_in_json_quotes_and_long_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="quote"):
+        rewrite('^"a"$', Budget(), in_json=True)
+    with pytest.raises(ValueError, match="repeats 500 times; 128"):
+        rewrite("^a{500}$", Budget(), in_json=True)
+
+
+def test_what_is_equal_is_counted_once() -> None:
+    budget = Budget()
+    for _ in range(20):
+        rewrite("a{100}", budget)
+    with pytest.raises(ValueError, match="fewer different ones"):
+        for n in range(20):
+            rewrite(f"a{{{100 + n}}}", budget)

@@ -1,0 +1,220 @@
+"""Work of a few fixed sizes, recorded as CUDA graphs at its first time and replayed afterwards: decode steps and tiles.
+
+A step is padded to the next size and put into buffers that stay where they are; replaying launches all kernels of the decoder
+at once. All but `CudaRecorder` is the same on any device. Shapes: S rows of a size, M blocks of the longest sequence, C hidden
+size, N tiles.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from vlserve.engine.batch import Rows, known_ids
+from vlserve.engine.process_group import DistributedGroup, Traffic
+from vlserve.kernels.attention_plan import FixedDecodes, read_shape
+from vlserve.kernels.paged_attention import AttentionMetadata
+from vlserve.kernels.upload import pinned, upload
+from vlserve.llm.kv_cache import KVCache
+from vlserve.llm.parallel import Group
+from vlserve.models.base import Model
+from vlserve.plan.cuda_graph_sizes import TILE_SIZES, decode_sizes, next_size
+
+log = logging.getLogger(__name__)
+Work = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Makes graphs within a number of bytes; `num_free_bytes` are those left."""
+
+    num_free_bytes: int
+
+    def record(self, work: Work) -> Work:
+        """A graph of `work`, which is not done by this; the result replays it. Raises RuntimeError."""
+
+
+class CudaRecorder:
+    """All graphs of a rank share one pool of memory, since only one runs at a time."""
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self._device, self.num_free_bytes = device, num_bytes
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # as recording begins with it, which would look like memory won
+        before = torch.cuda.mem_get_info(self._device)[0]
+        # thread_local: other threads, as NCCL's own, may go on asking the driver
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        self.num_free_bytes -= max(0, before - torch.cuda.mem_get_info(self._device)[0])
+        return graph.replay
+
+
+class Graphs:
+    """Work by size: done as it is and then recorded the first time, replayed from then on.
+
+    `group`: ranks whose work holds collectives; they record the same sizes in the same order, or none of them does.
+    """
+
+    def __init__(self, name: str, sizes: tuple[int, ...], recorder: Recorder, group: Group | None = None) -> None:
+        self._name, self._sizes, self._recorder = name, sizes, recorder
+        self._group = group if isinstance(group, DistributedGroup) else None
+        self._replays: dict[int, tuple[Work, dict[str, Traffic]]] = {}
+
+    @property
+    def recorded(self) -> tuple[int, ...]:
+        """Sizes, in the order of their first steps."""
+        return tuple(self._replays)
+
+    def size_for(self, number: int) -> int | None:
+        """The size to which `number` is padded; None where it is computed as it is."""
+        return next_size(self._sizes, number)
+
+    def run(self, size: int, work: Work) -> None:
+        """Do `work`, which is always the same for a size and reads and writes tensors that stay where they are."""
+        if size not in self._replays:
+            work()  # its kernels are compiled by this, and libraries get ready
+            self._record(size, work)
+            return
+        replay, traffic = self._replays[size]
+        replay()
+        if self._group is not None:
+            self._group.count(traffic)
+
+    def _record(self, size: int, work: Work) -> None:
+        if not self._all(self._recorder.num_free_bytes > 0):
+            log.warning("the memory set aside for CUDA graphs is used up: no more are made for %s", self._name)
+            self._sizes = tuple(sorted(self._replays))
+            return
+        cause, traffic = "another rank could not", dict[str, Traffic]()
+        try:
+            if self._group is None:
+                replay = self._recorder.record(work)
+            else:
+                with self._group.recording() as traffic:
+                    replay = self._recorder.record(work)
+            is_made = True
+        except Exception as error:  # noqa: BLE001  (a package's model may raise what it likes; the step itself has been done)
+            is_made, cause = False, f"{type(error).__name__}: {error}"
+        if self._all(is_made):
+            self._replays[size] = replay, traffic
+            return
+        self._sizes, self._replays = (), {}
+        log.warning("no CUDA graphs for %s, which is launched kernel by kernel: %s (--enforce-eager says so at once)",
+                    self._name, cause)  # fmt: skip
+
+    def _all(self, answer: bool) -> bool:
+        """Whether it is so on every rank."""
+        return answer if self._group is None else self._group.minimum(int(answer), "graphs") == 1
+
+
+class DecodeGraphs:
+    """Decode steps through buffers of a fixed size. Rows of padding are sequences of one token in `spare_block`, which nobody
+    owns and to which all of them write the same."""
+
+    def __init__(
+        self, model: Model, cache: KVCache, recorder: Recorder, *, max_num_seqs: int, max_model_len: int, spare_block: int
+    ) -> None:
+        self._decoder, self._cache = model.decoder, cache
+        self._spare_block, self._block_size = spare_block, cache.block_size
+        self._device = model.decoder.norm.device
+        sizes = decode_sizes(max_num_seqs)
+        self.graphs = Graphs("decode steps", sizes, recorder, model.decoder.split.group)
+        width = -(-max_model_len // self._block_size)
+        self._tables = torch.full((sizes[-1], width), spare_block, dtype=torch.int32, device=self._device)
+        self._hidden = model.decoder.norm.new_zeros(sizes[-1], model.decoder.config.hidden_size)
+        self._buffers: dict[int, _Buffers] = {}
+
+    def size_for(self, rows: Rows) -> int | None:
+        """The size of the buffers that take this step; None for one that has prefills or is too large."""
+        return self.graphs.size_for(len(rows.ids)) if rows.are_decodes else None
+
+    def run(self, size: int, rows: Rows, last_tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, C] of a step, to be used before the next one."""
+        buffers = self._buffers.get(size)
+        if buffers is None:
+            buffers = self._buffers[size] = _Buffers(self._fixed(size), self._tables[:size], self._device)
+        self._fill(buffers, rows, last_tokens)
+
+        def work() -> None:
+            x = self._decoder.embed(buffers.ids)
+            self._hidden[:size].copy_(self._decoder(x, buffers.positions, self._cache, buffers.metadata))
+
+        self.graphs.run(size, work)
+        return self._hidden[: len(rows.ids)]
+
+    def _fixed(self, size: int) -> FixedDecodes:
+        decoder = self._decoder
+        heads = decoder.num_query_heads
+        return FixedDecodes(size, read_shape(heads, decoder.norm.dtype, self._device, self._cache.layers[0][0]))
+
+    def _fill(self, buffers: _Buffers, rows: Rows, last_tokens: torch.Tensor) -> None:
+        spare = buffers.fixed.size - len(rows.ids)
+        slot, lens = self._spare_block * self._block_size, (*rows.context_lens, *[1] * spare)
+        buffers.put([*rows.ids, *[0] * spare], [*rows.positions, *[0] * spare], [*rows.slots, *[slot] * spare], lens)
+        width = max(map(len, rows.tables))
+        tables = [block for table in rows.tables for block in table + table[-1:] * (width - len(table))]
+        tables += [self._spare_block] * (spare * width)
+        buffers.tables[:, :width].copy_(upload(tables, torch.int32, self._device).view(-1, width))
+        buffers.ids.copy_(known_ids(buffers.ids, last_tokens))
+
+
+class _Buffers:
+    """Of one size: ids, positions and slots [S] int64 and attention's schedule int32, in one piece of memory."""
+
+    def __init__(self, fixed: FixedDecodes, tables: torch.Tensor, device: torch.device) -> None:
+        self.fixed, self.tables = fixed, tables
+        self._num_words = 3 * fixed.size + -(-fixed.num_numbers // 2)
+        self._words = torch.zeros(self._num_words, dtype=torch.int64, device=device)
+        self.ids, self.positions, slots = self._words[: 3 * fixed.size].split(fixed.size)
+        schedule = self._words[3 * fixed.size :].view(torch.int32)[: fixed.num_numbers]
+        self.metadata = AttentionMetadata(
+            query_lens=(),  # the schedule has them
+            context_lens=(),
+            block_tables=tables,
+            slots=slots,
+            decodes=(),
+            prefills=(),
+            launches=dict(fixed.launches(schedule, tables)),
+        )
+
+    def put(self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], context_lens: Sequence[int]) -> None:
+        """In one copy."""
+        words = pinned((self._num_words,), torch.int64, self._words.device)
+        size = self.fixed.size
+        words[: 3 * size] = torch.tensor([*ids, *positions, *slots])
+        words[3 * size :].view(torch.int32)[: self.fixed.num_numbers] = torch.tensor(
+            self.fixed.numbers(context_lens), dtype=torch.int32
+        )
+        self._words.copy_(words, non_blocking=True)
+
+
+class TileGraphs:
+    """A few tiles through the vision encoder; there are no collectives in it, so each rank has its own sizes."""
+
+    def __init__(self, model: Model, recorder: Recorder) -> None:
+        self._model = model
+        self.graphs = Graphs("the vision encoder", TILE_SIZES, recorder)
+        config, norm = model.image_config, model.decoder.norm
+        size, width = config.tile_size, model.decoder.config.hidden_size
+        self._tiles = torch.zeros(TILE_SIZES[-1], 3, size, size, dtype=torch.uint8, device=norm.device)
+        self._features = norm.new_zeros(TILE_SIZES[-1], config.tokens_per_tile, width)
+
+    def encode(self, tiles: torch.Tensor) -> torch.Tensor:
+        """As `Model.encode`; to be used before the next call."""
+        number = len(tiles)
+        size = self.graphs.size_for(number)
+        if size is None:
+            return self._model.encode(tiles)
+        self._tiles[:number].copy_(tiles, non_blocking=True)
+
+        def work() -> None:
+            self._features[:size].copy_(self._model.encode(self._tiles[:size]))
+
+        self.graphs.run(size, work)
+        return self._features[:number]

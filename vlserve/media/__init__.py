@@ -1,0 +1,1 @@
+"""Bytes to pictures: named, fetched within bounds, decoded, preprocessed."""

@@ -1,0 +1,134 @@
+"""What a picture's source gives without any network: data URLs, files, bytes, and PIL images and arrays as they are.
+
+Owns who may read which file: Python any, an HTTP request those below one folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
+
+import numpy as np
+from PIL import Image
+
+from vlserve.config import MediaConfig
+from vlserve.media.decode import Source, image_error
+from vlserve.prompt.chat_messages import ImagePart
+
+MAX_PERCENT = 2**20  # characters of %xx; taking them apart takes fifty times their memory
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a pipe must not wait for its other end
+
+
+def scheme_of(source: Any) -> str:
+    """Of a URL that pictures may have, in lower case; empty for anything else."""
+    scheme, colon, _ = source[:6].lower().partition(":") if isinstance(source, str) else ("", "", "")
+    return scheme if colon and scheme in ("data", "file", "http", "https") else ""
+
+
+def read_source(part: ImagePart, config: MediaConfig) -> Source:
+    """Bytes, or the PIL image or array itself. Raises RequestError for anything else, and for URLs that must be fetched."""
+    source, param = part.source, part.param
+    scheme = scheme_of(source)
+    if scheme == "data":
+        return _read_data_url(source, param, config)
+    if scheme == "file":
+        return _read_file_url(source, part, config)
+    if isinstance(source, (str, os.PathLike)):
+        if not part.local:
+            raise image_error(param, "expected a data: or http(s): URL", "invalid_image_url")
+        return _read_path(source, param, config)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return source
+    raise image_error(param, f"a {type(source).__name__} is no picture; give a PIL image, path, URL, data URL, bytes or array")
+
+
+def _read_data_url(url: str, param: str, config: MediaConfig) -> bytes:
+    header, comma, body = url.partition(",")
+    if not comma:
+        raise image_error(param, "the data: URL has no comma and so no data", "invalid_image_url")
+    is_base64 = header.lower().endswith(";base64")
+    if not is_base64 and len(body) > MAX_PERCENT:
+        message = f"a data: URL without ;base64 may have {MAX_PERCENT} characters; send the picture as base64"
+        raise image_error(param, message, "image_file_too_large")
+    limit = config.max_image_mib * 2**20
+    if len(body) > limit // 3 * 4 + 8:
+        raise image_error(param, f"the picture has more than {limit} bytes", "image_file_too_large")
+    if not is_base64:
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise image_error(param, "the data: URL's base64 is damaged", "invalid_base64_image") from None
+
+
+def _read_file_url(url: str, part: ImagePart, config: MediaConfig) -> bytes:
+    """A file: URL. From HTTP only below allowed_local_media_path, and one message for all that is not there."""
+    try:
+        parts = urlsplit(url)
+        path = os.fsdecode(unquote_to_bytes(parts.path))
+        is_plain = parts.netloc in ("", "localhost") and not parts.query and not parts.fragment
+    except ValueError:
+        is_plain = False
+    if not is_plain or "\0" in path or not path.startswith("/"):
+        raise image_error(part.param, "expected a file URL such as file:///folder/picture.png", "invalid_image_url")
+    if part.local:
+        return _read_path(path, part.param, config)
+    if config.allowed_local_media_path is None:
+        message = "expected a data: or http(s): URL; this server gives no files"
+        raise image_error(part.param, message, "invalid_image_url")
+    try:
+        return _read_open_file(_open_below(config.allowed_local_media_path, path), part.param, config)
+    except (OSError, ValueError):
+        message = "no such picture in the folder that this server gives files from"
+        raise image_error(part.param, message, "image_file_not_found") from None
+
+
+def _read_path(path: str | os.PathLike[str], param: str, config: MediaConfig) -> bytes:
+    try:
+        return _read_open_file(os.open(os.path.expanduser(path), _OPEN), param, config)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a path"
+        raise image_error(param, f"cannot read {path}: {reason}", "image_file_not_found") from None
+
+
+def _open_below(root: str, path: str) -> int:
+    """Opens the file that a path really is, if that is below the root; raises OSError or ValueError.
+
+    The path is resolved first and then opened part by part without following links, so that one that is
+    swapped in between leads nowhere.
+    """
+    root = os.path.realpath(root, strict=True)
+    parts = Path(os.path.realpath(path, strict=True)).relative_to(root).parts
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in parts[:-1]:
+            below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        return os.open(parts[-1] if parts else ".", _OPEN | os.O_NOFOLLOW, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def _read_open_file(descriptor: int, param: str, config: MediaConfig) -> bytes:
+    """All of a regular file. What has no size, such as the files of /proc, counts as empty."""
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        limit = config.max_image_mib * 2**20
+        if status.st_size > limit:
+            message = f"the picture has {status.st_size} bytes, the limit is {limit}"
+            raise image_error(param, message, "image_file_too_large")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Families of models: what the front and a rank must know of each, and how a checkpoint is found."""

@@ -1,0 +1,128 @@
+"""Finds a model's folder and reads its JSON files: the box's `demo`, a local path, or the Hugging Face Hub.
+
+No torch, no weights: those are the rank's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlserve.config import EngineConfig
+from vlserve.errors import ConfigError, ModelError
+from vlserve.llm.quantisation import FILES, Quantisation, find_quantisation
+from vlserve.llm.shards import read_shards
+from vlserve.models.registry import Architecture, find_architecture
+from vlserve.vision.config import ImageConfig
+
+DEMO = Path(__file__).parents[1] / "demo"
+_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint's folder and its settings, as dictionaries; weights stay on disk."""
+
+    folder: Path
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    image_config: ImageConfig
+    architecture: Architecture
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        text = self.config.get("text_config") or {}
+        places = (self.generation, text, self.config)
+        given: int | list[int] = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
+        return frozenset([given] if isinstance(given, int) else given)
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How the decoder's weights are stored, None where nothing says that they are quantised; raises ValueError."""
+        beside = {name: _read_json(self.folder / name, optional=True) for name in FILES}
+        return find_quantisation(self.config, {name: given for name, given in beside.items() if given})
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder's token; `image_token_index` is what older checkpoints call it. Raises ModelError without one."""
+        given = self.config.get("image_token_id", self.config.get("image_token_index"))
+        if not isinstance(given, int):
+            raise ModelError(f"config.json's image_token_id is {given!r}; expected a token id")
+        return given
+
+
+def find_folder(model: str, revision: str | None = None) -> Path:
+    """`demo`, a folder, or `org/name` on the Hub (downloaded once); raises ModelError."""
+    if model == "demo":
+        return DEMO
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ModelError(f"model {model!r}: no such folder. Give demo, a folder, or a Hugging Face name such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"model {model!r}: no such folder here, and the Hugging Face Hub did not give it: {reason}") from error
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json and its companions; raises ModelError naming the file and key."""
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") == "internvl_chat":
+        raise ModelError(
+            "model_type 'internvl_chat' is OpenGVLab's own format and is not read yet; use the model's '-hf' edition, "
+            "whose model_type is 'internvl'"
+        )
+    processor = _read_json(folder / "processor_config.json", optional=True)
+    preprocessor = processor.get("image_processor") or _read_json(folder / "preprocessor_config.json", optional=True)
+    architecture = find_architecture(config)
+    try:
+        image_config = architecture.read_image_config(config, preprocessor)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder.name}: {error}") from error
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        generation=_read_json(folder / "generation_config.json", optional=True),
+        image_config=image_config,
+        architecture=architecture,
+    )
+
+
+def check_shards(folder: Path, config: EngineConfig) -> None:
+    """Whether a folder that `vlserve shard` wrote is for this degree; raises ConfigError, and ModelError for a damaged one."""
+    try:
+        shards = read_shards(folder)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if shards is None or (shards.tp, shards.replicate_kv_heads) == (config.tp, config.replicate_kv_heads):
+        return
+    written, asked = (
+        f"--tp {given.tp}" + (" --replicate-kv-heads" if given.replicate_kv_heads else "") for given in (shards, config)
+    )
+    raise ConfigError(
+        f"{folder} was sharded for {written}, and this start is {asked}. Give {written}; or start from the original checkpoint, "
+        f"or shard that again: vlserve shard ORIGINAL OUT {asked}"
+    )
+
+
+def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    if not path.exists():
+        if optional:
+            return {}
+        raise ModelError(f"{path.parent}: checkpoint file missing: {path.name}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return value

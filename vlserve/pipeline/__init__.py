@@ -1,0 +1,1 @@
+"""How Python asks a model: here, or over the network."""

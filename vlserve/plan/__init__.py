@@ -1,0 +1,1 @@
+"""Tensor-parallel degrees and bytes, before anything is loaded. No torch."""

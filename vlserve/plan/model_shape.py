@@ -1,0 +1,257 @@
+"""The sizes of any model's parts, from config.json alone, also of models that vlserve cannot serve yet.
+
+What vlserve serves is read by the readers that the engine uses; anything else is read as the generic Llama shape, as well
+as its names allow. Knows nothing of ranks or memory. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from vlserve.errors import ConfigError, ModelError
+from vlserve.llm.config import DecoderConfig, read_decoder_config
+from vlserve.llm.quantisation import FP8, Quantisation, find_quantisation
+from vlserve.vision.config import EncoderConfig, ImageConfig, read_encoder_config
+
+if TYPE_CHECKING:
+    from vlserve.models.registry import Architecture
+
+SECTIONS = ("text_config", "llm_config")  # the second is OpenGVLab's internvl_chat
+MAX_SIZE, MAX_HEADS = 2**31, 2**14  # a config.json beyond these is damaged
+MAX_PATCHES = 12  # tiles of a picture beside its thumbnail, where config.json does not say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """The language model; field names are config.json's where it has them."""
+
+    section: str  # of config.json; "" for its top level
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int  # of one expert where there are several
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int | None  # tokens
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    num_experts: int = 0  # 0: no mixture
+    shared_intermediate_size: int = 0  # of the expert that every token passes
+    quantisation: Quantisation | None = None  # None also where its form is not supported
+
+    @property
+    def feed_forward_key(self) -> str:
+        """The key of config.json that `intermediate_size` came from."""
+        return "moe_intermediate_size" if self.num_experts else "intermediate_size"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Decoder and encoder, and why vlserve cannot serve the model (`reasons` is empty when it can)."""
+
+    decoder: DecoderShape
+    encoder: EncoderConfig | None  # None where config.json does not tell
+    image_config: ImageConfig | None
+    tiles_per_image: int  # of the largest picture, its thumbnail included
+    plugin: Architecture | None  # a package's, whose encoder only its own code knows
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The shape of the requests that are counted."""
+
+    text_tokens: int = 512
+    images: int = 1
+    answer_tokens: int = 512
+    tiles_per_image: int | None = None  # thumbnail included; None: of the largest picture that the model cuts
+
+
+def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Read a whole config.json; raises ModelError naming the size that is missing or wrong."""
+    from vlserve.models.registry import BUILT_IN, find_architecture  # entry points; the command line's flags need none of it
+
+    model_type = str(config.get("model_type"))
+    decoder, reasons = _decoder_and_reasons(config)
+    notes: list[str] = []
+    architecture, image_config = None, None
+    try:
+        architecture = find_architecture(config)
+        image_config = architecture.read_image_config(config, {})
+    except ModelError as error:
+        reasons = (_model_type_reason(config, error), *reasons)
+    except Exception as error:  # noqa: BLE001  (a package's code raises what it likes)
+        reasons = (*reasons, _said(error))
+    if decoder.quantisation is not None:
+        notes.append(f"the decoder's linear layers are counted as {decoder.quantisation}")
+        if decoder.quantisation.kind == FP8:
+            notes.append("on the CPU, FP8 weights are converted to dtype when they are loaded and take its bytes")
+    is_plugin = architecture is not None and model_type not in BUILT_IN
+    encoder = _read_encoder(config, is_internvl=model_type in BUILT_IN)
+    if encoder is None:
+        notes.append("config.json does not tell the vision encoder's sizes: its activations are not counted")
+    elif architecture is None and model_type != "internvl_chat":
+        notes.append("the vision encoder and its projector are counted as InternVL's, from vision_config's sizes")
+    return ModelShape(
+        decoder=decoder,
+        encoder=encoder,
+        image_config=image_config,
+        tiles_per_image=_tiles_per_image(config, image_config),
+        plugin=architecture if is_plugin else None,
+        reasons=reasons,
+        notes=tuple(notes),
+    )
+
+
+def read_decoder_shape(config: Mapping[str, Any]) -> DecoderShape:
+    """Only the language model; raises ModelError naming the size that is missing or wrong."""
+    return _decoder_and_reasons(config)[0]
+
+
+def request_tokens(shape: ModelShape, request: Request) -> tuple[int, int]:
+    """(tokens of a picture, tokens of the whole request with its answer); raises ConfigError for a number that is none."""
+    for name in ("text_tokens", "images", "answer_tokens", "tiles_per_image"):
+        value, least = getattr(request, name), 1 if name in ("answer_tokens", "tiles_per_image") else 0
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ConfigError(f"request {name} is {value!r}; expected a whole number of {least} or more")
+    if shape.image_config is not None:
+        per_tile = shape.image_config.tokens_per_tile
+    else:
+        per_tile = shape.encoder.tokens_per_tile if shape.encoder is not None else 0
+    image_tokens = (request.tiles_per_image or shape.tiles_per_image) * per_tile
+    return image_tokens, request.text_tokens + request.images * image_tokens + request.answer_tokens
+
+
+def _decoder_and_reasons(config: Mapping[str, Any]) -> tuple[DecoderShape, tuple[str, ...]]:
+    section = next((name for name in SECTIONS if isinstance(config.get(name), Mapping)), "")
+    text = dict(config[section] if section else config)
+    # transformers ties the head when either the outer or the text config says so
+    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    shape, reasons = _with_quantisation(_generic_shape(text, section), config)
+    try:
+        return _exact_shape(shape, read_decoder_config(text)), reasons
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        return shape, (_said(error).replace("text_config", section or "config.json"), *reasons)
+
+
+def _with_quantisation(shape: DecoderShape, config: Mapping[str, Any]) -> tuple[DecoderShape, tuple[str, ...]]:
+    try:
+        quantisation = find_quantisation(config)
+        if quantisation is not None:
+            inputs = {"q_proj": shape.hidden_size, "o_proj": shape.num_attention_heads * shape.head_dim}
+            for name, size in (inputs | {"down_proj": shape.intermediate_size}).items():
+                quantisation.check_inputs(size, name)
+    except ValueError as error:
+        return shape, (f"{error}; the weights are counted as if they were not quantised",)
+    return replace(shape, quantisation=quantisation), ()
+
+
+def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:
+    model_type = str(text.get("model_type"))
+    heads = _size(text, section, "num_attention_heads", most=MAX_HEADS)
+    hidden = _size(text, section, "hidden_size")
+    if hidden < heads and text.get("head_dim") is None:
+        raise ModelError(
+            f"config.json's hidden_size {hidden} is less than num_attention_heads {heads}; expected head_dim beside it"
+        )
+    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), None)
+    width_key = "moe_intermediate_size" if experts and text.get("moe_intermediate_size") else "intermediate_size"
+    has_bias = bool(text.get("attention_bias") or text.get("bias"))
+    return DecoderShape(
+        section=section,
+        model_type=model_type,
+        vocab_size=_size(text, section, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_size(text, section, width_key),
+        num_hidden_layers=_size(text, section, "num_hidden_layers", most=MAX_HEADS),
+        num_attention_heads=heads,
+        num_key_value_heads=_size(text, section, "num_key_value_heads", default=heads, most=MAX_HEADS),
+        head_dim=_size(text, section, "head_dim", default=hidden // heads),
+        max_position_embeddings=_size(text, section, "max_position_embeddings", default=0) or None,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        qkv_bias=model_type.startswith("qwen2") or has_bias or bool(text.get("qkv_bias")),
+        output_bias=has_bias,
+        mlp_bias=bool(text.get("mlp_bias")),
+        qk_norm=model_type.startswith("qwen3"),
+        num_experts=_size(text, section, experts) if experts else 0,
+        shared_intermediate_size=_size(text, section, "shared_expert_intermediate_size", default=0) if experts else 0,
+    )
+
+
+def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
+    """As the engine reads it: also what it does not look at, as a key of another decoder's, is put right."""
+    return replace(
+        shape,
+        intermediate_size=config.intermediate_size,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        mlp_bias=config.mlp_bias,
+        qk_norm=config.qk_norm,
+        num_experts=0,
+        shared_intermediate_size=0,
+    )
+
+
+def _size(text: Mapping[str, Any], section: str, key: str, *, default: int | None = None, most: int = MAX_SIZE) -> int:
+    value = text.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        where = f"{section}.{key}" if section else key
+        raise ModelError(f"config.json's {where} is {value!r}; expected a whole number from 1 to {most}")
+    return value
+
+
+def _read_encoder(config: Mapping[str, Any], *, is_internvl: bool) -> EncoderConfig | None:
+    """The engine's reading, or the same sizes under the names of internvl_chat and of other vision transformers."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return None
+    if is_internvl:
+        given: Mapping[str, Any] = config
+    else:
+        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+        given = {
+            "downsample_ratio": config.get("downsample_ratio", 1.0),
+            "vision_config": {key: vision[key] for key in keys if key in vision}
+            | {"attention_bias": vision.get("qkv_bias", True), "use_qk_norm": vision.get("qk_normalization", False)}
+            | {"norm_type": vision.get("norm_type", "layer_norm")}
+            | ({"image_size": config["force_image_size"]} if config.get("force_image_size") else {}),
+        }
+    try:
+        encoder = read_encoder_config(given)
+    except (ValueError, KeyError, TypeError, ArithmeticError):
+        return None
+    sizes = (encoder.hidden_size, encoder.intermediate_size, encoder.num_hidden_layers, encoder.image_size, encoder.patch_size)
+    return encoder if all(0 < size <= MAX_SIZE for size in sizes) and 0.01 < encoder.downsample_ratio <= 1 else None
+
+
+def _tiles_per_image(config: Mapping[str, Any], image_config: ImageConfig | None) -> int:
+    if image_config is not None:
+        most, dynamic = image_config.max_patches, image_config.dynamic
+    else:
+        given = config.get("max_dynamic_patch", MAX_PATCHES)
+        most = given if isinstance(given, int) and given > 0 else MAX_PATCHES
+        dynamic = bool(config.get("dynamic_image_size", config.get("model_type") in ("internvl", "internvl_chat")))
+    return most + 1 if dynamic and most > 1 else 1
+
+
+def _model_type_reason(config: Mapping[str, Any], error: ModelError) -> str:
+    if config.get("model_type") == "internvl_chat":
+        return (
+            "model_type 'internvl_chat' is OpenGVLab's own format and is not read yet; use the model's '-hf' edition, "
+            "whose model_type is 'internvl'"
+        )
+    return str(error)
+
+
+def _said(error: Exception) -> str:
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)

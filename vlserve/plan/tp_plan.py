@@ -1,0 +1,295 @@
+"""The tensor-parallel plan: which degrees a model can be cut by, and what each rank then holds.
+
+From config.json alone: no weights, no GPU, no torch. The engine asks `check_tp` before it loads anything; the command
+`vlserve plan` shows the whole plan. The sizes are shape.py's, the degrees degrees.py's, the bytes footprint.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vlserve.config import EngineConfig
+from vlserve.errors import ConfigError, ModelError
+from vlserve.plan import footprint
+from vlserve.plan.cuda_graph_sizes import graph_bytes
+from vlserve.plan.divisibility import Problem, check_degree, check_tp, indivisible, legal_degrees, refusal_text
+from vlserve.plan.footprint import Cut, Shard, Step
+from vlserve.plan.model_shape import DecoderShape, Request, read_model_shape, request_tokens
+
+__all__ = ["Cut", "Plan", "Problem", "RankPlan", "Request", "check_tp", "make_plan"]
+
+GIB = 2**30
+DEFAULTS = EngineConfig()
+ONE_PICTURE = Request()
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """Bytes on one rank; `total_bytes` is all but the KV cache, which takes the rest of the device."""
+
+    rank: int
+    vision_bytes: int
+    decoder_bytes: int
+    embedding_bytes: int
+    kv_bytes_per_token: int
+    activation_bytes: int
+    graph_bytes: int  # set aside for CUDA graphs
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A plan for one degree, or with `tp` None for all: then `degrees` has one for each and `ranks` is empty.
+
+    `ok`: it divides, and where device memory was given one request of max_model_len fits. `supported`: vlserve can serve
+    the model today. `reason` says why not, for either. `legal_tp` need nothing, `legal_tp_replicated` need
+    replicate_kv_heads. `max_concurrent` is what the KV cache holds of requests of `request_tokens`.
+    """
+
+    ok: bool
+    supported: bool
+    reason: str | None
+    tp: int | None
+    legal_tp: tuple[int, ...]
+    legal_tp_replicated: tuple[int, ...]
+    problems: tuple[Problem, ...]
+    kv_tokens: int | None
+    max_concurrent: int | None
+    ranks: tuple[RankPlan, ...]
+    cuts: tuple[Cut, ...]
+    source: str
+    model_type: str
+    dtype: str
+    kv_cache_dtype: str
+    max_model_len: int
+    device_memory: float | None  # GiB
+    gpu_memory_utilization: float
+    request_tokens: int
+    image_tokens: int  # of one picture
+    notes: tuple[str, ...]
+    degrees: tuple[Plan, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON carries it; `degrees` only where all degrees were asked for."""
+        document = asdict(self)
+        if self.tp is not None:
+            del document["degrees"]
+        else:
+            document["degrees"] = [degree.to_dict() for degree in self.degrees]
+        return document
+
+
+def make_plan(
+    config: Mapping[str, Any],
+    *,
+    tp: int | None,
+    source: str = "config.json",
+    dtype: str = DEFAULTS.dtype,
+    lm_head_bits: int = DEFAULTS.lm_head_bits,
+    kv_cache_dtype: str = DEFAULTS.kv_cache_dtype,
+    device_memory: float | None = None,
+    gpu_memory_utilization: float = DEFAULTS.gpu_memory_utilization,
+    max_model_len: int | None = None,
+    replicate_kv_heads: bool = False,
+    max_num_seqs: int = DEFAULTS.max_num_seqs,
+    max_num_batched_tokens: int = DEFAULTS.max_num_batched_tokens,
+    block_size: int = DEFAULTS.block_size,
+    enforce_eager: bool = DEFAULTS.enforce_eager,
+    request: Request = ONE_PICTURE,
+) -> Plan:
+    """Plan for `tp` ranks, or for every degree that works.
+
+    Args:
+        config: the whole config.json. source: its path, for messages.
+        device_memory: GiB of one device; without it nothing is said of tokens and requests.
+        replicate_kv_heads: also degrees above the number of KV heads, each of which then lies on several ranks.
+
+    Raises:
+        ConfigError: an argument is wrong. ModelError: config.json lacks a size that a plan needs.
+        A degree that does not work is no error here but a plan that is not ok.
+    """
+    options = EngineConfig(  # checks them
+        dtype=dtype,
+        lm_head_bits=lm_head_bits,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        enforce_eager=enforce_eager,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+    if tp is not None:
+        check_degree(tp)
+    if device_memory is not None and not (device_memory > 0 and math.isfinite(device_memory)):
+        raise ConfigError(f"device_memory is {device_memory!r}; expected GiB above 0")
+    planner = _Planner(config, source, options, device_memory, replicate_kv_heads, request)
+    return planner.all_degrees() if tp is None else planner.plan(tp)
+
+
+class _Planner:
+    """One config and one set of options; plans for any degree."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        source: str,
+        options: EngineConfig,
+        device_memory: float | None,
+        replicate: bool,
+        request: Request,
+    ) -> None:
+        self.source, self.options, self.device_memory, self.replicate = source, options, device_memory, replicate
+        self.shape = read_model_shape(config)
+        self.dtype = _dtype(config, options.dtype)
+        self.max_model_len = _max_model_len(self.shape.decoder, options.max_model_len)
+        self.step = Step(
+            itemsize=ITEMSIZES[self.dtype],
+            max_model_len=self.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            block_size=options.block_size,
+            kv_dtype=options.kv_cache_dtype,
+        )
+        self.vision_bytes, self.shape = footprint.vision_bytes(self.shape, config, self.step.itemsize)
+        self.image_tokens, self.request_tokens = request_tokens(self.shape, request)
+        self.legal, self.legal_replicated = legal_degrees(self.shape.decoder)
+
+    def all_degrees(self) -> Plan:
+        plans = tuple(map(self.plan, self.legal + self.legal_replicated * self.replicate))
+        if any(plan.ok for plan in plans):
+            return replace(self._empty(), ok=True, degrees=plans)
+        last = plans[-1]
+        return replace(self._empty(), problems=last.problems, reason=f"no degree fits: {last.reason}", degrees=plans)
+
+    def plan(self, tp: int) -> Plan:
+        decoder = self.shape.decoder
+        problems = indivisible(decoder, tp, self.replicate, self.source)
+        if problems:
+            reason = self._reason(refusal_text(decoder, problems, self.replicate))
+            return replace(self._empty(), tp=tp, problems=problems, reason=reason)
+        part = footprint.shard(decoder, tp)
+        ranks = tuple(self._rank(part, rank) for rank in range(tp))
+        plan = replace(self._empty(), ok=True, tp=tp, ranks=ranks, cuts=footprint.cuts(decoder, part, tp))
+        if self.device_memory is None:
+            return plan
+        tokens = self._kv_tokens(ranks)
+        held = tokens // self._in_blocks(self.request_tokens)
+        plan = replace(plan, kv_tokens=tokens, max_concurrent=held if self.request_tokens <= self.max_model_len else 0)
+        if tokens >= self.max_model_len:
+            return plan
+        problem, reason = self._too_small(tp, ranks, tokens)
+        return replace(plan, ok=False, problems=(problem,), reason=self._reason(reason))
+
+    def _empty(self) -> Plan:
+        return Plan(
+            ok=False,
+            supported=not self.shape.reasons,
+            reason=self._reason(None),
+            tp=None,
+            legal_tp=self.legal,
+            legal_tp_replicated=self.legal_replicated,
+            problems=(),
+            kv_tokens=None,
+            max_concurrent=None,
+            ranks=(),
+            cuts=(),
+            source=self.source,
+            model_type=self.shape.decoder.model_type,
+            dtype=self.dtype,
+            kv_cache_dtype=self.options.kv_cache_dtype,
+            max_model_len=self.max_model_len,
+            device_memory=self.device_memory,
+            gpu_memory_utilization=self.options.gpu_memory_utilization,
+            request_tokens=self.request_tokens,
+            image_tokens=self.image_tokens,
+            notes=self.shape.notes,
+        )
+
+    def _reason(self, refusal: str | None) -> str | None:
+        unsupported = f"vlserve cannot serve this model yet: {'; '.join(self.shape.reasons)}" if self.shape.reasons else None
+        return ". ".join(filter(None, (refusal, unsupported))) or None
+
+    def _rank(self, part: Shard, rank: int) -> RankPlan:
+        decoder, itemsize = self.shape.decoder, self.step.itemsize
+        layers = footprint.decoder_bytes(decoder, part, itemsize)
+        embeddings = footprint.embedding_bytes(decoder, part, itemsize, self.options.lm_head_bits)
+        activations = footprint.activation_bytes(self.shape, part, self.step, is_first=rank == 0)
+        graphs = 0 if self.options.enforce_eager else graph_bytes(self.shape, part, self.step)
+        return RankPlan(
+            rank=rank,
+            vision_bytes=self.vision_bytes,
+            decoder_bytes=layers,
+            embedding_bytes=embeddings,
+            kv_bytes_per_token=footprint.kv_bytes_per_token(decoder, part, self.step),
+            activation_bytes=activations,
+            graph_bytes=graphs,
+            total_bytes=self.vision_bytes + layers + embeddings + activations + graphs,
+        )
+
+    def _budget(self) -> float:
+        """Bytes of a device that may be used."""
+        assert self.device_memory is not None
+        return self.device_memory * GIB * self.options.gpu_memory_utilization
+
+    def _kv_tokens(self, ranks: tuple[RankPlan, ...]) -> int:
+        """Tokens in whole blocks; all ranks hold the same, so the fullest decides."""
+        size = self.options.block_size
+        return min(max(0, int((self._budget() - r.total_bytes) // (r.kv_bytes_per_token * size))) * size for r in ranks)
+
+    def _fits(self, tp: int) -> bool:
+        fullest = self._rank(footprint.shard(self.shape.decoder, tp), 0)
+        return self._kv_tokens((fullest,)) >= self.max_model_len
+
+    def _in_blocks(self, tokens: int) -> int:
+        size = self.options.block_size
+        return -(-tokens // size) * size
+
+    def _too_small(self, tp: int, ranks: tuple[RankPlan, ...], tokens: int) -> tuple[Problem, str]:
+        assert self.device_memory is not None
+        rank = max(ranks, key=lambda r: r.total_bytes)
+        cache = self._in_blocks(self.max_model_len) * rank.kv_bytes_per_token
+        share = f"{self.device_memory:g} GiB x {self.options.gpu_memory_utilization:g} gives {self._budget() / GIB:.2f} GiB"
+        text = f"tp={tp} does not fit: rank {rank.rank} needs {rank.total_bytes / GIB:.2f} GiB without KV cache"
+        text += f" and {cache / GIB:.2f} GiB of it for one request of max_model_len {self.max_model_len}; device memory {share}"
+        fitting = [str(n) for n in self.legal if self._fits(n)]
+        ways = [f"set --max-model-len to {tokens} or less"] if tokens else []
+        ways += (
+            [f"take --tp {' or '.join(fitting)}"]
+            if fitting
+            else ["take larger devices, a 16-bit --dtype or --kv-cache-dtype int8"]
+        )
+        text += f". Way out: {', or '.join(ways)}"
+        if tokens:
+            problem = Problem(dimension="max_model_len", size=self.max_model_len, tp=tp, source=self._length_source())
+        else:
+            problem = Problem(dimension="device_memory", size=self.device_memory, tp=tp, source="--device-memory")
+        return problem, text
+
+    def _length_source(self) -> str:
+        if self.options.max_model_len is not None:
+            return "--max-model-len"
+        section = self.shape.decoder.section
+        return f"{self.source}, {section + '.' if section else ''}max_position_embeddings"
+
+
+def _dtype(config: Mapping[str, Any], name: str) -> str:
+    """As the engine resolves it; raises ModelError for a type that it does not compute in."""
+    if name == "auto":
+        name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if name not in ITEMSIZES:
+        raise ModelError(f"config.json's dtype {name!r} is not supported; give dtype={', '.join(ITEMSIZES)}")
+    return name
+
+
+def _max_model_len(decoder: DecoderShape, given: int | None) -> int:
+    limit = decoder.max_position_embeddings
+    if given is None and limit is None:
+        raise ModelError("config.json has no max_position_embeddings; give --max-model-len")
+    if given is not None and limit is not None and given > limit:
+        raise ConfigError(f"max_model_len {given} is more than the checkpoint's max_position_embeddings {limit}")
+    return given or limit or 1

@@ -1,0 +1,1 @@
+"""Messages to token ids: chat messages, chat template, tokenizer."""

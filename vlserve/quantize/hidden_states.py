@@ -1,0 +1,197 @@
+"""The samples' hidden states on their way through the decoder, one layer at a time, and the layer that they are run through.
+
+Three streams: of the calibration samples, through the rounded layers; of those held out, through the original layers and
+through the rounded ones. They are on disk after each layer, so that a run can go on from there. Shapes: T tokens, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from vlserve.kernels.paged_attention import plan_attention
+from vlserve.kernels.rms_norm import rms_norm
+from vlserve.kernels.rotary import rotary_table
+from vlserve.llm.config import DecoderConfig
+from vlserve.llm.decoder import DecoderLayer
+from vlserve.llm.kv_cache import KVCache
+from vlserve.models.base import Model
+from vlserve.quantize.activation_stats import Inputs
+from vlserve.quantize.calibration import Sample, is_held_out
+
+BLOCK = 16  # tokens in a block of the KV cache
+NOT_SCORED = -100
+
+
+@dataclass(slots=True, kw_only=True)
+class Streams:
+    """All on the CPU, samples one after another."""
+
+    lengths: list[int]  # of the calibration samples
+    held_out_lengths: list[int]
+    calibration: torch.Tensor  # [T, C]
+    original: torch.Tensor  # [T, C]
+    rounded: torch.Tensor  # [T, C]
+    next_ids: torch.Tensor  # int64 [T] of what is held out: the token that comes next, NOT_SCORED where it does not count
+    scores_answers: bool  # False: no answer was held out, and all text counts
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """To be written; `read_streams` is the inverse."""
+        return {
+            "lengths": torch.tensor(self.lengths),
+            "held_out_lengths": torch.tensor(self.held_out_lengths),
+            "calibration": self.calibration,
+            "original": self.original,
+            "rounded": self.rounded,
+            "next_ids": self.next_ids,
+            "scores_answers": torch.tensor(self.scores_answers),
+        }
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths + self.held_out_lengths)
+
+
+def read_streams(tensors: Mapping[str, torch.Tensor]) -> Streams:
+    given = dict(tensors)
+    lengths, held_out = given.pop("lengths").tolist(), given.pop("held_out_lengths").tolist()
+    scores_answers = bool(given.pop("scores_answers"))
+    return Streams(lengths=lengths, held_out_lengths=held_out, scores_answers=scores_answers, **given)
+
+
+@torch.inference_mode()
+def embed_samples(model: Model, samples: Sequence[Sample], progress: Callable[[], None] = lambda: None) -> Streams:
+    """What the first decoder layer reads: pictures go through the vision encoder."""
+    parts: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    held_out = [sample for index, sample in enumerate(samples) if is_held_out(index, len(samples))]
+    for index, sample in enumerate(samples):
+        x = model.decoder.embed(torch.tensor(sample.token_ids, device=model.decoder.norm.device))
+        for span in sample.spans:
+            x[span.start : span.start + span.tiles.num_tokens] = model.encode(span.tiles.pixels).flatten(0, 1)
+        parts[is_held_out(index, len(samples))].append(x.cpu())
+        progress()
+    original = torch.cat(parts[True])
+    scores_answers = any(any(sample.is_answer) for sample in held_out)
+    return Streams(
+        lengths=[len(part) for part in parts[False]],
+        held_out_lengths=[len(part) for part in parts[True]],
+        calibration=torch.cat(parts[False]),
+        original=original,
+        rounded=original.clone(),
+        next_ids=torch.cat([_next_ids(sample, scores_answers) for sample in held_out]),
+        scores_answers=scores_answers,
+    )
+
+
+def _next_ids(sample: Sample, scores_answers: bool) -> torch.Tensor:
+    counts = torch.tensor(sample.is_answer)
+    if not scores_answers:
+        counts = torch.ones_like(counts)
+        for span in sample.spans:
+            counts[span.start : span.start + span.tiles.num_tokens] = False
+    ids = torch.tensor(sample.token_ids).where(counts, NOT_SCORED)
+    return torch.cat([ids[1:], torch.tensor([NOT_SCORED])])
+
+
+class LayerRunner:
+    """Runs any layer over streams, sample by sample, as the engine would in one step without a past."""
+
+    def __init__(self, config: DecoderConfig, longest: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device, self._dtype = device, dtype
+        # scaled as by a server that allows the whole context
+        self._rotary = rotary_table(config.rope, config.max_position_embeddings)[:longest].to(device)
+        self._cache = KVCache(
+            replace(config, num_hidden_layers=1),
+            config.num_key_value_heads,
+            num_blocks=-(-longest // BLOCK),
+            block_size=BLOCK,
+            dtype=dtype,
+            device=device,
+        )
+
+    @torch.inference_mode()
+    def run(
+        self, layer: DecoderLayer, x: torch.Tensor, lengths: Sequence[int], progress: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """x [T, C] on the CPU -> the layer's result [T, C] on the CPU."""
+        out = torch.empty_like(x)
+        for mine, target in zip(x.split(list(lengths)), out.split(list(lengths)), strict=True):
+            target.copy_(self._run_one(layer, mine.to(self._device, self._dtype)))
+            progress()
+        return out
+
+    def _run_one(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+        length = len(x)
+        metadata = plan_attention(
+            query_lens=(length,),
+            context_lens=(length,),
+            block_tables=torch.arange(-(-length // BLOCK), device=self._device).unsqueeze(0),
+            slots=torch.arange(length, device=self._device),
+            block_size=BLOCK,
+        )
+        cos, sin = self._rotary[:length].unbind(1)
+        added, residual = layer(x, None, (cos, sin), self._cache.layers[0], metadata)
+        return added + residual
+
+
+@contextmanager
+def watch_inputs(layer: DecoderLayer, device: torch.device) -> Iterator[dict[str, Inputs]]:
+    """What the layer's linear layers read while it runs, by the names of layer.READERS; finished at the end."""
+    attention = layer.self_attn
+    modules: dict[str, nn.Module] = {
+        "qkv": attention.qkv_proj,
+        "output": attention.o_proj,
+        "gate_up": layer.gate_up_proj,
+        "down": layer.down_proj,
+    }
+    sizes = {"qkv": layer.input_layernorm.numel(), "output": attention.sizes[0]}
+    sizes |= {"gate_up": sizes["qkv"], "down": next(iter(layer.gate_up_proj.outputs.values()))[1]}
+    found = {name: Inputs(size, device) for name, size in sizes.items()}
+
+    def hook(inputs: Inputs) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda module, given: inputs.add(given[0])
+
+    handles = [module.register_forward_pre_hook(hook(found[name])) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    for inputs in found.values():
+        inputs.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model says what comes next."""
+
+    perplexity: float
+    tokens_right: float  # share of the tokens that are its first choice
+    answers_right: float  # share of the answers whose every token is: those it gives itself, word for word, when it is greedy
+
+
+@torch.inference_mode()
+def score(model: Model, x: torch.Tensor, next_ids: torch.Tensor, rows_at_once: int = 512) -> Score:
+    """Of the tokens that count; x [T, C] is what the last layer gives, as a model with its head has it."""
+    decoder, rows = model.decoder, (next_ids != NOT_SCORED).nonzero().flatten()
+    total, right = torch.zeros((), dtype=torch.float64), []
+    for part in rows.split(rows_at_once):
+        hidden = rms_norm(x[part].to(decoder.norm.device, decoder.norm.dtype), decoder.norm, decoder.config.rms_norm_eps)
+        logits = decoder.logits(hidden)
+        assert logits is not None
+        ids = next_ids[part].to(logits.device)
+        total += nn.functional.cross_entropy(logits, ids, reduction="sum").double().cpu()
+        right.append((logits.argmax(-1) == ids).cpu())
+    answers = answers_of(next_ids)[rows]
+    whole = torch.ones(int(answers[-1]) + 1).scatter_reduce(0, answers, torch.cat(right).float(), "amin")
+    return Score(float((total / len(rows)).exp()), float(torch.cat(right).float().mean()), float(whole.mean()))
+
+
+def answers_of(next_ids: torch.Tensor) -> torch.Tensor:
+    """Which answer each token that counts belongs to, from 0: a run of such tokens is one."""
+    counts = (next_ids != NOT_SCORED).long()
+    return (counts.diff(prepend=counts.new_zeros(1)) == 1).cumsum(0) - 1

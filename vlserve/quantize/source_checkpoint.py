@@ -1,0 +1,142 @@
+"""The checkpoint that is read: which of its tensors belong to which decoder layer, and its parts one at a time.
+
+Names are of two kinds: those in the files (`stored names`), and those that the model gives them (`targets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from vlserve.engine.loading import build_model
+from vlserve.errors import ConfigError, ModelError
+from vlserve.llm.config import DecoderConfig
+from vlserve.llm.decoder import DecoderLayer
+from vlserve.llm.parallel import Split
+from vlserve.llm.shards import LIST, read_shards
+from vlserve.llm.weights import Target, checkpoint_files, fill, match_tensors, slot_of
+from vlserve.models.base import Model
+from vlserve.models.checkpoint import Checkpoint
+from vlserve.quantize.layer import LINEARS
+
+PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+
+
+class Source:
+    """Reads the files' headers, strictly. Raises ModelError for a checkpoint that is damaged, ConfigError for one that is
+    sharded or quantised already."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        try:
+            if read_shards(checkpoint.folder) is not None:
+                raise ConfigError(
+                    f"{checkpoint.folder} is sharded ({LIST}); quantise the original checkpoint, which is then served whole"
+                )
+            files = checkpoint_files(checkpoint.folder)
+            self._refuse_quantised(files)
+            self._model = build_model(checkpoint, Split())
+            targets = self._model.targets()
+            for _ in match_tensors(checkpoint.folder, targets, rename=self._model.rename):
+                pass
+        except (ValueError, FileNotFoundError) as error:
+            raise ModelError(str(error)) from error
+        self.config: DecoderConfig = self._model.decoder.config
+        self.stored: dict[str, tuple[Path, str]] = {}  # by target: the file and the name in it
+        self.passed_over: list[tuple[Path, str]] = []
+        for path in files:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    target = self._model.rename(name)
+                    if target is None:
+                        self.passed_over.append((path, name))
+                    else:
+                        self.stored[target] = (path, name)
+        layers, self._model.decoder.layers = self._model.decoder.layers, torch.nn.ModuleList()
+        self._outer = set(self._model.targets())
+        self._layers = layers
+        inner = [name for name in targets if name not in self._outer]
+        self._names = []  # of each layer: the layer's own name for a tensor, and the target
+        for index, layer in enumerate(layers):
+            assert isinstance(layer, DecoderLayer)
+            place = f".layers.{index}."
+            self._names.append({own: next(t for t in inner if t.endswith(place + own)) for own, _ in layer.targets("")})
+
+    def _refuse_quantised(self, files: Iterable[Path]) -> None:
+        config = self.checkpoint.config
+        for key, place in (("", config), *((f"{key}.", config.get(key) or {}) for key in ("text_config", "llm_config"))):
+            if place.get("quantization_config"):
+                raise ConfigError(
+                    f"{self.checkpoint.folder}/config.json has a {key}quantization_config: it is quantised already; "
+                    "quantise the original checkpoint"
+                )
+        for path in files:
+            with safe_open(path, "pt") as file:
+                packed = next((name for name in file.keys() if name.endswith(PACKED)), None)  # noqa: SIM118
+            if packed is not None:
+                raise ConfigError(f"{path} has {packed}: it is quantised already; quantise the original checkpoint")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({path for path, _ in [*self.stored.values(), *self.passed_over]})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the linear layers of one decoder layer, by their names within it."""
+        layer = self._layers[0]
+        assert isinstance(layer, DecoderLayer)
+        slots = dict(layer.targets(""))
+        return {name: slot_of(slots[f"{name}.weight"]).full for name in LINEARS}
+
+    def outer_model(self, dtype: torch.dtype, device: torch.device) -> Model:
+        """Everything but the decoder's layers, with weights: the encoder, the embeddings, the last norm and the head."""
+        model = build_model(self.checkpoint, Split())
+        model.decoder.layers = torch.nn.ModuleList()
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        for name, target in model.targets().items():
+            self._fill(name, target)
+        return model
+
+    def layer(self, index: int, dtype: torch.dtype, device: torch.device) -> DecoderLayer:
+        """One decoder layer with its weights, in memory of its own."""
+        with torch.device("meta"):
+            layer = DecoderLayer(self.config, Split())
+        layer = layer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        for own, target in layer.targets(""):
+            self._fill(self._names[index][own], target)
+        return layer
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """A layer's tensors as they are stored, by the layer's own names."""
+        return {own: self._read(*self.stored[target]) for own, target in self._names[index].items()}
+
+    def stored_name(self, index: int, own: str) -> str:
+        """In the files, of a layer's tensor."""
+        return self.stored[self._names[index][own]][1]
+
+    def outer_tensors(self) -> list[tuple[Path, str]]:
+        """(file, stored name) of everything but the decoder's layers, in the files' order."""
+        inner = {self.stored[target] for names in self._names for target in names.values()}
+        return sorted(({*self.stored.values()} | {*self.passed_over}) - inner)
+
+    def outer_modules(self) -> list[str]:
+        """First names of the modules beside the language model, e.g. vision_tower."""
+        own = next(iter(self._names[0].items()))
+        prefix = own[1].removesuffix(own[0])  # language_model.model.layers.0.
+        language = prefix.split(".")[0]
+        return sorted({name.split(".")[0] for name in self._outer} - {language})
+
+    def _fill(self, name: str, target: Target) -> None:
+        path, stored = self.stored[name]
+        with safe_open(path, "pt") as file:
+            fill(target, file.get_slice(stored))
+
+    def _read(self, path: Path, name: str) -> torch.Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
