@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from vlserve.kernels.awq import awq_matmul_ref
-from vlserve.kernels.group_sums import INPUTS, empty_sums, group_sums, groups_of
+from vlserve.kernels.group_sums import group_sums
+from vlserve.kernels.group_sums.reference import INPUTS, empty_sums, groups_of
 from vlserve.kernels.with_triton import runs_triton
 
 OUTPUTS = 64  # of a tile

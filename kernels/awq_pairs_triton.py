@@ -1,7 +1,7 @@
 """`awq_pairs` on a GPU: products of up to 128 rows that read each weight once, and the dequantisation for more rows.
 
 A product multiplies, in float32 sums, numbers that are a magic number plus a code, and takes magic number and zero point, times
-the sums of each group's activations (group_sums.py), off what comes out, before the scale; where the inputs are split, a second
+the sums of each group's activations (`group_sums`), off what comes out, before the scale; where the inputs are split, a second
 kernel adds the parts up, in their order. The weights are the left factor: so each thread's registers hold what it has loaded
 itself. With float16 every second plane of codes is used where it lies, 4 bits up, as 16 times itself.
 Source of magic numbers and of the order in words: Kim et al. 2022 (arXiv 2211.10017); of the split: arXiv 2402.00025.

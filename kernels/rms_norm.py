@@ -2,7 +2,7 @@
 
 Source: Zhang & Sennrich 2019 (arXiv 1910.07467); computed in float32 and scaled by the weight in the
 input's dtype, as transformers' Llama and Qwen2 do. Shapes: T tokens (any leading dimensions), C channels.
-`sums`: room for the norm's `group_sums` (group_sums.py), where they are wanted with it.
+`sums`: room for the norm's `group_sums` (group_sums/reference.py), where they are wanted with it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vlserve.kernels.group_sums import group_sums_ref
+from vlserve.kernels.group_sums.reference import group_sums_ref
 from vlserve.kernels.with_triton import runs_triton
 
 

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.group_sums import INPUTS, groups_of
-from vlserve.kernels.group_sums_triton import store_sums
+from vlserve.kernels.group_sums.reference import INPUTS, groups_of
+from vlserve.kernels.group_sums.triton import store_sums
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, sums: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vlserve.kernels.group_sums import group_sums_ref
+from vlserve.kernels.group_sums.reference import group_sums_ref
 from vlserve.kernels.with_triton import runs_triton
 
 
@@ -16,7 +16,7 @@ def silu_mul_ref(gate_up: torch.Tensor, sums: torch.Tensor | None = None) -> tor
     """gate_up [..., 2F], gate first -> [..., F].
 
     Args:
-        sums: room for the result's `group_sums` (group_sums.py), where they are wanted with it.
+        sums: room for the result's `group_sums` (group_sums/reference.py), where they are wanted with it.
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     out = (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)

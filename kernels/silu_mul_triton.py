@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.group_sums import groups_of
-from vlserve.kernels.group_sums_triton import store_sums
+from vlserve.kernels.group_sums.reference import groups_of
+from vlserve.kernels.group_sums.triton import store_sums
 
 BLOCK = 1024
 

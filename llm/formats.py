@@ -50,7 +50,7 @@ class Format(Protocol):
     def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:
         """Room for what the product takes beside inputs for x's tokens, for the operation that makes them to fill.
 
-        See kernels/group_sums.py; None where it takes nothing, or where the inputs are rearranged first.
+        See kernels/group_sums/; None where it takes nothing, or where the inputs are rearranged first.
         """
         ...
 

@@ -16,7 +16,8 @@ from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, Sizes, Work, int4_bytes
 from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
 from vlserve.kernels.awq_pairs import ROWS, PairedWeights, pack_for_gpu, unpack_pairs
-from vlserve.kernels.group_sums import INPUTS, group_sums
+from vlserve.kernels.group_sums import group_sums
+from vlserve.kernels.group_sums.reference import INPUTS
 from vlserve.kernels.launch import Launch, choose, split
 from vlserve.kernels.measure import by_outputs
 from vlserve.kernels.with_triton import runs_triton

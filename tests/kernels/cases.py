@@ -84,7 +84,7 @@ def beside(dtype: str, architecture: int) -> Iterator[Case]:
 
     if dtype != "fp32":
         sums, dense = {"GROUPS": 2, "BLOCKS": 16}, {"GROUP": 128}
-        own = "vlserve.kernels.group_sums_triton"
+        own = "vlserve.kernels.group_sums.triton"
         yield case("group sums", "2 groups", own, "_kernel", (x, "*fp32", i32, i32), constants=sums)
         parts = ("*fp32", x, i32, i32)
         yield case("parts added up", "", pairs, "_add_parts", parts, constants={"BLOCK": 256}, wide=False)

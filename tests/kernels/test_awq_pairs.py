@@ -15,6 +15,7 @@ from tests.kernels.test_awq import TOLERANCE, poisoned, rms_ratio, weights
 from vlserve.kernels import awq_pairs, group_sums
 from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
 from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu, unpack_pairs
+from vlserve.kernels.group_sums.reference import empty_sums
 from vlserve.kernels.launch import Launch
 from vlserve.llm import formats_int4
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
@@ -24,7 +25,7 @@ from vlserve.llm.quantisation import INT4, Quantisation
 
 pytest.importorskip("triton")
 triton_form: Any = pytest.importorskip("vlserve.kernels.awq_pairs_triton")
-sums_form: Any = pytest.importorskip("vlserve.kernels.group_sums_triton")
+sums_form: Any = pytest.importorskip("vlserve.kernels.group_sums.triton")
 __all__ = ["poisoned"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,7 +150,7 @@ def test_sums_of_other_groups_are_refused(on_a_gpu: None) -> None:
     ours, _ = packed(64, 256, 64, torch.float16)
     x = torch.ones(2, 256).to(DEVICE, torch.float16)
     with pytest.raises(ValueError, match="of 1 groups in 128 inputs, but a group has 64"):
-        ours.matmul(x, group_sums.empty_sums(x, 256, 128))
+        ours.matmul(x, empty_sums(x, 256, 128))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -9,13 +9,15 @@ import torch
 
 from tests.kernels.test_awq import poisoned
 from vlserve.kernels.awq_pairs import pack_for_gpu
-from vlserve.kernels.group_sums import empty_sums, group_sums, group_sums_ref
+from vlserve.kernels.group_sums import group_sums
+from vlserve.kernels.group_sums.reference import empty_sums, group_sums_ref
 from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
 from vlserve.kernels.silu_mul import silu_mul
 
 pytest.importorskip("triton")
 from tests.kernels.bfloat16 import compute_bfloat16
-from vlserve.kernels import group_sums_triton, rms_norm_triton, silu_mul_triton
+from vlserve.kernels import rms_norm_triton, silu_mul_triton
+from vlserve.kernels.group_sums import triton as sums_triton
 
 __all__ = ["poisoned"]
 
@@ -59,7 +61,7 @@ def test_a_kernel_of_their_own(size: tuple[int, int], rows: int, dtype: torch.dt
     inputs, group = size
     x = torch.randn(rows, inputs).to(dtype)
     want = by_hand(x, group)
-    for form in (group_sums_ref, group_sums, group_sums_triton.group_sums_triton):
+    for form in (group_sums_ref, group_sums, sums_triton.group_sums_triton):
         out = empty_sums(x.to(DEVICE), inputs, group)
         assert form(x.to(DEVICE), out) is out
         close(out, x, want)

@@ -22,7 +22,8 @@ from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Split
 
 pytest.importorskip("triton")
-from vlserve.kernels import awq_pairs_triton, group_sums_triton, rms_norm_triton, silu_mul_triton
+from vlserve.kernels import awq_pairs_triton, rms_norm_triton, silu_mul_triton
+from vlserve.kernels.group_sums import triton as sums_triton
 
 CPU, LAYERS = torch.device("cpu"), 2
 # the feed-forward's width is not whole blocks of 128
@@ -48,7 +49,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for module in (awq_pairs, formats_int4, group_sums, rms_norm, silu_mul):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)
     monkeypatch.setattr(awq_pairs_triton, "device_of", lambda index: ("sm_90", 2))
-    kernels = {"norm": rms_norm_triton, "gate": silu_mul_triton, "sums": group_sums_triton}
+    kernels = {"norm": rms_norm_triton, "gate": silu_mul_triton, "sums": sums_triton}
     for name, module in kernels.items():
         monkeypatch.setattr(module, "_kernel", Counting(module._kernel, counted, name))
     monkeypatch.setattr(awq_pairs_triton, "_matmul", Counting(awq_pairs_triton._matmul, counted, "product"))

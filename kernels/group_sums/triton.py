@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from vlserve.kernels.group_sums import INPUTS, groups_of
+from vlserve.kernels.group_sums.reference import INPUTS, groups_of
 
 BLOCKS = 16  # of a program
 
@@ -21,7 +21,7 @@ def store_sums(sums, numbers, block, num_blocks, token, num_tokens, GROUPS: tl.c
     plain = tl.sum(tl.reshape(planes, (B, GROUPS, 4 // GROUPS)), 2)
     groups = (block[:, None] * GROUPS + tl.arange(0, GROUPS)[None]).to(tl.int64)
     if numbers.dtype == tl.float16:
-        magic = tl.where(tl.arange(0, 4) % 2 == 0, 1024.0, 64.0)[None]  # group_sums.MAGIC
+        magic = tl.where(tl.arange(0, 4) % 2 == 0, 1024.0, 64.0)[None]  # reference.MAGIC
         offset = tl.sum(tl.reshape(planes * magic, (B, GROUPS, 4 // GROUPS)), 2)
         tl.store(sums + 2 * groups * num_tokens + token, plain, mask=there)
         tl.store(sums + (2 * groups + 1) * num_tokens + token, offset, mask=there)

@@ -1,4 +1,4 @@
-"""The sums of activations that `awq_pairs`' product takes magic numbers and zero points off with.
+"""The sums of activations that `int4_pairs`' product takes magic numbers and zero points off with.
 
 The kernel that makes the activations writes them, where it is given room, and otherwise one of their own does. Both add up the
 numbers as they are stored, after rounding.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-from vlserve.kernels.with_triton import runs_triton
 
 INPUTS = 128  # of a block
 MAGIC = (1024.0, 64.0, 1024.0, 64.0)  # of a block's four planes with float16; what comes of odd ones is divided by 16
@@ -31,15 +29,6 @@ def group_sums_ref(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.float16:
         kinds.append((blocks.sum(4) * x.new_tensor(MAGIC, dtype=torch.float32).view(groups, -1)).sum(3))
     return out.copy_(torch.stack(kinds, 3).flatten(2).permute(1, 2, 0))
-
-
-def group_sums(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As `group_sums_ref`; raises ValueError when `out` is no room for the sums of x."""
-    if runs_triton(x):
-        from vlserve.kernels.group_sums_triton import group_sums_triton
-
-        return group_sums_triton(x, out)
-    return group_sums_ref(x, out)
 
 
 def groups_of(sums: torch.Tensor, x: torch.Tensor) -> int:
