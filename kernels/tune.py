@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from vlserve.kernels.awq import awq_matmul_ref
-from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu
 from vlserve.kernels.group_sums import group_sums
-from vlserve.kernels.launch import CARD, ROWS, TABLE, Launch, device_of, launches_of, split
+from vlserve.kernels.int4.reference import awq_matmul_ref
+from vlserve.kernels.int4_pairs import PairedWeights, pack_for_gpu
+from vlserve.kernels.int4_pairs.launch import CARD, ROWS, TABLE, Launch, device_of, launches_of, split
 from vlserve.kernels.measure import Difference, Timer, by_outputs, difference
 from vlserve.kernels.with_triton import runs_triton
 
@@ -188,7 +188,7 @@ class OnDevice:
     def __call__(self, problem: Problem, launch: Launch, parts: int) -> float:
         from triton.errors import TritonError
 
-        from vlserve.kernels.awq_pairs_triton import multiply
+        from vlserve.kernels.int4_pairs.triton import multiply
 
         x, sums, packed, want = self.data(problem)
         try:
@@ -221,7 +221,7 @@ def _compiles(device: torch.device, launch: Launch) -> bool:
     """Whether it compiles and fits the device, tried with a small product."""
     from triton.errors import TritonError
 
-    from vlserve.kernels.awq_pairs_triton import multiply
+    from vlserve.kernels.int4_pairs.triton import multiply
 
     codes = torch.zeros(launch.block_n, GROUP, dtype=torch.uint8, device=device)
     scales = torch.ones(launch.block_n, 2, dtype=torch.bfloat16, device=device)

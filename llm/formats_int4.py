@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.kernels.awq import awq_matmul
-from vlserve.kernels.awq_cpu import PackedInt4, pack_for_cpu
-from vlserve.kernels.awq_pairs import ROWS, PairedWeights, pack_for_gpu, takes_pairs
+from vlserve.kernels.int4 import awq_matmul
+from vlserve.kernels.int4.cpu import PackedInt4, pack_for_cpu
+from vlserve.kernels.int4_pairs import ROWS, PairedWeights, pack_for_gpu
+from vlserve.kernels.int4_pairs.reference import takes_pairs
 from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.formats import ReadSlot, Slot
 from vlserve.llm.packing import MIDDLE, Layout, pack_pairs, stored_zeros_are_less

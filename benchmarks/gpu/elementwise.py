@@ -14,8 +14,8 @@ from benchmarks.gpu.counted import KINDS as TYPES
 from benchmarks.gpu.counted import counted
 from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, KINDS, Sizes, Work, cache_bytes
-from vlserve.kernels.awq_pairs import ROWS as MOST_SUMMED
 from vlserve.kernels.group_sums.reference import empty_sums, group_sums_ref
+from vlserve.kernels.int4_pairs import ROWS as MOST_SUMMED
 from vlserve.kernels.kv_codes import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks, dequantize_ref, quantize_ref
 from vlserve.kernels.measure import Difference
 from vlserve.kernels.rms_norm import add_rms_norm, rms_norm

@@ -14,16 +14,17 @@ from benchmarks.gpu.case import Built, Case, Rival
 from benchmarks.gpu.counted import Counted, counted
 from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, Sizes, Work, int4_bytes
-from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
-from vlserve.kernels.awq_pairs import ROWS, PairedWeights, pack_for_gpu, unpack_pairs
 from vlserve.kernels.group_sums import group_sums
 from vlserve.kernels.group_sums.reference import INPUTS
-from vlserve.kernels.launch import Launch, choose, split
+from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
+from vlserve.kernels.int4_pairs import ROWS, PairedWeights, pack_for_gpu
+from vlserve.kernels.int4_pairs.launch import Launch, choose, split
+from vlserve.kernels.int4_pairs.reference import unpack_pairs
 from vlserve.kernels.measure import by_outputs
 from vlserve.kernels.with_triton import runs_triton
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-REDUCED, SUMMED = 256, 16  # awq_pairs_triton's, which only imports where Triton is
+REDUCED, SUMMED = 256, 16  # int4_pairs.triton's, which only imports where Triton is
 FEW, MANY, DENSE = (1, 16), (32, 64, 128), (1024,)  # rows
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -187,7 +188,7 @@ def _pieces(given: Given) -> Iterator[Given]:
 
 def _spread_out(packed: PairedWeights) -> torch.Tensor:
     if runs_triton(packed.words):
-        from vlserve.kernels.awq_pairs_triton import pairs_dequantize_triton
+        from vlserve.kernels.int4_pairs.triton import pairs_dequantize_triton
 
         return pairs_dequantize_triton(packed)
     return awq_dequantize_ref(*unpack_pairs(packed))

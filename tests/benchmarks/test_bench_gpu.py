@@ -27,7 +27,7 @@ from benchmarks.gpu.predict import Grid, Kernel, predict
 from benchmarks.gpu.products import machine_code, product
 from benchmarks.gpu.sizes import MODELS, Sizes
 from tests.kernels.cases import PER_WEIGHT
-from vlserve.kernels.launch import fitted, launches
+from vlserve.kernels.int4_pairs.launch import fitted, launches
 from vlserve.kernels.measure import difference
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ import torch
 
 from tests.kernels.attention_cases import attention, merge, power_of_2
 from tests.kernels.machine_code import ALL, Case
-from vlserve.kernels import launch as launching
+from vlserve.kernels.int4_pairs import launch as launching
+from vlserve.kernels.int4_pairs.launch import CARD, Launch, fitted, launches
 from vlserve.kernels.kv_codes import TINY
-from vlserve.kernels.launch import CARD, Launch, fitted, launches
 from vlserve.kernels.noise import ROUNDS
 
 ARCHITECTURES = (80, 90, 100)
@@ -47,7 +47,7 @@ def four_bits() -> Iterator[Case]:
                 name="4-bit product",
                 dtype=dtype,
                 setting=f"group {group}, {sizes}",
-                module="vlserve.kernels.awq_pairs_triton",
+                module="vlserve.kernels.int4_pairs.triton",
                 kernel="_matmul",
                 architecture=architecture,
                 types=(f"*{dtype}", "*i32", "*i32", "*i32", "*fp32", "*fp32", *["i32"] * 6),
@@ -75,7 +75,7 @@ def _kinds(architecture: int, table: dict[str, Launch]) -> Iterator[tuple[str, L
 
 def beside(dtype: str, architecture: int) -> Iterator[Case]:
     """What works beside the products of 4-bit weights, or where they do not."""
-    pairs, awq, i32, x = "vlserve.kernels.awq_pairs_triton", "vlserve.kernels.awq_triton", "i32", f"*{dtype}"
+    pairs, awq, i32, x = "vlserve.kernels.int4_pairs.triton", "vlserve.kernels.int4.triton", "i32", f"*{dtype}"
 
     def case(name: str, setting: str, module: str, kernel: str, types: tuple[str, ...], **settings: object) -> Case:
         multiples = ("num_inputs",) if module == awq else ()

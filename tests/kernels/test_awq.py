@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vlserve.kernels import awq_cpu
-from vlserve.kernels.awq import awq_dequantize, awq_dequantize_ref, awq_matmul, awq_matmul_ref
-from vlserve.kernels.awq_cpu import GROUPS, OperatorInt4, PackedInt4, PlainInt4, awq_matmul_cpu, operator_half, pack_for_cpu
+from vlserve.kernels.int4 import awq_dequantize, awq_matmul
+from vlserve.kernels.int4 import cpu as int4_cpu
+from vlserve.kernels.int4.cpu import GROUPS, OperatorInt4, PackedInt4, PlainInt4, awq_matmul_cpu, operator_half, pack_for_cpu
+from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
 from vlserve.kernels.int8_head import int8_matmul, int8_matmul_ref, int8_matmul_torch, quantise_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -79,8 +80,8 @@ def test_the_definition_is_that_of_each_weight(size: tuple[int, int, int]) -> No
 def test_the_cpu_form(
     size: tuple[int, int, int], operator_rows: int, dtype: torch.dtype, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(awq_cpu, "OPERATOR_ROWS", operator_rows)
-    monkeypatch.setattr(awq_cpu, "BLOCK", 5000)  # several blocks, the last one smaller
+    monkeypatch.setattr(int4_cpu, "OPERATOR_ROWS", operator_rows)
+    monkeypatch.setattr(int4_cpu, "BLOCK", 5000)  # several blocks, the last one smaller
     given = weights(*size, dtype)
     packed = pack_for_cpu(*given)
     assert isinstance(packed, PlainInt4) == (dtype == torch.float32)
@@ -98,7 +99,7 @@ def test_the_operators_order_is_known_here() -> None:
 
 def test_where_the_order_is_unknown_the_codes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     given = weights(24, 96, 32, torch.bfloat16)
-    monkeypatch.setattr(awq_cpu, "operator_half", lambda: None)
+    monkeypatch.setattr(int4_cpu, "operator_half", lambda: None)
     x = torch.randn(3, 96).bfloat16()
     packed = pack_for_cpu(*given)
     assert isinstance(packed, PlainInt4)
@@ -145,7 +146,7 @@ INTERPRETED = [torch.float32, torch.float16]  # the interpreter computes bfloat1
 @pytest.mark.parametrize("dtype", INTERPRETED)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_triton_form(size: tuple[int, int, int], dtype: torch.dtype, poisoned: None) -> None:
-    from vlserve.kernels.awq_triton import awq_dequantize_triton, awq_matmul_triton
+    from vlserve.kernels.int4.triton import awq_dequantize_triton, awq_matmul_triton
 
     given = weights(*size, dtype)
     assert torch.equal(awq_dequantize_triton(*given), awq_dequantize_ref(*given))

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.test_awq import TOLERANCE, poisoned, rms_ratio, weights
-from vlserve.kernels import awq_pairs, group_sums
-from vlserve.kernels.awq import awq_dequantize_ref, awq_matmul_ref
-from vlserve.kernels.awq_pairs import PairedWeights, pack_for_gpu, unpack_pairs
+from vlserve.kernels import group_sums, int4_pairs
 from vlserve.kernels.group_sums.reference import empty_sums
-from vlserve.kernels.launch import Launch
+from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
+from vlserve.kernels.int4_pairs import PairedWeights, pack_for_gpu
+from vlserve.kernels.int4_pairs.launch import Launch
+from vlserve.kernels.int4_pairs.reference import unpack_pairs
 from vlserve.llm import formats_int4
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
 from vlserve.llm.packing import AWQ_GEMM
@@ -24,7 +25,7 @@ from vlserve.llm.parallel import Span
 from vlserve.llm.quantisation import INT4, Quantisation
 
 pytest.importorskip("triton")
-triton_form: Any = pytest.importorskip("vlserve.kernels.awq_pairs_triton")
+triton_form: Any = pytest.importorskip("vlserve.kernels.int4_pairs.triton")
 sums_form: Any = pytest.importorskip("vlserve.kernels.group_sums.triton")
 __all__ = ["poisoned"]
 
@@ -107,7 +108,7 @@ def test_weights_are_spread_out_as_defined(size: tuple[int, int, int], dtype: to
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Tensors on the CPU are treated as a small GPU's."""
-    for module in (awq_pairs, formats_int4, group_sums):
+    for module in (int4_pairs, formats_int4, group_sums):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)
     monkeypatch.setattr(triton_form, "device_of", lambda index: ("sm_90", 2))
 

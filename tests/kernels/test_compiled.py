@@ -15,8 +15,8 @@ from tests.kernels.attention_cases import attention
 from tests.kernels.cases import every_case, four_bits
 from tests.kernels.compiled import COLUMNS
 from tests.kernels.machine_code import Case, Code, compile_all, faults
-from vlserve.kernels import launch as launching
-from vlserve.kernels.launch import Launch, launches
+from vlserve.kernels.int4_pairs import launch as launching
+from vlserve.kernels.int4_pairs.launch import Launch, launches
 from vlserve.kernels.tune import write_table
 
 pytest.importorskip(

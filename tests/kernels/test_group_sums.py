@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.kernels.test_awq import poisoned
-from vlserve.kernels.awq_pairs import pack_for_gpu
 from vlserve.kernels.group_sums import group_sums
 from vlserve.kernels.group_sums.reference import empty_sums, group_sums_ref
+from vlserve.kernels.int4_pairs import pack_for_gpu
 from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
 from vlserve.kernels.silu_mul import silu_mul
 

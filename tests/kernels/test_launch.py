@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlserve.kernels.launch import FALLBACK, ROWS, WIDE, Launch, choose, fitted, launches, split
+from vlserve.kernels.int4_pairs.launch import FALLBACK, ROWS, WIDE, Launch, choose, fitted, launches, split
 
 CLASSES = {f"{rows} {width}" for rows in ROWS for width in ("narrow", "wide")}
 

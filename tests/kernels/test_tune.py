@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlserve.kernels import launch as launching
-from vlserve.kernels.launch import CARD, ROWS, TABLE, Launch, launches
+from vlserve.kernels.int4_pairs import launch as launching
+from vlserve.kernels.int4_pairs.launch import CARD, ROWS, TABLE, Launch, launches
 from vlserve.kernels.measure import Difference, by_outputs, difference
 from vlserve.kernels.tune import Problem, RefusedError, candidates, formatted, list_candidates, main, problems, tune, write_table
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlserve.kernels import awq_pairs, group_sums, rms_norm, silu_mul
+from vlserve.kernels import group_sums, int4_pairs, rms_norm, silu_mul
 from vlserve.kernels.paged_attention import plan_attention
 from vlserve.llm import formats_int4
 from vlserve.llm.config import read_decoder_config
@@ -22,8 +22,9 @@ from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Split
 
 pytest.importorskip("triton")
-from vlserve.kernels import awq_pairs_triton, rms_norm_triton, silu_mul_triton
+from vlserve.kernels import rms_norm_triton, silu_mul_triton
 from vlserve.kernels.group_sums import triton as sums_triton
+from vlserve.kernels.int4_pairs import triton as pairs_triton
 
 CPU, LAYERS = torch.device("cpu"), 2
 # the feed-forward's width is not whole blocks of 128
@@ -46,13 +47,13 @@ class Counting:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """By kernel; tensors on the CPU are treated as a small GPU's."""
     counted: Counter[str] = Counter()
-    for module in (awq_pairs, formats_int4, group_sums, rms_norm, silu_mul):
+    for module in (int4_pairs, formats_int4, group_sums, rms_norm, silu_mul):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)
-    monkeypatch.setattr(awq_pairs_triton, "device_of", lambda index: ("sm_90", 2))
+    monkeypatch.setattr(pairs_triton, "device_of", lambda index: ("sm_90", 2))
     kernels = {"norm": rms_norm_triton, "gate": silu_mul_triton, "sums": sums_triton}
     for name, module in kernels.items():
         monkeypatch.setattr(module, "_kernel", Counting(module._kernel, counted, name))
-    monkeypatch.setattr(awq_pairs_triton, "_matmul", Counting(awq_pairs_triton._matmul, counted, "product"))
+    monkeypatch.setattr(pairs_triton, "_matmul", Counting(pairs_triton._matmul, counted, "product"))
     return counted
 
 

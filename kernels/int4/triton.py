@@ -1,4 +1,4 @@
-"""`awq` on a GPU: a product that takes the codes apart on the way, with float32 sums, and the plain dequantisation.
+"""`int4` on a GPU: a product that takes the codes apart on the way, with float32 sums, and the plain dequantisation.
 
 Even and odd inputs are multiplied apart, since a byte holds one of each; then no code has to move to another place.
 """

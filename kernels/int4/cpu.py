@@ -1,9 +1,9 @@
-"""`awq` on a CPU: weights put in the order of torch's 4-bit operator once, at load, and the product with them.
+"""`int4` on a CPU: weights put in the order of torch's 4-bit operator once, at load, and the product with them.
 
 The operator is fast in bfloat16 alone and for few rows. It reads a weight anew for each of them, so that with many rows the
 weights are spread out, a few outputs at a time, and multiplied by the dense product. float32 is for exact results:
 there the codes stay as they are and every product is float32's. float16 is computed in bfloat16.
-Letters as in `awq`; N' and K' are N and K rounded up to what the operator takes.
+Letters as in reference.py; N' and K' are N and K rounded up to what the operator takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from vlserve.kernels.awq import awq_dequantize_ref, unpack_codes
+from vlserve.kernels.int4.reference import awq_dequantize_ref, unpack_codes
 
 OPERATOR_ROWS = 128  # rows up to which the operator is faster than spreading the weights out
 GROUPS = (256, 128, 64, 32)  # inputs of a group that the operator takes

@@ -1,11 +1,11 @@
-"""`awq_pairs` on a GPU: products of up to 128 rows that read each weight once, and the dequantisation for more rows.
+"""`int4_pairs` on a GPU: products of up to 128 rows that read each weight once, and the dequantisation for more rows.
 
 A product multiplies, in float32 sums, numbers that are a magic number plus a code, and takes magic number and zero point, times
 the sums of each group's activations (`group_sums`), off what comes out, before the scale; where the inputs are split, a second
 kernel adds the parts up, in their order. The weights are the left factor: so each thread's registers hold what it has loaded
 itself. With float16 every second plane of codes is used where it lies, 4 bits up, as 16 times itself.
 Source of magic numbers and of the order in words: Kim et al. 2022 (arXiv 2211.10017); of the split: arXiv 2402.00025.
-Letters and layout: awq_pairs.py.
+Letters and layout: reference.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.awq_pairs import PairedWeights
-from vlserve.kernels.launch import Launch, choose, device_of, split
+from vlserve.kernels.int4_pairs.launch import Launch, choose, device_of, split
+from vlserve.kernels.int4_pairs.types import PairedCodes
 
 REDUCED = 256  # outputs of a program that adds up parts
 IS_INTERPRETED = triton.knobs.runtime.interpret  # then there is no assembler, and bfloat16 is taken for whole numbers
@@ -183,8 +183,8 @@ def _dequantize(words, scales, zeros, out, num_outputs, num_blocks, num_groups, 
         tl.store(at + 32 * plane, weights.to(TYPE), mask=(output < num_outputs)[:, None])
 
 
-def pairs_matmul_triton(x: torch.Tensor, sums: torch.Tensor, packed: PairedWeights) -> torch.Tensor:
-    """x [T, K'] and its `group_sums` -> [T, N] in x's type; the checks are `PairedWeights.matmul`'s."""
+def pairs_matmul_triton(x: torch.Tensor, sums: torch.Tensor, packed: PairedCodes) -> torch.Tensor:
+    """x [T, K'] and its `group_sums` -> [T, N] in x's type; the checks are `PairedCodes.matmul`'s."""
     x = x.contiguous()
     architecture, multiprocessors = device_of(x.device.index)
     launch = choose(architecture, len(x), packed.outputs, x.dtype)
@@ -193,7 +193,7 @@ def pairs_matmul_triton(x: torch.Tensor, sums: torch.Tensor, packed: PairedWeigh
     return multiply(x, packed, sums, launch, parts)
 
 
-def multiply(x: torch.Tensor, packed: PairedWeights, sums: torch.Tensor, launch: Launch, parts: int) -> torch.Tensor:
+def multiply(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, launch: Launch, parts: int) -> torch.Tensor:
     """As `pairs_matmul_triton`, launched as given, the inputs in `parts`."""
     out = torch.empty(len(x), packed.outputs, dtype=x.dtype, device=x.device)
     if parts == 1:
@@ -206,7 +206,7 @@ def multiply(x: torch.Tensor, packed: PairedWeights, sums: torch.Tensor, launch:
     return out
 
 
-def multiply_parts(x: torch.Tensor, packed: PairedWeights, sums: torch.Tensor, launch: Launch, out: torch.Tensor) -> None:
+def multiply_parts(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, launch: Launch, out: torch.Tensor) -> None:
     """Part p of the inputs into out [P, T, N]."""
     num_blocks, num_groups = packed.words.shape[1], packed.scales.shape[1]
     tiles = triton.cdiv(packed.outputs, launch.block_n), triton.cdiv(len(x), launch.block_t)
@@ -225,7 +225,7 @@ def multiply_parts(x: torch.Tensor, packed: PairedWeights, sums: torch.Tensor, l
         )
 
 
-def pairs_dequantize_triton(packed: PairedWeights) -> torch.Tensor:
+def pairs_dequantize_triton(packed: PairedCodes) -> torch.Tensor:
     """The weights [N, K'], in the type of the scales."""
     tiles, num_blocks = packed.words.shape[:2]
     out = torch.empty(packed.outputs, packed.padded_inputs, dtype=packed.scales.dtype, device=packed.words.device)
