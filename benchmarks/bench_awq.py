@@ -21,11 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vlserve.kernels.head import int8_matmul
+from vlserve.kernels.head.reference import int8_matmul_ref, quantise_rows
 from vlserve.kernels.int4 import awq_dequantize, awq_matmul
 from vlserve.kernels.int4.cpu import pack_for_cpu
 from vlserve.kernels.int4.reference import awq_matmul_ref
 from vlserve.kernels.int4_pairs import pack_for_gpu
-from vlserve.kernels.int8_head import int8_matmul, int8_matmul_ref, quantise_rows
 from vlserve.kernels.with_triton import runs_triton
 
 LAYERS = {"qkv_proj": (1152, 896), "o_proj": (896, 896), "gate_up_proj": (9728, 896), "down_proj": (896, 4864)}

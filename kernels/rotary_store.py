@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from vlserve.kernels.kv_codes import Blocks
-from vlserve.kernels.rms_norm import rms_norm, rms_norm_ref
+from vlserve.kernels.kv_cache import store_kv
+from vlserve.kernels.kv_cache.reference import store_kv_ref
+from vlserve.kernels.kv_cache.types import Blocks
+from vlserve.kernels.norms import rms_norm
+from vlserve.kernels.norms.reference import rms_norm_ref
 from vlserve.kernels.rotary import rotary, rotary_ref
-from vlserve.kernels.store_kv import store_kv, store_kv_ref
 from vlserve.kernels.with_triton import runs_triton
 
 Pair = tuple[torch.Tensor, torch.Tensor]

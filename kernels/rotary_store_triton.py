@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.kv_codes import LARGEST, TINY, Blocks, QuantizedBlocks
-from vlserve.kernels.kv_codes_triton import bits_of_number, e4m3_of_number, number_of_bits
+from vlserve.kernels.kv_cache.triton import bits_of_number, e4m3_of_number, number_of_bits
+from vlserve.kernels.kv_cache.types import LARGEST, TINY, Blocks, QuantizedBlocks
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlserve.kernels.kv_codes import Blocks
-from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention
+from vlserve.kernels.attention import paged_attention
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.kv_cache.types import Blocks
 from vlserve.kernels.rotary_store import rotary_store
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear

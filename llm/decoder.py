@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vlserve.kernels.kv_codes import Blocks
-from vlserve.kernels.paged_attention import AttentionMetadata
-from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.gate import silu_mul
+from vlserve.kernels.kv_cache.types import Blocks
+from vlserve.kernels.norms import add_rms_norm, rms_norm
 from vlserve.kernels.rotary import rotary_table
-from vlserve.kernels.silu_mul import silu_mul
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.embedding import VocabParallel

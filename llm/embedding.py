@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.kernels.head import head_matmul
-from vlserve.kernels.int8_head import int8_matmul, quantise_rows
+from vlserve.kernels.head import head_matmul, int8_matmul
+from vlserve.kernels.head.reference import quantise_rows
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
 

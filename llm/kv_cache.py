@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vlserve.kernels.kv_codes import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks
+from vlserve.kernels.kv_cache.types import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks
 from vlserve.kernels.upload import upload
 from vlserve.llm.config import DecoderConfig
 

@@ -17,8 +17,7 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vlserve.kernels.layer_norm import add_scaled_norm, layer_norm
-from vlserve.kernels.rms_norm import rms_norm
+from vlserve.kernels.norms import add_scaled_norm, layer_norm, rms_norm
 from vlserve.vision.config import EncoderConfig
 
 

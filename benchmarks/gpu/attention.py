@@ -13,10 +13,13 @@ from benchmarks.gpu.counted import KINDS as TYPES
 from benchmarks.gpu.counted import counted
 from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import KINDS, Sizes, Work, cache_bytes
-from vlserve.kernels.attention_launch import Schedule, Tiling, choose_chunk, choose_tiling, looked_at, make_schedule
-from vlserve.kernels.kv_codes import CODE_TYPES, Blocks, QuantizedBlocks, quantize
+from vlserve.kernels.attention import paged_attention, plan_attention
+from vlserve.kernels.attention.launch import Schedule, Tiling, choose_chunk, choose_tiling, looked_at, make_schedule
+from vlserve.kernels.attention.reference import paged_attention_ref
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.kv_cache.cpu import quantize
+from vlserve.kernels.kv_cache.types import CODE_TYPES, Blocks, QuantizedBlocks
 from vlserve.kernels.measure import Difference
-from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention, paged_attention_ref, plan_attention
 
 PAGE = 16  # tokens of a block
 COUNTED = "group 7"  # other groups' loops differ by little

@@ -14,13 +14,14 @@ from benchmarks.gpu.counted import KINDS as TYPES
 from benchmarks.gpu.counted import counted
 from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import GROUP, KINDS, Sizes, Work, cache_bytes
+from vlserve.kernels.gate import silu_mul
 from vlserve.kernels.group_sums.reference import empty_sums, group_sums_ref
 from vlserve.kernels.int4_pairs import ROWS as MOST_SUMMED
-from vlserve.kernels.kv_codes import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks, dequantize_ref, quantize_ref
+from vlserve.kernels.kv_cache.reference import dequantize_ref, quantize_ref
+from vlserve.kernels.kv_cache.types import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks
 from vlserve.kernels.measure import Difference
-from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
+from vlserve.kernels.norms import add_rms_norm, rms_norm
 from vlserve.kernels.rotary_store import rotary_store
-from vlserve.kernels.silu_mul import silu_mul
 
 ROWS = (64, 4096)
 PAGE, EPS = 16, 1e-6

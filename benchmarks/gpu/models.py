@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.sizes import GROUP, TILES, Sizes
+from vlserve.kernels.attention import plan_attention
+from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.measure import Difference, difference, recorded
-from vlserve.kernels.paged_attention import AttentionMetadata, plan_attention
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.case import Rival
 from benchmarks.gpu.sizes import GROUP
+from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.int4.reference import unpack_codes
-from vlserve.kernels.paged_attention import AttentionMetadata
 
 WORKSPACE = 128 * 2**20  # bytes, as FlashInfer recommends
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.case import Built, Case, Rival
 from benchmarks.gpu.elementwise import EPS, spread
 from benchmarks.gpu.sizes import Sizes, Work
-from vlserve.kernels.layer_norm import add_scaled_norm
+from vlserve.kernels.norms import add_scaled_norm
 
 
 def encoder_norm(sizes: Sizes, tiles: int) -> Case:

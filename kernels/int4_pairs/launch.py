@@ -1,7 +1,8 @@
-"""How the product is launched: a table by architecture and shape class in launch.json, read once. Nothing is tried out at run time.
+"""How the product is launched: a table by architecture and shape class in launch.json, read once.
 
-A class is the rows of a product, rounded up to 16, 32, 64 or 128, and "wide" or "narrow" by the outputs. An architecture that the
-table lacks, such as sm_86 or sm_120, is launched as sm_80 is, which asks for nothing that others lack.
+Nothing is tried out at run time. A class is the rows of a product, rounded up to 16, 32, 64 or 128, and "wide" or "narrow" by the
+outputs. An architecture that the table lacks, such as sm_86 or sm_120, is launched as sm_80 is, which asks for nothing that
+others lack.
 The figures come from compiled code (registers, shared memory, instructions a weight) and from arithmetic; where an architecture's
 table names a card, they are the fastest of those that `python -m vlserve.kernels.tune` has timed on it.
 """

@@ -21,9 +21,10 @@ from vlserve.engine.cuda_graphs import DecodeGraphs, Graphs, Work
 from vlserve.engine.engine import Engine, Seat
 from vlserve.engine.loading import load_model
 from vlserve.engine.process_group import DistributedGroup
-from vlserve.kernels import attention_plan, paged_attention, rms_norm, rotary_store, silu_mul
-from vlserve.kernels.attention_plan import FixedDecodes, Shape
-from vlserve.kernels.paged_attention import plan_attention
+from vlserve.kernels import attention, gate, norms, rotary_store
+from vlserve.kernels.attention import plan as attention_plan
+from vlserve.kernels.attention import plan_attention
+from vlserve.kernels.attention.plan import FixedDecodes, Shape
 from vlserve.llm.kv_cache import KVCache
 from vlserve.llm.parallel import Split
 from vlserve.models.checkpoint import read_checkpoint
@@ -48,7 +49,7 @@ class Again:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (paged_attention, rms_norm, rotary_store, silu_mul, runner_module):
+    for module in (attention, norms, rotary_store, gate, runner_module):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)
     yield
 

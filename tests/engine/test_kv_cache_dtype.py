@@ -16,7 +16,7 @@ from tests.engine.test_laws import SAMPLING, answer, mixed_prompts, picture
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Engine
 from vlserve.errors import ConfigError
-from vlserve.kernels.kv_codes import QuantizedBlocks
+from vlserve.kernels.kv_cache.types import QuantizedBlocks
 from vlserve.llm.kv_cache import block_bytes
 from vlserve.plan.tp_plan import make_plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.kernels.machine_code import ALL, Case
-from vlserve.kernels.attention_launch import choose_tiling
+from vlserve.kernels.attention.launch import choose_tiling
 
 # prefill's instructions a number by (codes, before Hopper): with a dimension of 64, and with 128, of which 80 and 96 use a part.
 # More than decoding's, since a program has 128 rows; before Hopper scores and codes go through registers that are too few
@@ -51,7 +51,7 @@ def attention(
         name=about[0],
         dtype=about[1],
         setting=about[2],
-        module="vlserve.kernels.paged_attention_triton",
+        module="vlserve.kernels.attention.triton",
         kernel="_attention_kernel",
         architecture=arch,
         types=(f"*{dtype}", "*fp32", "*fp32", f"*{dtype}", stored, scales, stored, scales, "*i32", "*i32")
@@ -77,7 +77,7 @@ def merge(dtype: str, dim: int, arch: int) -> Case:
         name="attention, merge",
         dtype=dtype,
         setting=f"dim {dim}",
-        module="vlserve.kernels.paged_attention_triton",
+        module="vlserve.kernels.attention.triton",
         kernel="_merge_kernel",
         architecture=arch,
         types=(f"*{dtype}", "*fp32", "*fp32", "*i32", *["i32"] * 3),

@@ -16,7 +16,7 @@ from tests.kernels.attention_cases import attention, merge, power_of_2
 from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.int4_pairs import launch as launching
 from vlserve.kernels.int4_pairs.launch import CARD, Launch, fitted, launches
-from vlserve.kernels.kv_codes import TINY
+from vlserve.kernels.kv_cache.types import TINY
 from vlserve.kernels.noise import ROUNDS
 
 ARCHITECTURES = (80, 90, 100)
@@ -104,7 +104,7 @@ def head(dtype: str, weight: str, architecture: int, rows: int = 16) -> Case:
         name="head",
         dtype=dtype,
         setting=f"weights {weight}, {rows} rows",
-        module="vlserve.kernels.head_triton",
+        module="vlserve.kernels.head.triton",
         kernel="_matmul",
         architecture=architecture,
         types=(f"*{dtype}", f"*{weight}", "*fp32" if weight == "i8" else None, f"*{dtype}", *["i32"] * 3),
@@ -155,8 +155,8 @@ def norm(kind: str, dtype: str, width: int, arch: int, *, groups: int = 0) -> Ca
         name=kind.replace("_", " "),
         dtype=dtype,
         setting=f"width {width}{with_sums(groups)}",
-        module=f"vlserve.kernels.{'rms' if is_rms else 'layer'}_norm_triton",
-        kernel="_kernel",
+        module="vlserve.kernels.norms.triton",
+        kernel="_rms_kernel" if is_rms else "_layer_kernel",
         architecture=arch,
         types=types,
         constants=constants,
@@ -171,7 +171,7 @@ def silu_mul(dtype: str, arch: int, *, groups: int = 0) -> Case:
         name="silu mul",
         dtype=dtype,
         setting=f"width 18944{with_sums(groups)}",
-        module="vlserve.kernels.silu_mul_triton",
+        module="vlserve.kernels.gate.triton",
         kernel="_kernel",
         architecture=arch,
         types=(f"*{dtype}", f"*{dtype}", "*fp32" if groups else None),

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from vlserve.kernels.attention_launch import (
+from vlserve.kernels.attention.launch import (
     MERGE_BYTES,
     PART_BYTES,
     PARTS,

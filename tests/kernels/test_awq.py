@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vlserve.kernels.head import int8_matmul
+from vlserve.kernels.head.cpu import int8_matmul_torch
+from vlserve.kernels.head.reference import int8_matmul_ref, quantise_rows
 from vlserve.kernels.int4 import awq_dequantize, awq_matmul
 from vlserve.kernels.int4 import cpu as int4_cpu
 from vlserve.kernels.int4.cpu import GROUPS, OperatorInt4, PackedInt4, PlainInt4, awq_matmul_cpu, operator_half, pack_for_cpu
 from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
-from vlserve.kernels.int8_head import int8_matmul, int8_matmul_ref, int8_matmul_torch, quantise_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 # outputs, inputs, inputs of a group
@@ -176,7 +178,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
 
 
 def interpreted(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    from vlserve.kernels.head_triton import int8_matmul_triton
+    from vlserve.kernels.head.triton import int8_matmul_triton
 
     return int8_matmul_triton(x, codes, scales)
 

@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from tests.kernels.test_awq import poisoned
+from vlserve.kernels.gate import silu_mul
 from vlserve.kernels.group_sums import group_sums
 from vlserve.kernels.group_sums.reference import empty_sums, group_sums_ref
 from vlserve.kernels.int4_pairs import pack_for_gpu
-from vlserve.kernels.rms_norm import add_rms_norm, rms_norm
-from vlserve.kernels.silu_mul import silu_mul
+from vlserve.kernels.norms import add_rms_norm, rms_norm
 
 pytest.importorskip("triton")
 from tests.kernels.bfloat16 import compute_bfloat16
-from vlserve.kernels import rms_norm_triton, silu_mul_triton
+from vlserve.kernels.gate import triton as gate_triton
 from vlserve.kernels.group_sums import triton as sums_triton
+from vlserve.kernels.norms import triton as norms_triton
 
 __all__ = ["poisoned"]
 
@@ -70,13 +71,13 @@ def test_a_kernel_of_their_own(size: tuple[int, int], rows: int, dtype: torch.dt
 MAKERS: dict[str, tuple[Make, Make]] = {
     "rms_norm": (
         lambda x, sums: rms_norm(*halves(x), 1e-6, sums),
-        lambda x, sums: rms_norm_triton.rms_norm_triton(*halves(x), 1e-6, sums),
+        lambda x, sums: norms_triton.rms_norm_triton(*halves(x), 1e-6, sums),
     ),
     "add_rms_norm": (
         lambda x, sums: add_rms_norm(halves(x)[0], *halves(x), 1e-6, sums)[0],
-        lambda x, sums: rms_norm_triton.add_rms_norm_triton(halves(x)[0], *halves(x), 1e-6, sums)[0],
+        lambda x, sums: norms_triton.add_rms_norm_triton(halves(x)[0], *halves(x), 1e-6, sums)[0],
     ),
-    "silu_mul": (silu_mul, silu_mul_triton.silu_mul_triton),
+    "silu_mul": (silu_mul, gate_triton.silu_mul_triton),
 }
 
 
@@ -104,9 +105,9 @@ def test_activations_do_not_change(maker: str) -> None:
     x = torch.randn(3, 2 * 300).to(DEVICE, torch.float16)
     with_sums = MAKERS[maker][1](x, empty_sums(x, 300, 32))
     plain = {
-        "rms_norm": lambda: rms_norm_triton.rms_norm_triton(*halves(x), 1e-6),
-        "add_rms_norm": lambda: rms_norm_triton.add_rms_norm_triton(halves(x)[0], *halves(x), 1e-6)[0],
-        "silu_mul": lambda: silu_mul_triton.silu_mul_triton(x),
+        "rms_norm": lambda: norms_triton.rms_norm_triton(*halves(x), 1e-6),
+        "add_rms_norm": lambda: norms_triton.add_rms_norm_triton(halves(x)[0], *halves(x), 1e-6)[0],
+        "silu_mul": lambda: gate_triton.silu_mul_triton(x),
     }[maker]()
     assert torch.equal(with_sums, plain)
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tests.kernels.test_kernels import TOLERANCE, rms_ratio
-from vlserve.kernels.head import head_matmul, head_matmul_ref
+from vlserve.kernels.head import head_matmul
+from vlserve.kernels.head.reference import head_matmul_ref
 
 pytest.importorskip("triton")
 from tests.kernels.bfloat16 import compute_bfloat16
-from vlserve.kernels import head, head_triton
+from vlserve.kernels import head
+from vlserve.kernels.head import triton as head_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16)

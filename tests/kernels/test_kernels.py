@@ -7,12 +7,17 @@ import math
 import pytest
 import torch
 
-from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks
-from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention, paged_attention_ref, plan_attention
-from vlserve.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from vlserve.kernels.attention import paged_attention, plan_attention
+from vlserve.kernels.attention.reference import paged_attention_ref
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.gate import silu_mul
+from vlserve.kernels.gate.reference import silu_mul_ref
+from vlserve.kernels.kv_cache import store_kv
+from vlserve.kernels.kv_cache.reference import store_kv_ref
+from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
+from vlserve.kernels.norms import add_rms_norm, rms_norm
+from vlserve.kernels.norms.reference import add_rms_norm_ref, rms_norm_ref
 from vlserve.kernels.rotary import RopeConfig, rotary, rotary_frequencies, rotary_ref, rotary_table
-from vlserve.kernels.silu_mul import silu_mul, silu_mul_ref
-from vlserve.kernels.store_kv import store_kv, store_kv_ref
 
 SIZES = (1, 7, 63, 129)
 DTYPES = (torch.float32, torch.bfloat16)

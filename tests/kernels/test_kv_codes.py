@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from tests.kernels.test_kernels import DTYPES, TOLERANCE, paged, poisoned, rms_ratio, tensors
-from vlserve.kernels.kv_codes import LARGEST, QuantizedBlocks, dequantize, dequantize_ref, quantize, quantize_ref
-from vlserve.kernels.paged_attention import paged_attention, paged_attention_ref
-from vlserve.kernels.store_kv import store_kv, store_kv_ref
+from vlserve.kernels.attention import paged_attention
+from vlserve.kernels.attention.reference import paged_attention_ref
+from vlserve.kernels.kv_cache import store_kv
+from vlserve.kernels.kv_cache.cpu import dequantize, quantize
+from vlserve.kernels.kv_cache.reference import dequantize_ref, quantize_ref, store_kv_ref
+from vlserve.kernels.kv_cache.types import LARGEST, QuantizedBlocks
 
 KINDS = [pytest.param(torch.int8, id="int8"), pytest.param(torch.uint8, id="fp8")]
 SIZES = torch.tensor([1, 1e-3, 300, 0, 6e4, 1e-7, 3, 1])  # of a token's numbers; 0 is a token of zeros
@@ -61,7 +64,7 @@ def test_every_code_is_read_as_torch_reads_it(dtype: torch.dtype, kind: torch.dt
     picked = torch.tensor([3, 0, 1, 2, 3])
     want = dequantize_ref(blocks, torch.float64)[picked].to(dtype)
     assert torch.equal(dequantize(blocks, picked, dtype), want)
-    monkeypatch.setattr("vlserve.kernels.kv_codes.AT_ONCE", 2 * 3 * 2 * 256)  # in three parts
+    monkeypatch.setattr("vlserve.kernels.kv_cache.cpu.AT_ONCE", 2 * 3 * 2 * 256)  # in three parts
     assert torch.equal(dequantize(blocks, picked, dtype), want)
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests.kernels.test_kernels import TOLERANCE, rms_ratio
-from vlserve.kernels.layer_norm import add_scaled_norm, add_scaled_norm_ref, layer_norm, layer_norm_ref
-from vlserve.kernels.rms_norm import add_rms_norm_ref, rms_norm_ref
-from vlserve.kernels.silu_mul import silu_mul_ref
+from vlserve.kernels.gate.reference import silu_mul_ref
+from vlserve.kernels.norms import add_scaled_norm, layer_norm
+from vlserve.kernels.norms.reference import add_rms_norm_ref, add_scaled_norm_ref, layer_norm_ref, rms_norm_ref
 
 pytest.importorskip("triton")
 from tests.kernels.bfloat16 import compute_bfloat16
-from vlserve.kernels import layer_norm_triton, rms_norm_triton, silu_mul_triton
+from vlserve.kernels.gate import triton as gate_triton
+from vlserve.kernels.norms import triton as norms_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,9 +39,9 @@ def test_rms_norm(width: int, dtype: torch.dtype) -> None:
     x, residual, weight = apart[..., :width], torch.randn(3, 2, width).to(dtype), torch.randn(width).to(dtype)
     there = [t.to(DEVICE) for t in (apart, residual, weight)]
     want = rms_norm_ref(x.double(), weight.double(), 1e-6)
-    got = rms_norm_triton.rms_norm_triton(there[0][..., :width], there[2], 1e-6)
+    got = norms_triton.rms_norm_triton(there[0][..., :width], there[2], 1e-6)
     assert got.dtype == dtype and got.shape == x.shape and rms_ratio(got.cpu(), want) < TOLERANCE[dtype]
-    got, total = rms_norm_triton.add_rms_norm_triton(there[0][..., :width], there[1], there[2], 1e-6)
+    got, total = norms_triton.add_rms_norm_triton(there[0][..., :width], there[1], there[2], 1e-6)
     assert torch.equal(total.cpu(), add_rms_norm_ref(x, residual, weight, 1e-6)[1])
     assert rms_ratio(got.cpu(), rms_norm_ref(total.cpu().double(), weight.double(), 1e-6)) < TOLERANCE[dtype]
 
@@ -51,7 +52,7 @@ def test_rms_norm(width: int, dtype: torch.dtype) -> None:
 def test_silu_mul(width: int, dtype: torch.dtype) -> None:
     x = 4 * torch.randn(3, 2, 2 * width).to(dtype)
     x[0, 0, 0] = -200
-    got = silu_mul_triton.silu_mul_triton(x.to(DEVICE))
+    got = gate_triton.silu_mul_triton(x.to(DEVICE))
     assert got.dtype == dtype and got.shape == (3, 2, width)
     assert rms_ratio(got.cpu(), silu_mul_ref(x.double())) < TOLERANCE[dtype]
 
@@ -63,7 +64,7 @@ def test_layer_norm(width: int, dtype: torch.dtype, poisoned: None) -> None:
     d = x.double()
     centred = d - d.mean(-1, keepdim=True)
     want = weight.double() * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() + bias.double()
-    got = layer_norm_triton.layer_norm_triton(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), 1e-6).cpu()
+    got = norms_triton.layer_norm_triton(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), 1e-6).cpu()
     for form in (got, layer_norm(x, weight, bias, 1e-6), layer_norm_ref(x, weight, bias, 1e-6)):
         assert form.dtype == dtype and form.shape == x.shape and rms_ratio(form, want) < TOLERANCE[dtype]
 
@@ -76,7 +77,7 @@ def test_add_scaled_norm(width: int, dtype: torch.dtype, has_bias: bool, poisone
     scale, weight, some = (torch.randn(width).to(dtype) for _ in range(3))
     bias = some if has_bias else None
     given = [None if t is None else t.to(DEVICE) for t in (branch, residual, scale, weight, bias)]
-    got = layer_norm_triton.add_scaled_norm_triton(*given, 1e-6)  # type: ignore[arg-type]
+    got = norms_triton.add_scaled_norm_triton(*given, 1e-6)  # type: ignore[arg-type]
     sums = residual.double() + scale.double() * branch.double()
     for norm, total in (
         (got[0].cpu(), got[1].cpu()),

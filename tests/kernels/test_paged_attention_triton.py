@@ -13,14 +13,15 @@ import torch
 
 from tests.kernels.test_kernels import TOLERANCE, paged, rms_ratio, tensors
 from tests.kernels.test_kv_codes import KINDS
-from vlserve.kernels import attention_plan
-from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks
-from vlserve.kernels.paged_attention import AttentionMetadata, paged_attention_ref
+from vlserve.kernels.attention import plan as attention_plan
+from vlserve.kernels.attention.reference import paged_attention_ref
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 
 pytest.importorskip("triton")
 from tests.kernels.bfloat16 import compute_bfloat16
 
-triton_form: Any = pytest.importorskip("vlserve.kernels.paged_attention_triton")
+triton_form: Any = pytest.importorskip("vlserve.kernels.attention.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,8 +7,9 @@ import torch
 
 from tests.kernels.test_kernels import TOLERANCE, poisoned, rms_ratio, tensors
 from tests.kernels.test_kv_codes import KINDS, awkward
-from vlserve.kernels.kv_codes import LARGEST, Blocks, QuantizedBlocks, dequantize_ref, quantize_ref
-from vlserve.kernels.rms_norm import rms_norm_ref
+from vlserve.kernels.kv_cache.reference import dequantize_ref, quantize_ref
+from vlserve.kernels.kv_cache.types import LARGEST, Blocks, QuantizedBlocks
+from vlserve.kernels.norms.reference import rms_norm_ref
 from vlserve.kernels.rope import RopeConfig
 from vlserve.kernels.rotary import rotary_ref, rotary_table
 from vlserve.kernels.rotary_store import rotary_store, rotary_store_ref
@@ -18,8 +19,9 @@ import triton
 import triton.language as tl
 
 from tests.kernels.bfloat16 import compute_bfloat16
-from vlserve.kernels import kv_codes_triton, rotary_store_triton
-from vlserve.kernels.kv_codes_triton import numbers_of_pairs, reads_e4m3
+from vlserve.kernels import rotary_store_triton
+from vlserve.kernels.kv_cache import triton as kv_triton
+from vlserve.kernels.kv_cache.triton import numbers_of_pairs, reads_e4m3
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -96,7 +98,7 @@ def halves(words: torch.Tensor, kind: str) -> torch.Tensor:
 def test_the_assembly_reads_every_pair_of_codes_exactly(name: str) -> None:
     low = torch.arange(65536)
     high = low.flip(0)
-    results = computed(getattr(kv_codes_triton, name).value, low | high << 16)
+    results = computed(getattr(kv_triton, name).value, low | high << 16)
     kind = torch.int8 if "INT8" in name else torch.float8_e4m3fn
     for place, result in enumerate(results):  # even codes, odd codes
         for half, pairs in enumerate((low, high)):

@@ -17,7 +17,7 @@ from tests.plan.test_footprint import build, config
 from vlserve.config import EngineConfig
 from vlserve.engine.memory import weight_bytes
 from vlserve.errors import ConfigError
-from vlserve.kernels.int8_head import quantise_rows
+from vlserve.kernels.head.reference import quantise_rows
 from vlserve.llm.embedding import VocabParallel
 from vlserve.llm.parallel import Split
 from vlserve.llm.shard_writer import OfflineGroup

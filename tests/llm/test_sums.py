@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vlserve.kernels import group_sums, int4_pairs, rms_norm, silu_mul
-from vlserve.kernels.paged_attention import plan_attention
+from vlserve.kernels import gate, group_sums, int4_pairs, norms
+from vlserve.kernels.attention import plan_attention
 from vlserve.llm import formats_int4
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
@@ -22,9 +22,10 @@ from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Split
 
 pytest.importorskip("triton")
-from vlserve.kernels import rms_norm_triton, silu_mul_triton
+from vlserve.kernels.gate import triton as gate_triton
 from vlserve.kernels.group_sums import triton as sums_triton
 from vlserve.kernels.int4_pairs import triton as pairs_triton
+from vlserve.kernels.norms import triton as norms_triton
 
 CPU, LAYERS = torch.device("cpu"), 2
 # the feed-forward's width is not whole blocks of 128
@@ -47,13 +48,12 @@ class Counting:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """By kernel; tensors on the CPU are treated as a small GPU's."""
     counted: Counter[str] = Counter()
-    for module in (int4_pairs, formats_int4, group_sums, rms_norm, silu_mul):
+    for module in (int4_pairs, formats_int4, group_sums, norms, gate):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)
     monkeypatch.setattr(pairs_triton, "device_of", lambda index: ("sm_90", 2))
-    kernels = {"norm": rms_norm_triton, "gate": silu_mul_triton, "sums": sums_triton}
-    for name, module in kernels.items():
-        monkeypatch.setattr(module, "_kernel", Counting(module._kernel, counted, name))
-    monkeypatch.setattr(pairs_triton, "_matmul", Counting(pairs_triton._matmul, counted, "product"))
+    kernels = {"norm": (norms_triton, "_rms_kernel"), "gate": (gate_triton, "_kernel"), "sums": (sums_triton, "_kernel")}
+    for name, (module, kernel) in {**kernels, "product": (pairs_triton, "_matmul")}.items():
+        monkeypatch.setattr(module, kernel, Counting(getattr(module, kernel), counted, name))
     return counted
 
 

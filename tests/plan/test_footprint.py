@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from tests.engine.reference import add, engine, prompt, run
 from vlserve.config import KV_DTYPES, SamplingParams
 from vlserve.engine.memory import weight_bytes
-from vlserve.kernels.kv_codes import AT_ONCE
-from vlserve.kernels.paged_attention import plan_attention
+from vlserve.kernels.attention import plan_attention
+from vlserve.kernels.kv_cache.cpu import AT_ONCE
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.kv_cache import KVCache, block_bytes
 from vlserve.llm.parallel import Split

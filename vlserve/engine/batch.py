@@ -15,7 +15,8 @@ import torch
 
 from vlserve.engine.scheduler import Chunk
 from vlserve.engine.sequence import Sequence
-from vlserve.kernels.paged_attention import AttentionMetadata, plan_attention
+from vlserve.kernels.attention import plan_attention
+from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.upload import upload
 
 

@@ -15,8 +15,8 @@ import torch
 
 from vlserve.engine.batch import Rows, known_ids
 from vlserve.engine.process_group import DistributedGroup, Traffic
-from vlserve.kernels.attention_plan import FixedDecodes, read_shape
-from vlserve.kernels.paged_attention import AttentionMetadata
+from vlserve.kernels.attention.plan import FixedDecodes, read_shape
+from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.upload import pinned, upload
 from vlserve.llm.kv_cache import KVCache
 from vlserve.llm.parallel import Group

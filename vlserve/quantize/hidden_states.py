@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from vlserve.kernels.paged_attention import plan_attention
-from vlserve.kernels.rms_norm import rms_norm
+from vlserve.kernels.attention import plan_attention
+from vlserve.kernels.norms import rms_norm
 from vlserve.kernels.rotary import rotary_table
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.decoder import DecoderLayer

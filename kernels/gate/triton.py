@@ -1,4 +1,4 @@
-"""`silu_mul` on a GPU, in float32, rounded once. Shapes: as in silu_mul.py."""
+"""`silu_mul` on a GPU, in float32, rounded once. Shapes: as in reference.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`head` and `int8_head` on a GPU: 8-bit codes become numbers of x's type on the way, sums are float32, a scale comes last.
+"""`head` on a GPU, in 16 and in 8 bits: 8-bit codes become numbers of x's type on the way, sums are float32, a scale comes last.
 
-A program computes all rows of x, up to 64, times some rows of the vocabulary. Letters: head.py.
+A program computes all rows of x, up to 64, times some rows of the vocabulary. Letters: reference.py.
 """
 
 from __future__ import annotations

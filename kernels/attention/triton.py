@@ -3,7 +3,7 @@
 A program takes a tile of rows, which are query tokens of one sequence times the G query heads of one KV head, and goes over
 a chunk of the context in tiles of positions: those that all rows see without a mask, then the rest. Scores are in units of
 log2. Keys and values in eight bits become numbers of the query's type, and their scales go to the scores and weights.
-Which program does what is `attention_plan`'s. Shapes: as in paged_attention.py; P items, R rows of a Q-block.
+Which program does what is plan.py's. Shapes: as in reference.py; P items, R rows of a Q-block.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.attention_plan import Launch, plan_launches
-from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks
-from vlserve.kernels.kv_codes_triton import number_of_bits, numbers_of_pairs, reads_e4m3
-from vlserve.kernels.paged_attention import AttentionMetadata
+from vlserve.kernels.attention.plan import Launch, plan_launches
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.kv_cache.triton import number_of_bits, numbers_of_pairs, reads_e4m3
+from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 
 COLUMNS = tl.constexpr(5)  # of a sequence in the schedule
 MERGED_AT_ONCE = 16  # parts

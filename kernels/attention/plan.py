@@ -11,16 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vlserve.kernels.attention_launch import (
-    MOST_PROGRAMS,
-    Tiling,
-    choose_chunk,
-    choose_tiling,
-    looked_at,
-    make_schedule,
-)
-from vlserve.kernels.kv_codes import Blocks, QuantizedBlocks
-from vlserve.kernels.paged_attention import AttentionMetadata
+from vlserve.kernels.attention.launch import MOST_PROGRAMS, Tiling, choose_chunk, choose_tiling, looked_at, make_schedule
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 from vlserve.kernels.upload import upload
 
 INTERPRETERS = 8, 80  # multiprocessors and compute capability, for tensors that are on no GPU
@@ -35,7 +28,7 @@ class Launch:
     """Either the decodes or the prefills of a step."""
 
     tiling: Tiling
-    # [5 * sequences + items + merges + 1] int32: as in `attention_launch.Schedule`, then the tiles of a chunk
+    # [5 * sequences + items + merges + 1] int32: as in `launch.Schedule`, then the tiles of a chunk
     schedule: torch.Tensor
     tables: torch.Tensor  # [B, M] int32
     num_sequences: int

@@ -1,0 +1,42 @@
+"""Causal attention over a paged KV cache, for prefill chunks and decode steps in one call.
+
+A sequence's last `query_len` tokens are the queries; its `context_len` counts them too. Keys and
+values, the new ones included, are already in the cache; the slots past a sequence's end in its own
+blocks hold finite numbers. The cache holds them as they are or in eight bits. Shapes: T query tokens of all sequences one
+after another, B sequences, HQ query heads, HK KV heads, G = HQ / HK, D head_dim, N blocks of S slots,
+M blocks per sequence at most, L context length.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.kv_cache.reference import dequantize_ref
+from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
+
+
+def paged_attention_ref(
+    query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, metadata: AttentionMetadata, scale: float
+) -> torch.Tensor:
+    """query [T, HQ, D], caches [N, S, HK, D] -> [T, HQ, D], sequence by sequence; in float32, or float64 where query is."""
+    out = torch.empty_like(query)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key_cache, value_cache = (
+        dequantize_ref(cache, dtype) if isinstance(cache, QuantizedBlocks) else cache.to(dtype)
+        for cache in (key_cache, value_cache)
+    )
+    group = query.shape[1] // key_cache.shape[2]
+    start = 0
+    for i, (query_len, context_len) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
+        table = metadata.block_tables[i]
+        keys = key_cache[table].flatten(0, 1)[:context_len].repeat_interleave(group, dim=1)  # [L, HQ, D]
+        values = value_cache[table].flatten(0, 1)[:context_len].repeat_interleave(group, dim=1)
+        q = query[start : start + query_len].to(dtype)
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
+        last = torch.arange(context_len - query_len, context_len, device=query.device)
+        future = torch.arange(context_len, device=query.device)[None] > last[:, None]
+        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        out[start : start + query_len] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
+        start += query_len
+    return out
