@@ -8,7 +8,7 @@ from torch import nn
 from vlserve.kernels.attention import paged_attention
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.kv_cache.types import Blocks
-from vlserve.kernels.rotary_store import rotary_store
+from vlserve.kernels.rotary import rotary_store
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear
 from vlserve.llm.parallel import Split

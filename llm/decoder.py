@@ -15,7 +15,7 @@ from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.gate import silu_mul
 from vlserve.kernels.kv_cache.types import Blocks
 from vlserve.kernels.norms import add_rms_norm, rms_norm
-from vlserve.kernels.rotary import rotary_table
+from vlserve.kernels.rotary.table import rotary_table
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.embedding import VocabParallel

@@ -21,7 +21,7 @@ from vlserve.kernels.kv_cache.reference import dequantize_ref, quantize_ref
 from vlserve.kernels.kv_cache.types import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks
 from vlserve.kernels.measure import Difference
 from vlserve.kernels.norms import add_rms_norm, rms_norm
-from vlserve.kernels.rotary_store import rotary_store
+from vlserve.kernels.rotary import rotary_store
 
 ROWS = (64, 4096)
 PAGE, EPS = 16, 1e-6

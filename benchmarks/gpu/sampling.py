@@ -11,11 +11,13 @@ from benchmarks.gpu.case import Built, Case
 from benchmarks.gpu.counted import counted
 from benchmarks.gpu.predict import Grid, Kernel
 from benchmarks.gpu.sizes import Work
-from vlserve.kernels.draw import Draw, draw_ref, draw_tokens
 from vlserve.kernels.measure import Difference
+from vlserve.kernels.sampling import draw_tokens
+from vlserve.kernels.sampling.reference import draw_ref
+from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.with_triton import runs_triton
 
-# of a draw, as in draw_triton and top_filter_triton: ids of a part, of a turn, and of a group
+# of a draw, as in sampling.triton and sampling.triton_filter: ids of a part, of a turn, and of a group
 PART, TURN, ID_GROUP = 1024, 2048, 32
 TOP_K, TOP_P, MIN_P = 40, 0.9, 0.05
 # reads that follow from one another when that is cut from logits as below: 9 rounds among the groups, 5 and 6 with two reads each
@@ -61,7 +63,7 @@ def drawing(model: str, outputs: int, rows: int) -> Case:
         logits = (2 * torch.randn(rows, outputs, device=device)).bfloat16()
         draw_them = partial(draw_tokens, draws=draws)
         if runs_triton(logits):  # without the settings' way there, which a graph cannot hold
-            from vlserve.kernels.draw_triton import launch, upload_settings
+            from vlserve.kernels.sampling.triton import launch, upload_settings
 
             settings, num_cut = upload_settings(draws, outputs, device)
             draw_them = partial(launch, settings=settings, num_cut=num_cut)

@@ -21,7 +21,7 @@ from vlserve.engine.cuda_graphs import DecodeGraphs, Graphs, Work
 from vlserve.engine.engine import Engine, Seat
 from vlserve.engine.loading import load_model
 from vlserve.engine.process_group import DistributedGroup
-from vlserve.kernels import attention, gate, norms, rotary_store
+from vlserve.kernels import attention, gate, norms, rotary
 from vlserve.kernels.attention import plan as attention_plan
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.attention.plan import FixedDecodes, Shape
@@ -49,7 +49,7 @@ class Again:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (attention, norms, rotary_store, gate, runner_module):
+    for module in (attention, norms, rotary, gate, runner_module):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)
     yield
 

@@ -17,7 +17,7 @@ from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.int4_pairs import launch as launching
 from vlserve.kernels.int4_pairs.launch import CARD, Launch, fitted, launches
 from vlserve.kernels.kv_cache.types import TINY
-from vlserve.kernels.noise import ROUNDS
+from vlserve.kernels.sampling.noise import ROUNDS
 
 ARCHITECTURES = (80, 90, 100)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +27,7 @@ DTYPES = (*HALF, "fp32")
 PER_WEIGHT = {16: 2.5, 32: 3.5, 64: 4.0}
 FINER = {80: ("fp16", 32), 100: ("fp16", 64)}  # inputs of a group, by architecture
 FINER_ELSEWHERE = ("bf16", 32)
-# as in draw_triton.py and top_filter_triton.py, which only import where Triton is
+# as in sampling's triton.py and triton_filter.py, which only import where Triton is
 DRAWN, COLUMNS, GROUP, TURN = 1024, 8, 32, 64
 REGISTERS = {16: 170, 32: ALL, 64: ALL}
 
@@ -129,7 +129,7 @@ def rotary_store(dtype: str, codes: str | None, has_norms: bool, arch: int) -> C
         name="rotary and store",
         dtype=f"{dtype}{kinds[codes]}",
         setting=f"dim 128{', norms' if has_norms else ''}",
-        module="vlserve.kernels.rotary_store_triton",
+        module="vlserve.kernels.rotary.triton",
         kernel="_kernel",
         architecture=arch,
         types=(*[f"*{dtype}"] * 4, "*fp32", "*fp32", norm, norm, stored, scales, stored, scales, "*i64", *["i32"] * 8, "fp32"),
@@ -186,18 +186,18 @@ def drawing(arch: int) -> Iterator[Case]:
     turns = {"COLUMNS": COLUMNS, "GROUP": GROUP, "TURN": TURN}
     race = {"COLUMNS": COLUMNS, "BLOCK": DRAWN, "ROUNDS": ROUNDS}
     settings: dict[str, tuple[str, str, tuple[str, ...], dict[str, int], int, int]] = {
-        "survey of logits": ("top_filter", "_survey", (*given, "*fp32", "*fp32", i32, i32, i32), turns, 8, 40),
+        "survey of logits": ("triton_filter", "_survey", (*given, "*fp32", "*fp32", i32, i32, i32), turns, 8, 40),
         "top-k and top-p": (
-            "top_filter",
+            "triton_filter",
             "_cut",
             (*given, "*fp32", "*fp32", "*i32", "*fp32", "*i32", i32, i32, i32, i32),
             turns | {"PARTS": 128},
             16,
             80,
         ),
-        "race": ("draw", "_race", (*given, "*fp32", "*i32", "*fp32", "*i32", i32, i32, i32), race, 4, 56),
+        "race": ("triton", "_race", (*given, "*fp32", "*i32", "*fp32", "*i32", i32, i32, i32), race, 4, 56),
         "race's winner": (
-            "draw",
+            "triton",
             "_win",
             ("*i64", "*fp64", "*fp32", "*i32", i32),
             {"COLUMNS": COLUMNS, "PARTS": 256},
@@ -210,7 +210,7 @@ def drawing(arch: int) -> Iterator[Case]:
             name=name,
             dtype="fp32",
             setting="",
-            module=f"vlserve.kernels.{module}_triton",
+            module=f"vlserve.kernels.sampling.{module}",
             kernel=kernel,
             architecture=arch,
             types=types,

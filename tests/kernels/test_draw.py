@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from vlserve.kernels.draw import Draw, draw_ref, draw_tokens, kept_ref
-from vlserve.kernels.noise import log_noise_of, log_noise_of_all, philox
+from vlserve.kernels.sampling import draw_tokens
+from vlserve.kernels.sampling.noise import log_noise_of, log_noise_of_all, philox
+from vlserve.kernels.sampling.reference import draw_ref, kept_ref
+from vlserve.kernels.sampling.types import Draw
 
 pytest.importorskip("triton")
-from vlserve.kernels import draw_triton, top_filter_triton
+from vlserve.kernels.sampling import triton as sampling_triton
+from vlserve.kernels.sampling import triton_filter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ASKED: list[dict[str, Any]] = [
@@ -39,15 +42,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(shape, float("nan") if dtype.is_floating_point else -(10**6), dtype=dtype, device=device)
 
-    monkeypatch.setattr(draw_triton.torch, "empty", full)
+    monkeypatch.setattr(sampling_triton.torch, "empty", full)
 
 
 def kept(rows: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     """[D, V] bool: what the kernels keep by top-k and top-p."""
-    settings, number = draw_triton.upload_settings(draws, rows.shape[1], torch.device(DEVICE))
+    settings, number = sampling_triton.upload_settings(draws, rows.shape[1], torch.device(DEVICE))
     assert number == len(draws)
     there = rows.to(DEVICE)
-    least, last = top_filter_triton.top_filter(there, there.argmax(-1), settings, number)
+    least, last = triton_filter.top_filter(there, there.argmax(-1), settings, number)
     of_draws, ids, least, last = (
         rows[[d.row for d in draws]],
         torch.arange(rows.shape[1]),
@@ -87,7 +90,7 @@ def test_draws_equal_the_definition(vocab: int, kind: str, poisoned: None) -> No
     want = draw_ref(rows, likeliest, draws)
     tokens, there = likeliest.clone(), likeliest.to(DEVICE, copy=True)
     draw_tokens(rows, tokens, draws)
-    draw_triton.draw_tokens_triton(rows.to(DEVICE), there, draws)
+    sampling_triton.draw_tokens_triton(rows.to(DEVICE), there, draws)
     assert tokens.tolist() == there.tolist() == want.tolist()
     cut = [d for d in draws if d.cuts(vocab)]
     for d, got in zip(cut, kept(rows, cut) if cut else (), strict=True):
@@ -113,7 +116,7 @@ def test_a_draw_does_not_depend_on_its_company() -> None:
         Draw(row=i, temperature=2.0, seed=5 * i, number=i, **params)
         for i, params in ((3, {}), (0, {"top_k": 9}), (1, {"top_p": 0.7}))
     ]
-    for draw_them in (draw_tokens, lambda *given: draw_triton.draw_tokens_triton(given[0].to(DEVICE), *given[1:])):
+    for draw_them in (draw_tokens, lambda *given: sampling_triton.draw_tokens_triton(given[0].to(DEVICE), *given[1:])):
         together, alone = (rows.argmax(-1).to(DEVICE if draw_them is not draw_tokens else "cpu") for _ in range(2))
         before = together.tolist()
         draw_them(rows, together, draws)
@@ -132,14 +135,14 @@ def test_nothing_that_is_no_number_gives_no_token() -> None:
         tokens = rows.argmax(-1)
         there = tokens.to(DEVICE, copy=True)
         draw_tokens(rows, tokens, draws)
-        draw_triton.draw_tokens_triton(rows.to(DEVICE), there, draws)
+        sampling_triton.draw_tokens_triton(rows.to(DEVICE), there, draws)
         assert all(0 <= id < 50 for id in tokens.tolist() + there.tolist())
 
 
 def test_a_gpu_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    monkeypatch.setattr(sys.modules["vlserve.kernels.draw"], "runs_triton", lambda x: True)
-    monkeypatch.setattr(draw_triton, "draw_tokens_triton", lambda *given: launched.append(given))
+    monkeypatch.setattr(sys.modules["vlserve.kernels.sampling"], "runs_triton", lambda x: True)
+    monkeypatch.setattr(sampling_triton, "draw_tokens_triton", lambda *given: launched.append(given))
     given = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), [Draw(row=1, temperature=1.0, seed=0, number=0)]
     draw_tokens(*given)
     draw_tokens(*given[:2], [])

@@ -17,7 +17,10 @@ from vlserve.kernels.kv_cache.reference import store_kv_ref
 from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 from vlserve.kernels.norms import add_rms_norm, rms_norm
 from vlserve.kernels.norms.reference import add_rms_norm_ref, rms_norm_ref
-from vlserve.kernels.rotary import RopeConfig, rotary, rotary_frequencies, rotary_ref, rotary_table
+from vlserve.kernels.rope import RopeConfig
+from vlserve.kernels.rotary import rotary
+from vlserve.kernels.rotary.reference import rotary_ref
+from vlserve.kernels.rotary.table import rotary_frequencies, rotary_table
 
 SIZES = (1, 7, 63, 129)
 DTYPES = (torch.float32, torch.bfloat16)

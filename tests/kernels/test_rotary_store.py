@@ -11,17 +11,18 @@ from vlserve.kernels.kv_cache.reference import dequantize_ref, quantize_ref
 from vlserve.kernels.kv_cache.types import LARGEST, Blocks, QuantizedBlocks
 from vlserve.kernels.norms.reference import rms_norm_ref
 from vlserve.kernels.rope import RopeConfig
-from vlserve.kernels.rotary import rotary_ref, rotary_table
-from vlserve.kernels.rotary_store import rotary_store, rotary_store_ref
+from vlserve.kernels.rotary import rotary_store
+from vlserve.kernels.rotary.reference import rotary_ref, rotary_store_ref
+from vlserve.kernels.rotary.table import rotary_table
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
 from tests.kernels.bfloat16 import compute_bfloat16
-from vlserve.kernels import rotary_store_triton
 from vlserve.kernels.kv_cache import triton as kv_triton
 from vlserve.kernels.kv_cache.triton import numbers_of_pairs, reads_e4m3
+from vlserve.kernels.rotary import triton as rotary_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -133,7 +134,7 @@ def test_rotary_store(heads: int, kv_heads: int, dim: int, has_norms: bool, dtyp
     parts = [part.unflatten(-1, (-1, dim)) for part in there[0].split(sizes, -1)]
     caches = moved(poisoned((8, 5, kv_heads, dim), dtype, kind)), moved(poisoned((8, 5, kv_heads, dim), dtype, kind))
     moved_norms = None if norms is None else (norms[0].to(DEVICE), norms[1].to(DEVICE))
-    got = rotary_store_triton.rotary_store_triton(*parts, (there[1], there[2]), caches, there[3], moved_norms, 1e-6)
+    got = rotary_triton.rotary_store_triton(*parts, (there[1], there[2]), caches, there[3], moved_norms, 1e-6)
 
     query, key, value = (part.double().unflatten(-1, (-1, dim)) for part in qkv.split(sizes, -1))
     if norms is not None:
@@ -164,7 +165,7 @@ def test_codes_are_those_of_the_definition(dim: int, dtype: torch.dtype, kind: t
     got = moved(want[0]), moved(want[1])
     rotary_store_ref(key, key, value, still, want, slots)
     there = [t.to(DEVICE) for t in (key, key, value, *still, slots)]
-    rotary_store_triton.rotary_store_triton(*there[:3], (there[3], there[4]), got, there[5])
+    rotary_triton.rotary_store_triton(*there[:3], (there[3], there[4]), got, there[5])
     for ours, (codes, scales) in zip(got, map(tensors, want), strict=True):
         assert isinstance(ours, QuantizedBlocks)
         torch.testing.assert_close(ours.scales.cpu(), scales, rtol=0, atol=0, equal_nan=True)
@@ -191,7 +192,7 @@ def test_torchs_form_of_rotary_store(kind: torch.dtype | None) -> None:
 
 def test_what_does_not_fit_is_refused_with_its_shapes() -> None:
     with pytest.raises(ValueError, match=r"key \(2, 3, 8\).*cache of \(2, 4, 2, 8\)"):
-        rotary_store_triton.rotary_store_triton(
+        rotary_triton.rotary_store_triton(
             torch.zeros(2, 6, 8), torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), (torch.zeros(2, 4), torch.zeros(2, 4)),
             (torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8)), torch.zeros(2, dtype=torch.int64),
         )  # fmt: skip

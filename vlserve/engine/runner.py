@@ -26,7 +26,8 @@ from vlserve.engine.sampling import Drawn, Sampler
 from vlserve.engine.scheduler import Chunk, Sampled
 from vlserve.engine.sequence import Sequence
 from vlserve.kernels.attention import plan_attention
-from vlserve.kernels.draw import Draw, draw_tokens
+from vlserve.kernels.sampling import draw_tokens
+from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.upload import upload
 from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.kv_cache import KVCache, block_bytes

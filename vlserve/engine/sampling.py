@@ -16,7 +16,8 @@ from vlserve.engine.grammar import Grammar, allowed_tokens
 from vlserve.engine.messages import TokenLogprob
 from vlserve.engine.scheduler import Sampled
 from vlserve.engine.sequence import Sequence
-from vlserve.kernels.draw import Draw, draw_tokens
+from vlserve.kernels.sampling import draw_tokens
+from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.upload import Download, upload
 
 GREEDY_BELOW = 1e-5  # a smaller temperature leaves nothing of the noise beside float32's logits

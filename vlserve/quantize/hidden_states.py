@@ -15,7 +15,7 @@ from torch import nn
 
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.norms import rms_norm
-from vlserve.kernels.rotary import rotary_table
+from vlserve.kernels.rotary.table import rotary_table
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.decoder import DecoderLayer
 from vlserve.llm.kv_cache import KVCache

@@ -1,4 +1,4 @@
-"""`draw_tokens` on a GPU: what top-k and top-p keep (top_filter_triton.py), a race in parts of the vocabulary, and its winner.
+"""`draw_tokens` on a GPU: what top-k and top-p keep (triton_filter.py), a race in parts of the vocabulary, and its winner.
 
 Letters: D draws, P parts of BLOCK ids. `settings` has a line of COLUMNS for each draw, in float64, which has every integer in it.
 """
@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.draw import Draw
-from vlserve.kernels.noise import ROUNDS, WORD
-from vlserve.kernels.top_filter_triton import COLUMNS, top_filter
+from vlserve.kernels.sampling.noise import ROUNDS, WORD
+from vlserve.kernels.sampling.triton_filter import COLUMNS, top_filter
+from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.upload import upload
 
 BLOCK = 1024  # ids of a part

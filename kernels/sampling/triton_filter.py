@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-COLUMNS = 8  # of a line of `settings`, see draw_triton
+COLUMNS = 8  # of a line of `settings`, see triton.py
 GROUP = 32  # ids
 TURN = 64  # groups that a program reads at once
 

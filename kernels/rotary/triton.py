@@ -1,6 +1,6 @@
 """`rotary_store` on a GPU: a program for a token's queries, one for its keys, one for its values; all in float32.
 
-Halves of a head are apart, since rotary embedding turns channel i with channel i + D/2. Shapes: as in rotary_store.py;
+Halves of a head are apart, since rotary embedding turns channel i with channel i + D/2. Shapes: as in reference.py;
 H heads of a kind.
 """
 
@@ -12,8 +12,7 @@ import triton.language as tl
 
 from vlserve.kernels.kv_cache.triton import bits_of_number, e4m3_of_number, number_of_bits
 from vlserve.kernels.kv_cache.types import LARGEST, TINY, Blocks, QuantizedBlocks
-
-Pair = tuple[torch.Tensor, torch.Tensor]
+from vlserve.kernels.rotary.reference import Pair
 
 
 def rotary_store_triton(

@@ -1,8 +1,8 @@
-"""Rotary position embedding in its half-rotated (GPT-NeoX) form, and the frequencies of each scaling.
+"""The tables of rotary position embedding: the frequencies of each scaling, and cos and sin of every position.
 
-Sources: Su et al. 2021 (arXiv 2104.09864); NTK-aware and dynamic scaling as in transformers'
+Sources: NTK-aware and dynamic scaling as in transformers'
 `modeling_rope_utils`; YaRN, Peng et al. 2023 (arXiv 2309.00071); the llama3 rule of Llama 3.1.
-Shapes: T tokens, H heads, D head_dim, P positions.
+Shapes: D head_dim, P positions.
 """
 
 from __future__ import annotations
@@ -39,22 +39,6 @@ def rotary_table(config: RopeConfig, max_positions: int) -> torch.Tensor:
     frequencies, factor = rotary_frequencies(config, max_positions)
     angles = torch.outer(torch.arange(max_positions).float(), frequencies)  # [P, D/2]
     return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)
-
-
-def rotary_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn channel i with channel i + D/2; x [T, H, D], cos and sin [T, D/2] -> [T, H, D]."""
-    first, second = x.float().chunk(2, dim=-1)
-    c, s = cos.float()[:, None], sin.float()[:, None]
-    return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
-
-
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """As `rotary_ref`, in x's dtype (transformers rounds cos and sin to it); raises ValueError on wrong shapes."""
-    if cos.shape != (x.shape[0], x.shape[-1] // 2) or sin.shape != cos.shape:
-        raise ValueError(f"x is {tuple(x.shape)}, but cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}; expected [T, D/2]")
-    first, second = x.chunk(2, dim=-1)
-    c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
 
 
 def _dynamic(config: RopeConfig, exponent: torch.Tensor, max_positions: int) -> torch.Tensor:
