@@ -25,12 +25,15 @@ from PIL import Image
 
 from vlserve.config import MediaConfig
 from vlserve.media.loader import PictureLoader
+from vlserve.models.tiles import TilePreprocessor
 from vlserve.prompt.chat_messages import ImagePart
 from vlserve.vision.config import ImageConfig
-from vlserve.vision.preprocess import ImageTiles, normalise
+from vlserve.vision.pixels import Pixels
+from vlserve.vision.preprocess import normalise
 
 SIZES = ((1920, 1080), (1280, 960), (640, 480), (4032, 3024), (1080, 1920), (800, 800))
 CONFIG = ImageConfig(tile_size=448, tokens_per_tile=256, max_patches=12)
+PREPROCESSOR = TilePreprocessor(image=CONFIG, tokens=("<img>", "<IMG_CONTEXT>", "</img>"), image_token_id=0)
 
 
 def pictures(number: int) -> list[bytes]:
@@ -66,19 +69,21 @@ def processor() -> Callable[[bytes], torch.Tensor]:
     return one
 
 
-def ours(data: list[bytes], workers: int) -> Callable[[], list[ImageTiles]]:
+def ours(data: list[bytes], workers: int) -> Callable[[], list[Pixels]]:
     """One request a picture, all at once, as a busy server has them."""
     loader = PictureLoader(MediaConfig(media_workers=workers))
 
-    async def load() -> list[ImageTiles]:
+    async def load() -> list[Pixels]:
         parts = [ImagePart(source=one, param="image", local=True) for one in data]
-        return [tiles for [tiles] in await asyncio.gather(*(loader.load([part], CONFIG) for part in parts))]
+        return [pixels for [pixels] in await asyncio.gather(*(loader.load([part], PREPROCESSOR) for part in parts))]
 
     return lambda: asyncio.run(load())
 
 
-def floats(tiles: ImageTiles) -> torch.Tensor:
-    return normalise(tiles.pixels, torch.tensor(CONFIG.mean), torch.tensor(CONFIG.std))
+def floats(pixels: Pixels) -> torch.Tensor:
+    return normalise(
+        torch.from_numpy(pixels.data).view(-1, *CONFIG.unit.shape), torch.tensor(CONFIG.mean), torch.tensor(CONFIG.std)
+    )
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -95,8 +100,8 @@ def main() -> None:
     args = parser.parse_args()
 
     data, theirs = pictures(args.pictures), processor()
-    for one, tiles in zip(data, ours(data, 1)(), strict=True):
-        assert torch.equal(floats(tiles), theirs(one)), "pixels differ: no figures"
+    for one, pixels in zip(data, ours(data, 1)(), strict=True):
+        assert torch.equal(floats(pixels), theirs(one)), "pixels differ: no figures"
     rows = []
     for workers in args.workers:
         load, pool = ours(data, workers), ThreadPoolExecutor(workers)

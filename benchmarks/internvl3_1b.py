@@ -40,7 +40,7 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     checkpoint = read_checkpoint(folder)
     with torch.device("meta"):
-        targets = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, Split()).targets()
+        targets = checkpoint.architecture.build(checkpoint.config, checkpoint.preprocessor, Split()).targets()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, target in sorted(targets.items()):

@@ -27,6 +27,7 @@ from vlserve.llm.formats import Slot
 from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Group, Split
 from vlserve.models.checkpoint import read_checkpoint
+from vlserve.vision import internvit as _encoder  # noqa: F401  (its libraries take memory of their own)
 
 TEXT = {
     "model_type": "qwen2",
@@ -67,7 +68,7 @@ def make_checkpoint(folder: Path, num_bytes: float, *, is_awq: bool = False) -> 
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = read_checkpoint(folder)
     with torch.device("meta"):
-        targets = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, Split()).targets()
+        targets = checkpoint.architecture.build(checkpoint.config, checkpoint.preprocessor, Split()).targets()
     shapes = {name: (t.full if isinstance(t, Slot) else tuple(t.shape), torch.bfloat16) for name, t in targets.items()}
     if is_awq:
         shapes = dict(_packed(shapes))

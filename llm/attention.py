@@ -1,6 +1,8 @@
-"""Self-attention of one decoder layer. Shapes: T tokens, HQ and HK heads, D head_dim, C hidden size."""
+"""Full self-attention of one decoder layer. Shapes: T tokens, HQ and HK heads, D head_dim, C hidden size."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,12 +12,16 @@ from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.kv_cache.types import Blocks
 from vlserve.kernels.rotary import rotary_store
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear
+from vlserve.llm.kv_cache import CacheKind
+from vlserve.llm.layer import Mixer
+from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from vlserve.llm.parallel import Split
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """This rank's heads; the output projection's sum brings every rank the whole result."""
+
+    window: int | None = None  # tokens that a token sees, itself counted; None: all before it
 
     def __init__(self, config: DecoderConfig, split: Split) -> None:
         super().__init__()
@@ -23,6 +29,7 @@ class Attention(nn.Module):
         query = split.query_heads(config.num_attention_heads, dim)
         kv, kv_size = split.kv_heads(config.num_key_value_heads, dim), config.num_key_value_heads * dim
         query_size = config.num_attention_heads * dim
+        self.cache_kind = CacheKind(num_kv_heads=kv.size // dim, head_dim=dim)
         self.sizes = [query.size, kv.size, kv.size]
         outputs = {"q_proj": (query, query_size), "k_proj": (kv, kv_size), "v_proj": (kv, kv_size)}
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, outputs, bias=config.qkv_bias)
@@ -46,5 +53,17 @@ class Attention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         query = rotary_store(query, key, value, cos_sin, cache, metadata.slots, norms, self.eps)
-        out = paged_attention(query, *cache, metadata, self.head_dim**-0.5)
+        out = paged_attention(query, *cache, metadata, self.head_dim**-0.5, window=self.window)
         return self.o_proj(out.flatten(1))
+
+    def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:
+        return self.qkv_proj.format.empty_sums(x)
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        yield "self_attn.", self.qkv_proj
+        yield "self_attn.", self.o_proj
+
+    def others(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            if norm is not None:
+                yield f"self_attn.{name}.weight", norm.data

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlserve.kernels.rope import RopeConfig
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # layer_types, as transformers has them
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _OPTIONAL_ROPE_KEYS = (
     *("low_freq_factor", "high_freq_factor"),  # llama3
@@ -38,6 +39,14 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool  # per head, as Qwen3
     rope: RopeConfig
+    layer_types: tuple[str, ...]  # a kind for each layer
+    sliding_window: int | None = None  # tokens that a layer with a window sees
+    mrope_axes: tuple[int, ...] = ()  # of each frequency: the axis of positions that it turns by; () for one axis
+    deep_layers: tuple[int, ...] = ()  # after which the second, third, ... level of a picture's features is added
+
+    @property
+    def num_position_axes(self) -> int:
+        return max(self.mrope_axes, default=0) + 1
 
 
 def read_decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
@@ -45,7 +54,6 @@ def read_decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
     model_type = text.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"text_config.model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    _refuse_sliding_window(text)
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"text_config.hidden_act {text['hidden_act']!r} is not supported; supported: silu")
     heads = _integer(text, "num_attention_heads")
@@ -56,6 +64,7 @@ def read_decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
     head_dim = _integer(text, "head_dim") if text.get("head_dim") is not None else hidden // heads
     bias = bool(text.get("attention_bias", False))
     max_positions = _integer(text, "max_position_embeddings")
+    layer_types, window = _read_layer_types(text)
     return DecoderConfig(
         model_type=model_type,
         vocab_size=_integer(text, "vocab_size"),
@@ -73,6 +82,8 @@ def read_decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias=bool(text.get("mlp_bias", False)) and model_type == "llama",
         qk_norm=model_type == "qwen3",
         rope=_read_rope(text, head_dim, max_positions),
+        layer_types=layer_types,
+        sliding_window=window,
     )
 
 
@@ -83,14 +94,28 @@ def _integer(text: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _refuse_sliding_window(text: Mapping[str, Any]) -> None:
-    window = text.get("sliding_window")
-    used = window is not None and (text["model_type"] == "mistral" or text.get("use_sliding_window", False))
-    if used or "sliding_attention" in (text.get("layer_types") or ()):
-        raise ValueError(
-            f"text_config.sliding_window {window!r} is not supported: attention here covers the whole context. "
-            "Use a checkpoint with full attention (sliding_window: null)"
-        )
+def _read_layer_types(text: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
+    """The kind of each layer and the window, as transformers derives them where `layer_types` is not given.
+
+    Mistral has a window in all layers or in none; Qwen from `max_window_layers` on, if it is switched on.
+    """
+    number, model_type = _integer(text, "num_hidden_layers"), text["model_type"]
+    window = text.get("sliding_window", 4096 if model_type == "mistral" else None)  # transformers' default
+    if model_type in ("qwen2", "qwen3") and not text.get("use_sliding_window", False):
+        window = None
+    given = text.get("layer_types")
+    if given is not None and model_type != "mistral":
+        types = tuple(given)
+    elif window is None or model_type == "llama":
+        types = (FULL,) * number
+    else:
+        first = 0 if model_type == "mistral" else int(text.get("max_window_layers", 28))
+        types = tuple(SLIDING if layer >= first else FULL for layer in range(number))
+    if len(types) != number or not set(types) <= {FULL, SLIDING}:
+        raise ValueError(f"text_config.layer_types {given!r} is not supported; expected {number} of {FULL}, {SLIDING}")
+    if SLIDING in types and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"text_config.sliding_window is {window!r}, and layer_types has {SLIDING}; expected a positive integer")
+    return types, window if SLIDING in types else None
 
 
 def _read_rope(text: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:

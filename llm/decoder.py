@@ -1,98 +1,49 @@
-"""One decoder for the Llama shape and its variations (Llama, Mistral, Qwen2, Qwen3).
+"""One decoder for the Llama shape and its variations (Llama, Mistral, Qwen2, Qwen3), a list of layers of any kinds.
 
 Embeddings in, hidden states out; logits are taken for the rows that need them. Sampling, requests and
-pictures are others' business. Shapes: T tokens, C hidden size, V vocabulary, R rows to sample.
+pictures are others' business. Shapes: T tokens, A axes of a position, C hidden size, D head_dim, F features, V vocabulary,
+R rows to sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from vlserve.kernels.attention.types import AttentionMetadata
-from vlserve.kernels.gate import silu_mul
-from vlserve.kernels.kv_cache.types import Blocks
-from vlserve.kernels.norms import add_rms_norm, rms_norm
+from vlserve.kernels.norms import add_rms_norm
 from vlserve.kernels.rotary.table import rotary_table
-from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.embedding import VocabParallel
 from vlserve.llm.formats import Slot
-from vlserve.llm.kv_cache import KVCache
-from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
+from vlserve.llm.kv_cache import CacheKind, KVCache
+from vlserve.llm.layer import DecoderLayer, LayerKind
+from vlserve.llm.layer_kinds import LAYER_KINDS
+from vlserve.llm.linear import Linear
 from vlserve.llm.parallel import Split
 
 LAYERS = "model.layers."
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, split: Split) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.input_layernorm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
-        self.self_attn = Attention(config, split)
-        self.post_attention_layernorm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
-        width, span = config.intermediate_size, split.padded(config.intermediate_size)
-        outputs = {"gate_proj": (span, width), "up_proj": (span, width)}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, outputs, bias=config.mlp_bias)
-        self.down_proj = RowParallelLinear("down_proj", span, width, config.hidden_size, bias=config.mlp_bias, group=split.group)
+@dataclass(frozen=True, slots=True)
+class DeepFeatures:
+    """What deeper layers take of a step's pictures: rows [F] int64, and what each of `deep_layers` adds to them, [F, C]."""
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[Blocks, Blocks],
-        metadata: AttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, residual), both [T, C]; their sum is the layer's result, taken by the next norm.
-
-        What makes a projection's inputs writes the sums that the projection's format takes beside them.
-        """
-        sums = self.self_attn.qkv_proj.format.empty_sums(x)
-        if residual is None:
-            x, residual = rms_norm(x, self.input_layernorm, self.eps, sums), x
-        else:
-            x, residual = add_rms_norm(x, residual, self.input_layernorm, self.eps, sums)
-        x = self.self_attn(x, sums, cos_sin, cache, metadata)
-        sums = self.gate_up_proj.format.empty_sums(x)
-        x, residual = add_rms_norm(x, residual, self.post_attention_layernorm, self.eps, sums)
-        gate_up = self.gate_up_proj(x, sums)
-        sums = self.down_proj.format.empty_sums(gate_up)
-        return self.down_proj(silu_mul(gate_up, sums), sums), residual
-
-    def linears(self, prefix: str) -> Iterator[tuple[str, Linear]]:
-        """(what a checkpoint has before the projections' names, layer) of each linear layer."""
-        yield f"{prefix}self_attn.", self.self_attn.qkv_proj
-        yield f"{prefix}self_attn.", self.self_attn.o_proj
-        yield f"{prefix}mlp.", self.gate_up_proj
-        yield f"{prefix}mlp.", self.down_proj
-
-    def targets(self, prefix: str) -> Iterator[tuple[str, torch.Tensor | Slot]]:
-        for names, linear in self.linears(prefix):
-            yield from linear.targets(names)
-        attention = self.self_attn
-        norms = {
-            "input_layernorm": self.input_layernorm,
-            "post_attention_layernorm": self.post_attention_layernorm,
-            "self_attn.q_norm": attention.q_norm,
-            "self_attn.k_norm": attention.k_norm,
-        }
-        for name, norm in norms.items():
-            if norm is not None:
-                yield f"{prefix}{name}.weight", norm.data
+    rows: torch.Tensor
+    levels: Sequence[torch.Tensor]
 
 
 class Decoder(nn.Module):
-    """This rank's part of the decoder; `split` says which."""
+    """This rank's part of the decoder; `split` says which. `kinds`: of layers, by the names in the config's `layer_types`."""
 
-    def __init__(self, config: DecoderConfig, split: Split) -> None:
+    def __init__(self, config: DecoderConfig, split: Split, kinds: Mapping[str, LayerKind] = LAYER_KINDS) -> None:
         super().__init__()
         self.config, self.split = config, split
         self.embed_tokens = VocabParallel(config.vocab_size, config.hidden_size, split)
-        self.layers = nn.ModuleList(DecoderLayer(config, split) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, split, kinds[name]) for name in config.layer_types)
         self.norm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
         self.lm_head = None if config.tie_word_embeddings else VocabParallel(config.vocab_size, config.hidden_size, split)
         self.rotary: torch.Tensor | None = None
@@ -100,6 +51,19 @@ class Decoder(nn.Module):
     def prepare(self, max_model_len: int, device: torch.device) -> None:
         """Compute cos and sin for positions 0..max_model_len-1, once, in float32."""
         self.rotary = rotary_table(self.config.rope, max_model_len).to(device)
+        if self.config.mrope_axes:
+            self._axis_of = torch.tensor(self.config.mrope_axes, device=device)
+            self._frequencies = torch.arange(len(self.config.mrope_axes), device=device)
+
+    @property
+    def num_position_axes(self) -> int:
+        """Numbers that a token's position has."""
+        return self.config.num_position_axes
+
+    @property
+    def num_feature_levels(self) -> int:
+        """Levels that a picture's features have: the embeddings', and one for each layer that takes its own."""
+        return 1 + len(self.config.deep_layers)
 
     @property
     def num_query_heads(self) -> int:
@@ -107,24 +71,46 @@ class Decoder(nn.Module):
         return self.split.query_heads(self.config.num_attention_heads, 1).size
 
     @property
-    def num_kv_heads(self) -> int:
-        """Of this rank."""
-        kv = self.split.kv_heads(self.config.num_key_value_heads, self.config.head_dim)
-        return kv.size // self.config.head_dim
+    def cache_kinds(self) -> list[CacheKind]:
+        """Of each layer, on this rank."""
+        return [layer.mixer.cache_kind for layer in self.decoder_layers]
+
+    @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """`layers`, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [T] int64 -> [T, C]."""
         return self.embed_tokens.embed(ids)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, cache: KVCache, metadata: AttentionMetadata) -> torch.Tensor:
-        """x [T, C], positions [T] int64 -> hidden states [T, C], normed."""
-        assert self.rotary is not None, "prepare() comes before forward()"
-        cos, sin = self.rotary[positions].unbind(1)
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        deep: DeepFeatures | None = None,
+    ) -> torch.Tensor:
+        """x [T, C], positions [A, T] int64, or [T] -> hidden states [T, C], normed."""
+        cos_sin = self._cos_sin(positions.view(self.num_position_axes, len(x)))
         residual = None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, residual = layer(x, residual, (cos, sin), layer_cache, metadata)
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x, residual = layer(x, residual, cos_sin, layer_cache, metadata)
+            if deep is not None and index in self.config.deep_layers:
+                residual.index_add_(0, deep.rows, deep.levels[self.config.deep_layers.index(index)])
         assert residual is not None
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+
+    def _cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [A, T] -> [T, D/2] each; with several axes, every frequency turns by the position on its own."""
+        assert self.rotary is not None, "prepare() comes before forward()"
+        if len(positions) == 1:
+            cos, sin = self.rotary[positions[0]].unbind(1)
+            return cos, sin
+        turned = self.rotary[positions][self._axis_of, :, :, self._frequencies]  # [D/2, T, 2]
+        cos, sin = turned.permute(2, 1, 0).contiguous().unbind(0)
+        return cos, sin
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [R, C] -> float32 logits [R, V] on rank 0, None on the others."""
@@ -145,15 +131,13 @@ class Decoder(nn.Module):
         }
         if self.lm_head is not None:
             found["lm_head.weight"] = self.lm_head.target()
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
+        for i, layer in enumerate(self.decoder_layers):
             found.update(layer.targets(f"{LAYERS}{i}."))
         return found
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """(what a checkpoint has before the projections' names, layer) of each linear layer."""
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
+        for i, layer in enumerate(self.decoder_layers):
             yield from layer.linears(f"{LAYERS}{i}.")
 
     def finish(self) -> None:

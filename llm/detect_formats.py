@@ -71,7 +71,7 @@ class StoredTensors:
         self._stack.close()
 
 
-def use_stored_forms(
+def use_stored_formats(
     decoder: Decoder, prefix: str, tensors: Mapping[str, Stored], quantisation: Quantisation | None, dtype: torch.dtype
 ) -> None:
     """Give each linear layer of a decoder on the meta device the format that the checkpoint has for it.

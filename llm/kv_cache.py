@@ -6,32 +6,63 @@ of this rank, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 import torch
 
 from vlserve.kernels.kv_cache.types import CODE_TYPES, SCALE_TYPE, Blocks, QuantizedBlocks
 from vlserve.kernels.upload import upload
-from vlserve.llm.config import DecoderConfig
 
 
-def block_bytes(config: DecoderConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
-    """Bytes of one block over all layers, keys and values with their scales, with this rank's `num_kv_heads`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheKind:
+    """What a kind of layers keeps of a token, on one rank: a key and a value for each of its KV heads."""
+
+    num_kv_heads: int
+    head_dim: int
+
+    def block_bytes(self, block_size: int, dtype: torch.dtype, kv_dtype: str) -> int:
+        """Of one layer. int8 and fp8 have a scale a token and head."""
+        per_head = self.head_dim * dtype.itemsize
+        if kv_dtype != "auto":
+            per_head = self.head_dim * CODE_TYPES[kv_dtype].itemsize + SCALE_TYPE.itemsize
+        return 2 * self.num_kv_heads * block_size * per_head
+
+    def make(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, kv_dtype: str, device: torch.device
+    ) -> tuple[Blocks, Blocks]:
+        """(keys, values) of one layer, each [N, S, HK, D], of `dtype` or quantised."""
+        shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
+
+        def blocks() -> Blocks:
+            # untouched pages of torch.empty take no memory on the CPU until a block is first used
+            if kv_dtype == "auto":
+                return torch.empty(shape, dtype=dtype, device=device)
+            codes = torch.empty(shape, dtype=CODE_TYPES[kv_dtype], device=device)
+            return QuantizedBlocks(codes, torch.empty(shape[:-1], dtype=SCALE_TYPE, device=device))
+
+        return blocks(), blocks()
+
+
+def block_bytes(kinds: Iterable[CacheKind], block_size: int, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
+    """Bytes of one block over all layers, whose kinds are given.
 
     Args:
-        dtype: the computation type, also of keys and values with `kv_dtype` auto; int8 and fp8 have a scale a token and head.
+        dtype: the computation type, also of what is kept with `kv_dtype` auto.
     """
-    per_head = config.head_dim * dtype.itemsize
-    if kv_dtype != "auto":
-        per_head = config.head_dim * CODE_TYPES[kv_dtype].itemsize + SCALE_TYPE.itemsize
-    return 2 * config.num_hidden_layers * num_kv_heads * block_size * per_head
+    return sum(kind.block_bytes(block_size, dtype, kv_dtype) for kind in kinds)
 
 
 class KVCache:
-    """Keys and values of every layer; `layers[i]` is (keys, values), each [N, S, HK, D], of `dtype` or quantised."""
+    """A block has the same number, and the same tokens, in every layer; each layer keeps what its kind says.
+
+    `layers[i]` is (keys, values) of layer i. `serves`: the layers of each kind.
+    """
 
     def __init__(
         self,
-        config: DecoderConfig,
-        num_kv_heads: int,
+        kinds: Sequence[CacheKind],
         *,
         num_blocks: int,
         block_size: int,
@@ -40,16 +71,8 @@ class KVCache:
         kv_dtype: str = "auto",
     ) -> None:
         self.block_size = block_size
-        shape = (num_blocks, block_size, num_kv_heads, config.head_dim)
-
-        def make() -> Blocks:
-            # untouched pages of torch.empty take no memory on the CPU until a block is first used
-            if kv_dtype == "auto":
-                return torch.empty(shape, dtype=dtype, device=device)
-            codes = torch.empty(shape, dtype=CODE_TYPES[kv_dtype], device=device)
-            return QuantizedBlocks(codes, torch.empty(shape[:-1], dtype=SCALE_TYPE, device=device))
-
-        self.layers = [(make(), make()) for _ in range(config.num_hidden_layers)]
+        self.serves = {kind: [i for i, own in enumerate(kinds) if own == kind] for kind in dict.fromkeys(kinds)}
+        self.layers = [kind.make(num_blocks, block_size, dtype, kv_dtype, device) for kind in kinds]
         self._tensors = [
             tensor
             for layer in self.layers

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlserve.vision.pixels import Unit
+
 TILES_AT_ONCE = 16  # in one run of the encoder, which bounds its peak memory
 
 
@@ -24,6 +26,11 @@ class ImageConfig:
     dynamic: bool = True
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def unit(self) -> Unit:
+        """What a tile is to the encoder."""
+        return Unit((3, self.tile_size, self.tile_size), self.tokens_per_tile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,13 @@ H and W the picture's.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vlserve.vision.pixels import Pixels
 from vlserve.vision.tiling import Grid, choose_grid
 
 if TYPE_CHECKING:
@@ -23,17 +23,7 @@ if TYPE_CHECKING:
     from vlserve.vision.config import ImageConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageTiles:
-    """One picture, ready for the encoder; `digest` identifies pixels and preprocessing."""
-
-    pixels: torch.Tensor  # [N, 3, S, S] uint8
-    grid: Grid
-    num_tokens: int
-    digest: bytes
-
-
-def make_tiles(image: Image.Image, config: ImageConfig) -> ImageTiles:
+def make_tiles(image: Image.Image, config: ImageConfig) -> Pixels:
     """Cut an RGB picture into tiles, the thumbnail last.
 
     Args:
@@ -58,10 +48,9 @@ def make_tiles(image: Image.Image, config: ImageConfig) -> ImageTiles:
     tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # [R*C, 3, S, S]
     if grid.num_tiles > 1:
         tiles = torch.cat([tiles, _resize(picture, size, size)[None]])
-    return ImageTiles(
-        pixels=tiles.contiguous(),
-        grid=grid,
-        num_tokens=grid.num_tiles * config.tokens_per_tile,
+    return Pixels(
+        data=tiles.contiguous().view(-1).numpy(),
+        units=(config.unit,) * grid.num_tiles,
         digest=digest,
     )
 

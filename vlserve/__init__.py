@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlserve.config import EngineConfig, MediaConfig, SamplingParams, StructuredOutput
     from vlserve.errors import ConfigError, EngineError, ModelError, RequestError, VLServeError
-    from vlserve.models.registry import Architecture
+    from vlserve.models.architecture import Architecture
     from vlserve.pipeline.outputs import Completion, Delta, Timing, Usage
     from vlserve.pipeline.vl_pipeline import VLPipeline
     from vlserve.server.app import router
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Architecture": "models.registry",
+    "Architecture": "models.architecture",
     "Completion": "pipeline.outputs",
     "ConfigError": "errors",
     "Delta": "pipeline.outputs",

@@ -23,10 +23,8 @@ from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
 from vlserve.llm.kv_cache import KVCache
 from vlserve.llm.packing import AWQ_GEMM
 from vlserve.llm.parallel import Split
-from vlserve.vision.config import TILES_AT_ONCE, read_encoder_config, read_image_config
-from vlserve.vision.encoder import build_encoder
-from vlserve.vision.preprocess import normalise
-from vlserve.vision.projector import Projector
+from vlserve.vision.config import read_encoder_config, read_image_config
+from vlserve.vision.internvit import InternVit
 
 PAGE = 16
 TOLERANCE = Difference(0.15, 1.0)  # of logits, between a prompt at once and its last token by itself: all layers' rounding
@@ -34,23 +32,14 @@ STEPS = 16
 
 
 class Model(nn.Module):
-    """Encoder, projector and decoder, as in the engine's InternVL."""
+    """Tower and decoder, as the engine has them."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         config = sizes.config()
         vision = read_encoder_config(config)
-        self.image_config = read_image_config({}, vision)
         self.decoder = Decoder(read_decoder_config(config["text_config"]), Split())
-        self.encoder = build_encoder(vision)
-        self.projector = Projector(vision, sizes.hidden)
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tiles [N, 3, S, S] uint8 on the CPU -> features [N, K, C]."""
-        weight, config = self.decoder.norm, self.image_config
-        mean, std = (torch.tensor(v, device=weight.device) for v in (config.mean, config.std))
-        parts = [normalise(tiles.to(weight.device), mean, std).to(weight.dtype) for tiles in pixels.split(TILES_AT_ONCE)]
-        return torch.cat([self.projector(self.encoder.forward_features(part)[:, 1:]) for part in parts])
+        self.tower = InternVit(vision, read_image_config({}, vision), sizes.hidden)
 
 
 def build_model(sizes: Sizes, form: str, device: torch.device) -> Model:
@@ -92,7 +81,7 @@ class Driver:
         self.width = -(-longest // PAGE)
         decoder = model.decoder
         self.cache = KVCache(
-            *(decoder.config, decoder.num_kv_heads),
+            decoder.cache_kinds,
             num_blocks=batch * self.width,
             block_size=PAGE,
             dtype=torch.bfloat16,
@@ -169,9 +158,9 @@ def clock(run: Callable[[], object], device: torch.device, runs: int) -> float:
 @torch.inference_mode()
 def encode_seconds(model: Model) -> float:
     """A picture through the encoder and the projector."""
-    size = model.image_config.tile_size
-    tiles = torch.zeros(TILES, 3, size, size, dtype=torch.uint8)
-    return clock(lambda: model.encode(tiles), model.decoder.norm.device, 5)
+    units = [model.tower.fixed_unit] * TILES
+    pixels = torch.zeros(sum(unit.num_bytes for unit in units), dtype=torch.uint8)
+    return clock(lambda: model.tower.encode(pixels, units), model.decoder.norm.device, 5)
 
 
 class Transformers:

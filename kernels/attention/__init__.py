@@ -55,14 +55,22 @@ def plan_attention(
 
 
 def paged_attention(
-    query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor,
+    key_cache: Blocks,
+    value_cache: Blocks,
+    metadata: AttentionMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """As `paged_attention_ref`; raises ValueError when the query heads are no multiple of the KV heads."""
+    """As `paged_attention_ref`; raises ValueError when the query heads are no multiple of the KV heads, and for no window."""
     num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} tokens; expected 1 or more, or None for the whole context")
     if runs_triton(query):
         from vlserve.kernels.attention.triton import paged_attention_triton
 
-        return paged_attention_triton(query, key_cache, value_cache, metadata, scale)
-    return paged_attention_cpu(query, key_cache, value_cache, metadata, scale)
+        return paged_attention_triton(query, key_cache, value_cache, metadata, scale, window=window)
+    return paged_attention_cpu(query, key_cache, value_cache, metadata, scale, window)

@@ -11,7 +11,12 @@ from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 
 
 def paged_attention_cpu(
-    query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor,
+    key_cache: Blocks,
+    value_cache: Blocks,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """As `paged_attention_ref`; the checks are `paged_attention`'s.
 
@@ -23,23 +28,48 @@ def paged_attention_cpu(
     caches, dtype = (key_cache, value_cache), query.dtype
     for group in metadata.decodes:
         keys, values = (_gather(cache, group.blocks, len(group.rows), group.context_len, dtype) for cache in caches)
+        first, mask = _decode_window(group, window)
         q = query[group.rows].unflatten(1, (num_kv_heads, -1))  # [B', HK, G, D]
-        result = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)
+        result = F.scaled_dot_product_attention(q, keys[:, :, first:], values[:, :, first:], attn_mask=mask, scale=scale)
         out[group.rows] = result.flatten(1, 2)
     for prefill in metadata.prefills:
         keys, values = (_gather(cache, prefill.blocks, 1, prefill.context_len, dtype) for cache in caches)
+        first, mask = _prefill_window(prefill, window)
         q = query[prefill.start : prefill.stop].transpose(0, 1)[None]  # [1, HQ, query_len, D]
         result = F.scaled_dot_product_attention(
             q,
-            keys,
-            values,
-            attn_mask=prefill.mask,
-            is_causal=prefill.mask is None,
+            keys[:, :, first:],
+            values[:, :, first:],
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scale,
             enable_gqa=num_heads != num_kv_heads,
         )
         out[prefill.start : prefill.stop] = result[0].transpose(0, 1)
     return out
+
+
+def _decode_window(group: DecodeGroup, window: int | None) -> tuple[int, torch.Tensor | None]:
+    """(the first position that any of the sequences sees, the mask from there on)."""
+    if window is None or window >= group.context_len:
+        return 0, group.mask
+    if group.mask is None:  # all are equally long
+        return group.context_len - window, None
+    lens = group.mask.sum(-1, keepdim=True)
+    places = torch.arange(group.context_len, device=group.mask.device)
+    first = max(0, int(lens.min()) - window)
+    return first, (group.mask & (places >= lens - window))[..., first:]
+
+
+def _prefill_window(prefill: Prefill, window: int | None) -> tuple[int, torch.Tensor | None]:
+    """(the first position that any of the queries sees, the mask from there on)."""
+    if window is None or window >= prefill.context_len:
+        return 0, prefill.mask
+    number = prefill.stop - prefill.start
+    before = prefill.context_len - number
+    first = max(0, before + 1 - window)
+    mask = torch.ones(number, prefill.context_len - first, dtype=torch.bool, device=prefill.blocks.device)
+    return first, mask.tril(before - first).triu(before - first + 1 - window)
 
 
 def _gather(cache: Blocks, blocks: torch.Tensor, batch: int, context_len: int, dtype: torch.dtype) -> torch.Tensor:

@@ -17,9 +17,18 @@ from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 
 
 def paged_attention_ref(
-    query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, metadata: AttentionMetadata, scale: float
+    query: torch.Tensor,
+    key_cache: Blocks,
+    value_cache: Blocks,
+    metadata: AttentionMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """query [T, HQ, D], caches [N, S, HK, D] -> [T, HQ, D], sequence by sequence; in float32, or float64 where query is."""
+    """query [T, HQ, D], caches [N, S, HK, D] -> [T, HQ, D], sequence by sequence; in float32, or float64 where query is.
+
+    `window`: tokens that a token sees, itself counted; None for all before it.
+    """
     out = torch.empty_like(query)
     dtype = torch.promote_types(query.dtype, torch.float32)
     key_cache, value_cache = (
@@ -35,8 +44,9 @@ def paged_attention_ref(
         q = query[start : start + query_len].to(dtype)
         scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
         last = torch.arange(context_len - query_len, context_len, device=query.device)
-        future = torch.arange(context_len, device=query.device)[None] > last[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        places = torch.arange(context_len, device=query.device)[None]
+        is_seen = (places <= last[:, None]) & (places > last[:, None] - (window or context_len))
+        weights = scores.masked_fill(~is_seen, float("-inf")).softmax(dim=-1)
         out[start : start + query_len] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
         start += query_len
     return out

@@ -28,6 +28,7 @@ def paged_attention_triton(
     metadata: AttentionMetadata,
     scale: float,
     *,
+    window: int | None = None,
     num_sms: int | None = None,
 ) -> torch.Tensor:
     """As `paged_attention_ref` for a `scale` above 0: scores and sums in float32, products of the query's type.
@@ -38,11 +39,13 @@ def paged_attention_triton(
     query = query.contiguous()
     out = torch.empty_like(query)
     for launch in plan_launches(metadata, query, key_cache, num_sms):
-        _run(launch, out, query, key_cache, value_cache, scale)
+        _run(launch, out, query, key_cache, value_cache, scale, window or 0)
     return out
 
 
-def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, scale: float) -> None:
+def _run(
+    launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, scale: float, window: int
+) -> None:
     tiling = launch.tiling
     (heads, dim), kv_heads = query.shape[1:], key_cache.shape[2]
     group = heads // kv_heads
@@ -61,6 +64,7 @@ def _run(launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Bloc
         "DIM": dim,
         "DIM_PADDED": max(32 if is_coded else 16, triton.next_power_of_2(dim)),
         "TOKENS": tiling.tokens,
+        "WINDOW": window,
     }
     with torch.cuda.device_of(query):
         _attention_kernel[(launch.num_items * kv_heads,)](
@@ -122,9 +126,11 @@ def _load_tile(
 def _add_tile(
     highest, total, result, odd_result, q, odd_q, seen, at, end, scale, keys, key_scales, values, value_scales, table,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    IS_CODED: tl.constexpr, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr, LIFT: tl.constexpr, IS_TAIL: tl.constexpr,
+    IS_CODED: tl.constexpr, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr, LIFT: tl.constexpr, WINDOW: tl.constexpr,
+    IS_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Positions at..at+TILE, of which rows see those up to `seen`; in the tail only those below `end` are there."""
+    """Positions at..at+TILE, of which rows see those up to `seen`, within the window; in the tail only those below `end` are
+    there."""
     lane = tl.arange(0, TILE)
     is_there = at + lane < end
     if PAGE % TILE == 0:
@@ -147,7 +153,10 @@ def _add_tile(
     else:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if IS_TAIL:
-        scores = tl.where(is_there[None, :] & (at + lane[None, :] <= seen[:, None]), scores, float("-inf"))
+        is_seen = is_there[None, :] & (at + lane[None, :] <= seen[:, None])
+        if WINDOW:
+            is_seen = is_seen & (at + lane[None, :] > seen[:, None] - WINDOW)
+        scores = tl.where(is_seen, scores, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, 1))
     base = higher
     if IS_TAIL:  # a row may have seen nothing yet
@@ -178,11 +187,13 @@ def _attention_kernel(
     out, results, logs, query, keys, key_scales, values, value_scales, tables, schedule,
     num_sequences, table_width, chunk_at, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOKENS: tl.constexpr,
-    PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     IS_CODED: tl.constexpr, IS_E4M3: tl.constexpr, IS_NATIVE: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """One program an item and KV head; items below 0 are idle. LIFT: the weights' exponents are higher by it, so that in float16
-    their products with scales do not vanish; it leaves the result as it is."""
+    their products with scales do not vanish; it leaves the result as it is. WINDOW: tokens that a token sees, itself counted; 0
+    for all. What no row of a program sees is passed over in whole tiles, and a part of the context of which nothing is seen
+    weighs nothing."""
     EACH: tl.constexpr = 2 if IS_CODED else 1  # numbers of an element of the cache
     WIDTH: tl.constexpr = DIM // EACH
     WIDTH_PADDED: tl.constexpr = DIM_PADDED // EACH
@@ -218,18 +229,22 @@ def _attention_kernel(
     values += head * WIDTH
     table = tables + sequence.to(tl.int64) * table_width
     scale *= 1.4426950408889634
-    tail = begin + tl.maximum(tl.minimum(end, before + first + 1) - begin, 0) // TILE * TILE  # all rows see what is before
+    if WINDOW:
+        begin += tl.maximum(before + first + 1 - WINDOW - begin, 0) // TILE * TILE  # where the first row's window begins
+        tail = begin
+    else:
+        tail = begin + tl.maximum(tl.minimum(end, before + first + 1) - begin, 0) // TILE * TILE  # all rows see what is before
     for at in tl.range(begin, tail, TILE):
         highest, total, result, odd_result = _add_tile(
             highest, total, result, odd_result, q, odd_q, seen, at, end, scale,
             keys, key_scales, values, value_scales, table,
-            KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, False,
+            KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, WINDOW, False,
         )  # fmt: skip
     for at in tl.range(tail, end, TILE):
         highest, total, result, odd_result = _add_tile(
             highest, total, result, odd_result, q, odd_q, seen, at, end, scale,
             keys, key_scales, values, value_scales, table,
-            KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, True,
+            KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, WINDOW, True,
         )  # fmt: skip
     is_whole = stop <= chunk * TILE
     total = tl.where(total == 0.0, 1.0, total)  # a row that has seen nothing: its logarithm stays -inf
@@ -255,7 +270,7 @@ def _store(out, places, results, part_places, result, is_number, is_whole):
 def _merge_kernel(
     out, results, logs, schedule, num_sequences, num_items, chunk_at,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOKENS: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program a row of a Q-block that is cut and KV head; idle ones as above."""
     row, head = tl.program_id(0) % (TOKENS * GROUP), tl.program_id(0) // (TOKENS * GROUP) % KV_HEADS
@@ -278,8 +293,11 @@ def _merge_kernel(
         places = ((item + part * num_blocks) * KV_HEADS + head).to(tl.int64) * (TOKENS * GROUP) + row
         log = tl.load(logs + places, mask=is_part, other=float("-inf"))
         some = tl.load(results + places[:, None] * DIM + d[None, :], mask=is_part[:, None] & (d < DIM)[None, :], other=0.0)
-        higher = tl.maximum(highest, tl.max(log, 0))  # every row sees the first part
-        weights, shrunk = tl.exp2(log - higher), tl.exp2(highest - higher)
+        higher = tl.maximum(highest, tl.max(log, 0))  # every row sees the first part, where there is no window
+        base = higher
+        if WINDOW:
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights, shrunk = tl.exp2(log - base), tl.exp2(highest - base)
         total = total * shrunk + tl.sum(weights, 0)
         result = result * shrunk + tl.sum(some * weights[:, None], 0)
         highest = higher

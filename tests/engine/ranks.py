@@ -21,18 +21,18 @@ from vlserve.engine.runner import Runner
 from vlserve.models.checkpoint import read_checkpoint
 
 
-class SharedTiles(PixelStore):
+class SharedPixels(PixelStore):
     """What rank 0's requests brought, for all ranks; stands for the files of shared memory."""
 
     def __init__(self) -> None:
         super().__init__([])
-        self.tiles: dict[bytes, torch.Tensor] = {}
+        self.pixels: dict[bytes, torch.Tensor] = {}
 
-    def lend(self, tiles: Mapping[bytes, torch.Tensor]) -> None:
-        self.tiles.update(tiles)
+    def lend(self, pixels: Mapping[bytes, torch.Tensor]) -> None:
+        self.pixels.update(pixels)
 
-    def open(self, digest: bytes, num_tiles: int, tile_size: int) -> torch.Tensor:
-        return self.tiles[digest]
+    def open(self, digest: bytes, num_bytes: int) -> torch.Tensor:
+        return self.pixels[digest]
 
 
 @contextlib.contextmanager
@@ -41,14 +41,14 @@ def tp_engine(folder: Path, tp: int, **options: Any) -> Iterator[tuple[Engine, l
     config = EngineConfig(
         **{"model": str(folder), "tp": tp, "device": "cpu", "kv_cache_gib": 0.01, "dtype": "float32", **options}
     )
-    store, tiles = dist.HashStore(), SharedTiles()
+    store, pixels = dist.HashStore(), SharedPixels()
     runners: list[Runner | None] = [None] * tp
     errors: list[BaseException] = []
 
     def seat(rank: int) -> Seat:
         group = DistributedGroup(store, rank, tp, address="127.0.0.1", timeout_s=60, status=RankStatusWriter())
         is_here = rank < config.ranks_per_node  # on rank 0's machine; to the others rank 0 must send what they need
-        return Seat(group=group, local_rank=rank % config.ranks_per_node, pixels=tiles if is_here else PixelStore([]))
+        return Seat(group=group, local_rank=rank % config.ranks_per_node, pixels=pixels if is_here else PixelStore([]))
 
     def follow(rank: int) -> None:
         try:

@@ -10,10 +10,10 @@ import torch
 
 from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine
-from vlserve.engine.messages import Add, ImageRef, TokenEvent
+from vlserve.engine.messages import Add, MediaRef, TokenEvent
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, Text
-from vlserve.vision.preprocess import make_tiles
+from vlserve.ranks.client import pack_positions
 
 TIE = 1e-4  # two best logits nearer than this may change places with the order of a sum
 
@@ -24,17 +24,21 @@ def engine(folder: Path, **options: Any) -> Engine:
 
 def prompt(folder: Path, text: str, images: list[Any] = ()) -> Prompt:  # type: ignore[assignment]
     checkpoint = read_checkpoint(folder)
-    parts = [Picture(make_tiles(image, checkpoint.image_config)) for image in images]
+    parts = [Picture(checkpoint.preprocessor.prepare(image, "auto")) for image in images]
     return PromptBuilder(checkpoint).build([Message("user", [*parts, Text(text)])])
 
 
 def add(engine: Engine, id: int, prompt: Prompt, sampling: SamplingParams, max_tokens: int) -> None:
-    images = [
-        ImageRef(start=s.start, num_tokens=s.tiles.num_tokens, digest=s.tiles.digest, num_tiles=len(s.tiles.pixels))
-        for s in prompt.spans
-    ]
-    request = Add(id=id, token_ids=prompt.token_ids, images=images, sampling=sampling, max_tokens=max_tokens)
-    engine.add(request, [s.tiles.pixels for s in prompt.spans])
+    media = [MediaRef(digest=s.pixels.digest, units=list(s.pixels.units), runs=s.runs) for s in prompt.spans]
+    request = Add(
+        id=id,
+        token_ids=prompt.token_ids,
+        media=media,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        positions=None if prompt.positions is None else pack_positions(prompt.positions),
+    )
+    engine.add(request, [torch.from_numpy(s.pixels.data) for s in prompt.spans])
 
 
 def run(engine: Engine) -> dict[int, list[TokenEvent]]:

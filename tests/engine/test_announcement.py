@@ -13,10 +13,13 @@ from vlserve.config import SamplingParams
 from vlserve.engine.batch import Announcement, Announcer, Batch, Listener, StepInput, describe, lay_out, make_batch
 from vlserve.engine.messages import TokenEvent
 from vlserve.engine.scheduler import Chunk, Sampled, Scheduler
-from vlserve.engine.sequence import UNKNOWN, ImageSpan, Sequence
+from vlserve.engine.sequence import UNKNOWN, MediaSpan, Sequence, TokenPositions
 from vlserve.llm.block_pool import BlockPool
+from vlserve.vision.pixels import Unit
 
 END, CPU = 7, torch.device("cpu")
+AXES = 3  # of positions
+POSITIONS = ("own positions", "answered after own positions")
 
 
 class Ranks:
@@ -34,7 +37,7 @@ class Ranks:
         chunks = self.scheduler.schedule()
         if not chunks:
             return self.commit()
-        features = {image.digest for chunk in chunks for image in chunk.images if self.rng.random() < 0.5}
+        features = {media.digest for chunk in chunks for media in chunk.media if self.rng.random() < 0.5}
         step = describe(chunks, features, self.last_rows)
         dropped = [bytes([self.rng.randrange(256)])] if self.rng.random() < 0.1 else []
         self.announcer.dropped(dropped)
@@ -63,13 +66,18 @@ class Ranks:
     def compare(self, step: StepInput, told: StepInput, chunks: list[Chunk]) -> Batch:
         assert told.chunks == step.chunks, "whole block tables"
         assert (told.pieces, told.encode) == (step.pieces, step.encode)
-        assert lay_out(told, 4).partial_blocks == lay_out(step, 4).partial_blocks
-        batch = make_batch(lay_out(told, 4), 4, CPU, self.last_tokens)
-        same_batch(batch, make_batch(lay_out(step, 4), 4, CPU, self.last_tokens))
+        assert lay_out(told, 4, AXES).partial_blocks == lay_out(step, 4, AXES).partial_blocks
+        batch = make_batch(lay_out(told, 4, AXES), 4, CPU, self.last_tokens)
+        same_batch(batch, make_batch(lay_out(step, 4, AXES), 4, CPU, self.last_tokens))
+        assert batch.positions.tolist() == [
+            [own(c, i, axis) for c in chunks for i in range(c.start, c.stop)] for axis in range(AXES)
+        ]
+        self.seen["own positions"] += any(chunk.positions for chunk in told.chunks)
+        self.seen["answered after own positions"] += any(chunk.offset and not chunk.positions for chunk in told.chunks)
         self.seen["sampled before"] += sum(id < 0 for id in told.ids)
         self.seen["steps"] += 1
         self.seen["without samples"] += not any(chunk.samples for chunk in chunks)
-        self.seen["cut pictures"] += sum(piece.start > 0 for piece in step.pieces)
+        self.seen["cut pictures"] += sum(piece.first > 0 for piece in step.pieces)
         return batch
 
     def abort(self, ids: list[int]) -> list[TokenEvent]:
@@ -83,8 +91,17 @@ class Ranks:
         return events
 
 
+def own(chunk: Chunk, place: int, axis: int) -> int:
+    """Where the token at `place` stands, by the sequence's own numbers; see `sequence`."""
+    sequence = chunk.sequence
+    if sequence.positions is None:
+        return place
+    number = sequence.num_prompt_tokens
+    return 2 * place + axis if place < number else place - number + 7
+
+
 def same_batch(got: Batch, want: Batch) -> None:
-    for name in ("ids", "positions", "sample_rows"):
+    for name in ("ids", "positions", "sample_rows", "feature_rows"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     for name in ("block_tables", "slots"):
         assert torch.equal(getattr(got.metadata, name), getattr(want.metadata, name)), name
@@ -104,9 +121,19 @@ def scheduler(num_blocks: int, *, prefix_caching: bool = True, seqs: int = 6, bu
 def sequence(rng: random.Random, id: int) -> Sequence:
     start, num_tokens = rng.randrange(8), rng.choice((0, 4, 12))
     ids = [50 + i % 3 for i in range(start)] + [0] * num_tokens + [rng.randrange(100, 104) for _ in range(rng.randint(1, 30))]
-    images = [ImageSpan(start=start, num_tokens=num_tokens, digest=bytes([rng.randrange(4)]), pixels=[0] * (num_tokens // 4))]
+    units = [Unit((3, 2, 2), 4)] * (num_tokens // 4)
+    runs = [(start, num_tokens)] if rng.random() < 0.5 else [(start + i, 2) for i in range(0, num_tokens, 4)]  # with gaps
+    media = [MediaSpan(digest=bytes([rng.randrange(4)]), units=units, runs=runs, pixels=None)]
     sampling = SamplingParams(ignore_eos=rng.random() < 0.7)
-    return Sequence(id=id, token_ids=ids, images=images if num_tokens else [], sampling=sampling, max_tokens=rng.randint(1, 30))
+    axes = [[2 * place + axis for place in range(len(ids))] for axis in range(AXES)]
+    return Sequence(
+        id=id,
+        token_ids=ids,
+        media=media if num_tokens else [],
+        sampling=sampling,
+        max_tokens=rng.randint(1, 30),
+        positions=TokenPositions(axes, next=7) if rng.random() < 0.5 else None,
+    )
 
 
 @pytest.mark.parametrize("overlaps", (False, True))
@@ -150,7 +177,7 @@ def test_the_schedules_have_what_can_go_wrong(overlaps: bool) -> None:
         seen += ranks.seen
         seen["preemptions"] += ranks.scheduler.num_preemptions
         seen["cached"] += ranks.scheduler.prefix_hits
-    assert all(seen[name] > 10 for name in ("preemptions", "cached", "cut pictures", "without samples")), seen
+    assert all(seen[name] > 10 for name in ("preemptions", "cached", "cut pictures", "without samples", *POSITIONS)), seen
 
 
 def test_a_long_context_sends_only_new_blocks() -> None:
@@ -158,7 +185,7 @@ def test_a_long_context_sends_only_new_blocks() -> None:
     s = scheduler(4000, budget=16000, max_len=16000)
     ranks = Ranks(s, rng)
     ids = [rng.randrange(100, 200) for _ in range(12000)]
-    s.add(Sequence(id=5, token_ids=ids, images=[], sampling=SamplingParams(ignore_eos=True), max_tokens=41))
+    s.add(Sequence(id=5, token_ids=ids, media=[], sampling=SamplingParams(ignore_eos=True), max_tokens=41))
     while s.has_work:
         ranks.step()
     blocks = [told_blocks(message) for message in ranks.messages]

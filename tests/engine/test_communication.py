@@ -45,7 +45,7 @@ def expected(step: StepInput, config: dict[str, Any], tp: int, tokens_per_tile: 
     if sampled:
         vocabulary = -(-text["vocab_size"] // tp)
         found |= {"logits": (1, sampled * vocabulary * FLOAT), "tokens": (1, sampled * INTEGER)}
-    num_tiles = sum(image.num_tiles for image in step.encode)
+    num_tiles = sum(len(task.units) for task in step.encode)
     if num_tiles:
         share = -(-num_tiles // tp)
         found["features"] = (1, share * tokens_per_tile * text["hidden_size"] * FLOAT)
@@ -74,6 +74,8 @@ def test_every_step_takes_what_the_design_says(
     folder = checkpoint("llama", **BIASES, **settings)
     read = read_checkpoint(folder)
     kinds: Counter[str] = Counter()
+    tokens_per_tile = read.preprocessor.features_per_unit()
+    assert tokens_per_tile is not None
     with tp_engine(folder, tp, max_num_batched_tokens=11, block_size=4) as (ours, runners):
         steps = watch(ours, monkeypatch)
         for i, p in enumerate(mixed(folder)):
@@ -82,7 +84,7 @@ def test_every_step_takes_what_the_design_says(
             before = figures(ours.runner)
             ours.step()
             found = since(before, figures(ours.runner))
-            assert found == expected(steps[-1], read.config, tp, read.image_config.tokens_per_tile)
+            assert found == expected(steps[-1], read.config, tp, tokens_per_tile)
             kinds.update(found.keys())
     assert len(steps) > kinds["logits"] > 0 and len(steps) > kinds["features"] > 0
     assert kinds["batch"] == kinds["o_proj"] == len(steps)
@@ -92,7 +94,8 @@ def test_every_step_takes_what_the_design_says(
 
 def test_a_picture_is_encoded_once_for_all_who_ask(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint("qwen2", **EIGHT)
-    tokens_per_tile = read_checkpoint(folder).image_config.tokens_per_tile
+    tokens_per_tile = read_checkpoint(folder).preprocessor.features_per_unit()
+    assert tokens_per_tile is not None
     with tp_engine(folder, 4, prefix_caching=False) as (ours, _):
         before = figures(ours.runner)
         pictures = [[picture(3)] * 2, [picture(3), picture(0)], [picture(3)]]  # 5 tiles and 1
@@ -123,7 +126,6 @@ def test_one_machine_sends_no_pixels_and_nothing_for_text(checkpoint: Callable[.
 
 def test_another_machine_gets_each_of_its_tiles_once(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint("qwen2", **EIGHT)
-    size = read_checkpoint(folder).image_config.tile_size
     with tp_engine(folder, 4, nnodes=2, rdzv_endpoint="127.0.0.1:1", prefix_caching=False) as (ours, runners):
         steps = watch(ours, monkeypatch)
         prompts = [*mixed(folder), prompt(folder, "again", [picture(1)])]
@@ -134,16 +136,16 @@ def test_another_machine_gets_each_of_its_tiles_once(checkpoint: Callable[..., P
     sent: Counter[int] = Counter()  # tiles by rank
     calls: Counter[int] = Counter()
     for step in steps:
-        num_tiles = sum(image.num_tiles for image in step.encode)
+        num_tiles = sum(len(task.units) for task in step.encode)
         for rank in (2, 3):
             number = len(range(rank, num_tiles, 4))
             sent[rank] += number
             calls[rank] += number > 0
-    encoded = [image.digest for step in steps for image in step.encode]
-    assert len(encoded) == len(set(encoded)) == len({s.tiles.digest for p in prompts for s in p.spans}) > 4
-    tile = 3 * size * size
+    encoded = [task.digest for step in steps for task in step.encode]
+    assert len(encoded) == len(set(encoded)) == len({s.pixels.digest for p in prompts for s in p.spans}) > 4
+    tile = prompts[0].spans[0].pixels.units[0].num_bytes
     assert figures(runners[0])["pixels"] == (sum(calls.values()), sum(sent.values()) * tile)
     assert "pixels" not in figures(runners[1])
     for rank in (2, 3):
         assert figures(runners[rank])["pixels"] == (calls[rank], sent[rank] * tile)
-    assert sum(sent.values()) < sum(len(s.tiles.pixels) for p in prompts for s in p.spans), "only theirs"
+    assert sum(sent.values()) < sum(len(s.pixels.units) for p in prompts for s in p.spans), "only theirs"

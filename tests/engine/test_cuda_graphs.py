@@ -80,9 +80,7 @@ def make(folder: Path, num_blocks: int, block_size: int = 4) -> tuple[Any, KVCac
     model = load_model(read_checkpoint(folder), config, Split(), CPU, lambda name, done, total: None)
     model.decoder.prepare(64, CPU)
     decoder = model.decoder
-    cache = KVCache(
-        *(decoder.config, decoder.num_kv_heads), num_blocks=num_blocks, block_size=block_size, dtype=torch.float32, device=CPU
-    )
+    cache = KVCache(decoder.cache_kinds, num_blocks=num_blocks, block_size=block_size, dtype=torch.float32, device=CPU)
     for keys, values in cache.layers:
         for blocks in (keys, values):
             assert isinstance(blocks, torch.Tensor)
@@ -166,8 +164,8 @@ def test_answers_are_those_of_plain_steps(checkpoint: Callable[..., Path], trito
         events = run(ours)
         answers.append([tokens(events[i]) for i in range(3)])
         if is_replayed:
-            assert ours.runner.decodes is not None and ours.runner.tiles.graphs is not None
-            assert ours.runner.decodes.graphs.recorded == (3, 2, 1) and ours.runner.tiles.graphs.graphs.recorded == (1,)
+            assert ours.runner.decodes is not None and ours.runner.encoder is not None and ours.runner.encoder.graphs is not None
+            assert ours.runner.decodes.graphs.recorded == (3, 2, 1) and ours.runner.encoder.graphs.graphs.recorded == (1,)
     assert answers[0] == answers[1]
 
 

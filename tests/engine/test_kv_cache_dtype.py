@@ -124,4 +124,4 @@ def test_the_commands_refuse_them_too_and_the_plan_names_the_type() -> None:
 def test_a_block_of_a_rank(make: Any) -> None:
     decoder = make().runner.model.decoder
     for dtype in (torch.float32, torch.bfloat16):
-        assert block_bytes(decoder.config, 2, 16, dtype, make.kind) == 2 * 3 * 2 * 16 * BYTES[make.kind]
+        assert block_bytes(decoder.cache_kinds, 16, dtype, make.kind) == 2 * 3 * 2 * 16 * BYTES[make.kind]

@@ -97,7 +97,7 @@ def test_different_pictures_behind_the_same_text_never_share_blocks(folder: Path
     ours = engine(folder, block_size=1)
     first, second = (prompt(folder, "What shape is it?", [picture(seed)]) for seed in (1, 2))
     assert first.token_ids == second.token_ids
-    start = first.spans[0].start
+    start = first.spans[0].runs[0][0]
     answer(ours, first)
     other = answer(ours, second)
     assert other[-1].cached_tokens == start, "only what stands before the picture is shared"

@@ -16,7 +16,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
 
 
 def sequence(id: int = 0, prompt: tuple[int, ...] = (0,), answer: tuple[int, ...] = (), **params: Any) -> Sequence:
-    s = Sequence(id=id, token_ids=list(prompt), images=[], sampling=SamplingParams(**params), max_tokens=5)
+    s = Sequence(id=id, token_ids=list(prompt), media=[], sampling=SamplingParams(**params), max_tokens=5)
     s.token_ids += answer
     return s
 

@@ -9,7 +9,7 @@ import pytest
 from vlserve.config import SamplingParams
 from vlserve.engine.messages import TokenEvent
 from vlserve.engine.scheduler import Chunk, Sampled, Scheduler
-from vlserve.engine.sequence import ImageSpan, Sequence
+from vlserve.engine.sequence import MediaSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 
 END = 7
@@ -27,7 +27,7 @@ def scheduler(num_blocks: int = 64, *, seqs: int = 4, budget: int = 16, max_len:
 
 def sequence(id: int, length: int, max_tokens: int = 5, **sampling: object) -> Sequence:
     ids = [100 + (id * 31 + i) % 50 for i in range(length)]
-    return Sequence(id=id, token_ids=ids, images=[], sampling=SamplingParams(**sampling), max_tokens=max_tokens)  # type: ignore[arg-type]
+    return Sequence(id=id, token_ids=ids, media=[], sampling=SamplingParams(**sampling), max_tokens=max_tokens)  # type: ignore[arg-type]
 
 
 def step(s: Scheduler, token: int = 1) -> tuple[list[Chunk], list[TokenEvent]]:
@@ -111,7 +111,7 @@ def test_every_request_ends_exactly_once_whatever_happens(seed: int, overlaps: b
         if added < 25 and rng.random() < 0.5:
             q = sequence(added, rng.randint(1, 60), rng.randint(1, 30))
             if rng.random() < 0.4:
-                q.images.append(ImageSpan(start=0, num_tokens=1, digest=bytes([rng.randint(0, 3)]) * 32, pixels=None))
+                q.media.append(MediaSpan(digest=bytes([rng.randint(0, 3)]) * 32, units=[], runs=[(0, 1)], pixels=None))
             s.add(q)
             added += 1
         events: list[TokenEvent] = []

@@ -20,7 +20,7 @@ from vlserve.engine.engine import Engine
 from vlserve.engine.memory import GIB
 from vlserve.engine.messages import TokenEvent
 from vlserve.llm.config import read_decoder_config
-from vlserve.llm.kv_cache import block_bytes
+from vlserve.llm.kv_cache import CacheKind, block_bytes
 from vlserve.models.checkpoint import DEMO, read_checkpoint
 from vlserve.prompt.build import Prompt
 
@@ -76,7 +76,8 @@ def same(got: dict[int, list[TokenEvent]], want: dict[int, list[TokenEvent]]) ->
 def small_cache(folder: Path, tp: int, num_blocks: int, block_size: int) -> float:
     """`kv_cache_gib` for so many blocks on each rank."""
     config = read_decoder_config(read_checkpoint(folder).config["text_config"])
-    per_block = block_bytes(config, max(1, config.num_key_value_heads // tp), block_size, torch.float32)
+    kind = CacheKind(num_kv_heads=max(1, config.num_key_value_heads // tp), head_dim=config.head_dim)
+    per_block = block_bytes([kind] * config.num_hidden_layers, block_size, torch.float32)
     return (num_blocks + 0.5) * per_block / GIB
 
 
@@ -110,7 +111,7 @@ def test_every_decoder_equals_one_rank(decoder: str, tp: int, settings: dict[str
         ties = same(answers(ours, prompts), want)
         assert ours.scheduler.num_preemptions > 0, "the cache was meant to be too small for all"
         encoded = ours.runner.image_queries - ours.runner.image_hits
-        assert encoded > len({s.tiles.digest for p in prompts for s in p.spans}), "some features were meant to be made again"
+        assert encoded > len({s.pixels.digest for p in prompts for s in p.spans}), "some features were meant to be made again"
     print(f"{decoder}, tp={tp}: {ties}")
     kept = [runner.features.num_bytes for runner in runners]
     assert kept == [kept[0]] * tp and kept[0] <= 5e-6 * GIB
@@ -174,7 +175,7 @@ def test_aborts_leave_the_others_as_they_are(folder: Path) -> None:
 @pytest.mark.parametrize("number,tiles", ((0, 1), (1, 3), (3, 5)))
 def test_tiles_that_do_not_divide_equal_one_rank(number: int, tiles: int, folder: Path) -> None:
     p = prompt(folder, "What?", [picture(number)])
-    assert sum(len(span.tiles.pixels) for span in p.spans) == tiles
+    assert sum(len(span.pixels.units) for span in p.spans) == tiles
     want = answers(engine(folder), [p])
     with tp_engine(folder, 4) as (ours, _):
         same(answers(ours, [p]), want)

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.engine.reference import Comparison, Transformers, add, engine, prompt, run
 from vlserve import SamplingParams, VLPipeline
 from vlserve.models.checkpoint import DEMO, read_checkpoint
+from vlserve.models.tiles import TilePreprocessor
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples/demo_model"))
@@ -46,7 +47,8 @@ def test_what_the_box_promises() -> None:
         for width in (text["vocab_size"], text["hidden_size"], text["intermediate_size"]):
             assert width % tp == 0
         assert text["intermediate_size"] // tp % 32 == 0 and text["hidden_size"] // tp % 32 == 0
-    assert checkpoint.image_config.dynamic and checkpoint.image_config.max_patches > 1
+    assert isinstance(checkpoint.preprocessor, TilePreprocessor)
+    assert checkpoint.preprocessor.image.dynamic and checkpoint.preprocessor.image.max_patches > 1
 
 
 def test_answers_equal_transformers(items: list[Item]) -> None:

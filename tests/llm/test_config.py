@@ -41,9 +41,10 @@ def test_rope_in_both_spellings() -> None:
     "change,message",
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
-        ({"sliding_window": 128, "use_sliding_window": True}, "sliding_window 128"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, and layer_types has sliding_attention"),
+        ({"layer_types": ["sliding_attention"] * BASE["num_hidden_layers"]}, "sliding_window is None"),
+        ({"layer_types": ["full_attention"]}, f"expected {BASE['num_hidden_layers']} of full_attention, sliding_attention"),
+        ({"layer_types": ["linear_attention"] * BASE["num_hidden_layers"]}, "layer_types .*linear_attention.* is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"vocab_size": None}, "text_config.vocab_size is None"),
@@ -56,5 +57,27 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) ->
         read_decoder_config(BASE | change)
 
 
-def test_an_unused_sliding_window_is_no_matter() -> None:
-    assert read_decoder_config(BASE | {"sliding_window": 4096, "use_sliding_window": False}).hidden_size == 64
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
+        {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 99},
+        {"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0, "head_dim": 16},
+        {"model_type": "mistral", "sliding_window": 32},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral"},
+        {"model_type": "llama", "sliding_window": 32},
+    ],
+    ids=str,
+)
+def test_which_layers_have_a_window_is_what_transformers_says(settings: dict[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    given = BASE | settings
+    read = read_decoder_config(given)
+    theirs = CONFIG_MAPPING[given["model_type"]](**{k: v for k, v in given.items() if k != "model_type"})
+    window = getattr(theirs, "sliding_window", None) if given["model_type"] != "llama" else None
+    default = ["full_attention" if window is None else "sliding_attention"] * theirs.num_hidden_layers
+    assert list(read.layer_types) == (getattr(theirs, "layer_types", None) or default)
+    assert read.sliding_window == (window if "sliding_attention" in read.layer_types else None)

@@ -16,7 +16,7 @@ from tests.llm.quantised import Recipe, Tensors, awq, compressed, fp8, gptq, int
 from vlserve.kernels.int4.reference import awq_dequantize_ref
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.detect_formats import StoredTensors, use_stored_forms
+from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.parallel import Split
 from vlserve.llm.quantisation import find_quantisation, grouped
@@ -86,7 +86,7 @@ def prepare(folder: Path, text: dict[str, Any], split: Split, config: dict[str, 
     with torch.device("meta"):
         decoder = Decoder(read_decoder_config(text), split).to(dtype)
     with StoredTensors(folder, lambda name: name) as tensors:
-        use_stored_forms(decoder, "", tensors, find_quantisation({"quantization_config": config}), dtype)
+        use_stored_formats(decoder, "", tensors, find_quantisation({"quantization_config": config}), dtype)
     decoder = decoder.to_empty(device="cpu")
     for parameter in decoder.parameters():
         parameter.data.view(torch.uint8).fill_(255)
@@ -256,7 +256,7 @@ def test_packed_weights_need_a_configuration(tmp_path: Path) -> None:
         with torch.device("meta"):
             decoder = Decoder(read_decoder_config(TEXT), Split())
         with StoredTensors(tmp_path, lambda name: name) as tensors:
-            use_stored_forms(decoder, "", tensors, None, torch.float32)
+            use_stored_formats(decoder, "", tensors, None, torch.float32)
 
 
 def test_the_configuration_is_found_wherever_it_is() -> None:

@@ -78,7 +78,7 @@ def quantised(group: int, order: torch.Tensor | None = None) -> Decoder:
 
 def compute(decoder: Decoder, rows: int) -> torch.Tensor:
     """The hidden states of a step of `rows` tokens, of one sequence each."""
-    cache = KVCache(decoder.config, 1, num_blocks=rows, block_size=4, dtype=torch.float16, device=CPU)
+    cache = KVCache(decoder.cache_kinds, num_blocks=rows, block_size=4, dtype=torch.float16, device=CPU)
     slots = torch.arange(rows) * 4
     tables, ones = torch.arange(rows).unsqueeze(1), (1,) * rows
     metadata = plan_attention(query_lens=ones, context_lens=ones, block_tables=tables, slots=slots, block_size=4)

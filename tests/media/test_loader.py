@@ -14,22 +14,25 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.vision.test_preprocess import encoded, noise
 from vlserve.config import MediaConfig, read_options
 from vlserve.errors import ConfigError, EngineError, RequestError
 from vlserve.media.loader import PictureLoader
+from vlserve.models.architecture import Detail
+from vlserve.models.tiles import TilePreprocessor
 from vlserve.prompt.chat_messages import ImagePart
 from vlserve.vision.config import ImageConfig
-from vlserve.vision.preprocess import ImageTiles, make_tiles
+from vlserve.vision.pixels import Pixels
+from vlserve.vision.preprocess import make_tiles
 
 CONFIG = ImageConfig(tile_size=28, tokens_per_tile=4, max_patches=6)
 PICTURE = noise(90, 60)
 PNG = encoded(Image.fromarray(PICTURE), "PNG")
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 WANT = make_tiles(Image.fromarray(PICTURE), CONFIG)
+PREPROCESSOR = TilePreprocessor(image=CONFIG, tokens=("<img>", "<IMG_CONTEXT>", "</img>"), image_token_id=0)
 Answer = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -40,13 +43,13 @@ def loader(**options: Any) -> Iterator[PictureLoader]:
     loader.close()
 
 
-def parts(*sources: Any, local: bool = False, low: bool = False) -> list[ImagePart]:
-    return [ImagePart(source=source, param=f"images[{i}]", local=local, low=low) for i, source in enumerate(sources)]
+def parts(*sources: Any, local: bool = False, detail: Detail = "auto") -> list[ImagePart]:
+    return [ImagePart(source=source, param=f"images[{i}]", local=local, detail=detail) for i, source in enumerate(sources)]
 
 
-def load(*sources: Any, local: bool = False, max_tokens: int | None = None, **options: Any) -> list[ImageTiles]:
+def load(*sources: Any, local: bool = False, max_tokens: int | None = None, **options: Any) -> list[Pixels]:
     with loader(**options) as one:
-        return asyncio.run(one.load(parts(*sources, local=local), CONFIG, max_tokens=max_tokens))
+        return asyncio.run(one.load(parts(*sources, local=local), PREPROCESSOR, max_tokens=max_tokens))
 
 
 def refused(*sources: Any, **options: Any) -> RequestError:
@@ -95,7 +98,7 @@ def test_every_way_to_name_a_picture_gives_the_same_tiles(tmp_path: Path) -> Non
     sources += [DATA_URL.replace("data:", "DATA:").replace("base64,", "BASE64,"), path, str(path), path.as_uri()]
     tiles = load(*sources, local=True)
     assert [t.digest for t in tiles] == [WANT.digest] * len(sources)
-    assert all(torch.equal(t.pixels, WANT.pixels) and t.num_tokens == WANT.num_tokens for t in tiles)
+    assert all(np.array_equal(t.data, WANT.data) and t.units == WANT.units for t in tiles)
 
 
 def test_pictures_keep_their_order() -> None:
@@ -110,7 +113,7 @@ def test_pictures_keep_their_order() -> None:
         async with served(answer) as base:
             sources = [f"{base}/{i}" if i % 3 else encoded(Image.fromarray(p), "PNG") for i, p in enumerate(pictures)]
             with loader(allow_private_media=True) as one:
-                tiles = await one.load(parts(*sources, local=True), CONFIG)
+                tiles = await one.load(parts(*sources, local=True), PREPROCESSOR)
         assert [t.digest for t in tiles] == [make_tiles(Image.fromarray(p), CONFIG).digest for p in pictures]
 
     asyncio.run(main())
@@ -118,8 +121,8 @@ def test_pictures_keep_their_order() -> None:
 
 def test_low_detail_is_one_tile() -> None:
     with loader() as one:
-        [tiles] = asyncio.run(one.load(parts(DATA_URL, low=True), CONFIG))
-    assert tiles.num_tokens == 4 and len(tiles.pixels) == 1
+        [tiles] = asyncio.run(one.load(parts(DATA_URL, detail="low"), PREPROCESSOR))
+    assert tiles.num_features == 4 and len(tiles.units) == 1
 
 
 @pytest.mark.parametrize(
@@ -177,10 +180,10 @@ def test_fetched_and_sent_bytes_share_the_budget() -> None:
     async def main() -> None:
         async with served(answer) as base:
             with loader(allow_private_media=True, max_request_image_mib=1) as one:
-                assert len(await one.load(parts(f"{base}/a", f"{base}/b"), CONFIG)) == 2
+                assert len(await one.load(parts(f"{base}/a", f"{base}/b"), PREPROCESSOR)) == 2
                 for sources in ([f"{base}/a"] * 3, [f"{base}/a", f"{base}/b", PNG + bytes(400_000)]):
                     with pytest.raises(RequestError, match="more than 1048576 bytes") as caught:
-                        await one.load(parts(*sources, local=True), CONFIG)
+                        await one.load(parts(*sources, local=True), PREPROCESSOR)
                     assert caught.value.code == "image_file_too_large"
 
     asyncio.run(main())
@@ -194,10 +197,10 @@ def test_the_pixels_of_a_request_are_bounded_before_any_is_decoded(monkeypatch: 
 
 
 def test_tokens_that_cannot_fit_are_refused_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(load(PNG, PNG, max_tokens=2 * WANT.num_tokens)) == 2
+    assert len(load(PNG, PNG, max_tokens=2 * WANT.num_features)) == 2
     monkeypatch.setattr("vlserve.media.loader.decode_image", None)
-    error = refused(PNG, PNG, max_tokens=2 * WANT.num_tokens - 1)
-    assert error.code == "context_length_exceeded" and f"{2 * WANT.num_tokens} tokens" in str(error)
+    error = refused(PNG, PNG, max_tokens=2 * WANT.num_features - 1)
+    assert error.code == "context_length_exceeded" and f"{2 * WANT.num_features} tokens" in str(error)
 
 
 def test_a_turned_picture_is_never_counted_too_high() -> None:
@@ -206,7 +209,7 @@ def test_a_turned_picture_is_never_counted_too_high() -> None:
     for size in ((90, 60), (60, 90), (28, 200), (200, 28), (57, 113)):
         data = encoded(Image.fromarray(noise(*size)), "JPEG", exif=exif)
         [tiles] = load(data)
-        assert load(data, max_tokens=tiles.num_tokens)[0].digest == tiles.digest
+        assert load(data, max_tokens=tiles.num_features)[0].digest == tiles.digest
 
 
 def test_a_server_that_drips_does_not_hold_a_request_for_ever() -> None:
@@ -223,7 +226,7 @@ def test_a_server_that_drips_does_not_hold_a_request_for_ever() -> None:
         async with served(drip) as base:
             with loader(allow_private_media=True, media_timeout_s=0.5) as one:
                 with pytest.raises(RequestError, match=r"did not arrive within 0\.5 s") as caught:
-                    await one.load(parts(PNG, f"{base}/picture", f"{base}/drip", f"{base}/drip", local=True), CONFIG)
+                    await one.load(parts(PNG, f"{base}/picture", f"{base}/drip", f"{base}/drip", local=True), PREPROCESSOR)
                 assert (caught.value.param, caught.value.code) == ("images[2]", "failed_to_download_image")
 
     asyncio.run(main())
@@ -237,7 +240,7 @@ def test_redirects_share_the_time() -> None:
     async def main() -> None:
         async with served(wander) as base:
             with loader(allow_private_media=True, media_timeout_s=0.5) as one, pytest.raises(RequestError, match="within"):
-                await one.load(parts(f"{base}/"), CONFIG)
+                await one.load(parts(f"{base}/"), PREPROCESSOR)
 
     asyncio.run(main())
 
@@ -253,9 +256,9 @@ def test_a_slow_request_holds_up_no_other() -> None:
         release = asyncio.Event()
         async with served(answer) as base:
             with loader(allow_private_media=True, media_workers=1) as one:
-                slow = [asyncio.ensure_future(one.load(parts(*[f"{base}/slow"] * 20), CONFIG)) for _ in range(3)]
+                slow = [asyncio.ensure_future(one.load(parts(*[f"{base}/slow"] * 20), PREPROCESSOR)) for _ in range(3)]
                 await asyncio.sleep(0.1)
-                [tiles] = await one.load(parts(f"{base}/fast"), CONFIG)
+                [tiles] = await one.load(parts(f"{base}/fast"), PREPROCESSOR)
                 assert tiles.digest == WANT.digest and not any(task.done() for task in slow)
                 release.set()
                 assert [len(tiles) for tiles in await asyncio.gather(*slow)] == [20] * 3
@@ -280,20 +283,20 @@ def test_what_all_requests_fetch_is_bounded_and_given_back() -> None:
         release, sent = asyncio.Event(), asyncio.Event()
         async with served(answer) as base:
             with loader(allow_private_media=True, max_fetched_mib=1) as one:
-                slow = asyncio.ensure_future(one.load(parts(f"{base}/slow"), CONFIG))
+                slow = asyncio.ensure_future(one.load(parts(f"{base}/slow"), PREPROCESSOR))
                 await sent.wait()
                 while True:  # until the first one's bytes are counted
                     try:
-                        await one.load(parts(f"{base}/fast"), CONFIG)
+                        await one.load(parts(f"{base}/fast"), PREPROCESSOR)
                     except EngineError as error:
                         assert "try again" in str(error)
                         break
                 release.set()
                 assert len(await slow) == 1
                 for _ in range(5):  # also after failures
-                    assert len(await one.load(parts(f"{base}/fast"), CONFIG)) == 1
+                    assert len(await one.load(parts(f"{base}/fast"), PREPROCESSOR)) == 1
                     with pytest.raises(RequestError):
-                        await one.load(parts(f"{base}/fast", "data:,junk"), CONFIG)
+                        await one.load(parts(f"{base}/fast", "data:,junk"), PREPROCESSOR)
 
     release: asyncio.Event
     sent: asyncio.Event
@@ -303,23 +306,23 @@ def test_what_all_requests_fetch_is_bounded_and_given_back() -> None:
 def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlserve.media.loader.LARGE_PIXELS", 90 * 60 - 1)
     running, most, lock = 0, 0, threading.Lock()
-    small_began, decode = threading.Event(), PictureLoader._cut
+    small_began, decode = threading.Event(), PictureLoader._prepare
 
-    def cut(self: PictureLoader, source: Any, param: str, config: ImageConfig, clock: Any) -> ImageTiles:
+    def prepare(self: PictureLoader, source: Any, part: ImagePart, preprocessor: Any, clock: Any) -> Pixels:
         nonlocal running, most
         if len(source) == len(SMALL):
             small_began.set()
-            return decode(self, source, param, config, clock)
+            return decode(self, source, part, preprocessor, clock)
         with lock:
             running += 1
             most = max(most, running)
         assert small_began.wait(10), "small pictures pass while a large one is decoded"
-        tiles = decode(self, source, param, config, clock)
+        tiles = decode(self, source, part, preprocessor, clock)
         with lock:
             running -= 1
         return tiles
 
-    monkeypatch.setattr(PictureLoader, "_cut", cut)
+    monkeypatch.setattr(PictureLoader, "_prepare", prepare)
     assert len(load(PNG, PNG, PNG, SMALL, local=True, media_workers=4)) == 4
     assert most == 1
 
@@ -337,12 +340,12 @@ def test_a_request_that_is_cancelled_leaves_nothing_behind() -> None:
         connected = asyncio.Event()
         async with served(never) as base:
             with loader(allow_private_media=True) as one:
-                task = asyncio.ensure_future(one.load(parts(f"{base}/"), CONFIG))
+                task = asyncio.ensure_future(one.load(parts(f"{base}/"), PREPROCESSOR))
                 await connected.wait()
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-                assert len(await one.load(parts(DATA_URL), CONFIG)) == 1
+                assert len(await one.load(parts(DATA_URL), PREPROCESSOR)) == 1
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     connected: asyncio.Event

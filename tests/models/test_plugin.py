@@ -162,7 +162,7 @@ def test_two_packages_for_one_model_are_both_named(
 def test_a_build_that_gives_no_model_is_named_by_the_rank(llava: Path, distribute: Distribute) -> None:
     code = """
 import dataclasses, vlserve_llava
-ARCHITECTURE = dataclasses.replace(vlserve_llava.LLAVA, build=lambda config, image_config, split: object())
+ARCHITECTURE = dataclasses.replace(vlserve_llava.LLAVA, build=lambda config, preprocessor, split: object())
 """
     distribute("odd", "odd:ARCHITECTURE", code=code)  # vlserve_llava is imported from the example's folder
     with pytest.raises(ModelError, match=r"odd 1\.0 \(entry point llava = odd:ARCHITECTURE\): build gave 'object'"):

@@ -20,6 +20,7 @@ import vlserve
 from tests.vision.test_preprocess import encoded, noise
 from vlserve import Completion, ConfigError, EngineError, ModelError, RequestError, SamplingParams, VLPipeline
 from vlserve.config import ServerConfig
+from vlserve.models.tiles import TilePreprocessor
 from vlserve.prompt.build import PromptOptions
 from vlserve.prompt.chat_messages import read_prompt
 
@@ -249,11 +250,13 @@ def test_one_lazy_picture_in_many_prompts(pipe: VLPipeline, tmp_path: Path) -> N
 
 def test_tiles_of_a_picture_can_be_fewer_and_never_more(pipe: VLPipeline) -> None:
     turns = read_prompt(("What?", Image.fromarray(noise(600, 400))))
-    limit = pipe.checkpoint.image_config.max_patches
+    assert isinstance(pipe.checkpoint.preprocessor, TilePreprocessor)
+    limit = pipe.checkpoint.preprocessor.image.max_patches
 
     def tiles(max_tiles: int | None) -> int:
-        [span] = asyncio.run(pipe.prepare(turns, PromptOptions(max_tiles=max_tiles))).spans
-        return len(span.tiles.pixels)
+        options = PromptOptions(mm_processor_kwargs={} if max_tiles is None else {"max_dynamic_patch": max_tiles})
+        [span] = asyncio.run(pipe.prepare(turns, options)).spans
+        return len(span.pixels.units)
 
     assert tiles(None) == tiles(limit) == tiles(limit + 100) == 6 + 1
     assert (tiles(1), tiles(2), tiles(3)) == (1, 3, 3)

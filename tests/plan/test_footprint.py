@@ -24,11 +24,11 @@ from vlserve.llm.decoder import Decoder
 from vlserve.llm.kv_cache import KVCache, block_bytes
 from vlserve.llm.parallel import Split
 from vlserve.llm.shard_writer import OfflineGroup
-from vlserve.models import registry
-from vlserve.models.internvl import InternVL
+from vlserve.models import internvl, registry
+from vlserve.models.base import Model
+from vlserve.models.tiles import TilePreprocessor
 from vlserve.plan.footprint import FLOAT32, KV_AT_ONCE
 from vlserve.plan.tp_plan import make_plan
-from vlserve.vision.config import TILES_AT_ONCE, read_encoder_config, read_image_config
 
 ENCODERS = {
     "layer_norm": {"norm_type": "layer_norm", "attention_bias": True, "use_qk_norm": False},
@@ -57,8 +57,8 @@ def config(encoder: str = "layer_norm", decoder: str = "qwen2", **text: Any) -> 
     }
 
 
-def build(settings: dict[str, Any], split: Split = WHOLE) -> InternVL:
-    return InternVL(settings, read_image_config({}, read_encoder_config(settings)), split)
+def build(settings: dict[str, Any], split: Split = WHOLE) -> Model:
+    return internvl.build(settings, internvl.preprocessor(settings, {}), split)
 
 
 def num_bytes(module: torch.nn.Module) -> int:
@@ -72,7 +72,7 @@ def test_weights_are_those_of_the_modules(encoder: str, decoder: str) -> None:
     with torch.device("meta"):
         model = build(settings)
     rank = make_plan(settings, tp=1).ranks[0]
-    assert rank.vision_bytes == num_bytes(model.encoder) + num_bytes(model.projector)
+    assert model.tower is not None and rank.vision_bytes == num_bytes(model.tower)
     held = weight_bytes(model)
     assert (rank.decoder_bytes, rank.embedding_bytes) == (held["decoder"], held["embedding"])
 
@@ -92,7 +92,7 @@ def test_a_rank_holds_its_rows_and_columns(decoder: str, tp: int, replicate: boo
 def kv_cache(decoder: Decoder, num_blocks: int, kv_dtype: str, dtype: torch.dtype, device: str = "cpu") -> KVCache:
     sizes = {"num_blocks": num_blocks, "block_size": 16}
     place: dict[str, Any] = {"dtype": dtype, "device": torch.device(device), "kv_dtype": kv_dtype}
-    return KVCache(decoder.config, decoder.num_kv_heads, **sizes, **place)
+    return KVCache(decoder.cache_kinds, **sizes, **place)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -103,7 +103,7 @@ def test_kv_bytes_are_the_caches(dtype: torch.dtype, kv_dtype: str) -> None:
         decoder = build(settings).decoder
     cache = kv_cache(decoder, 3, kv_dtype, dtype, "meta")
     held = sum(t.nbytes for layer in cache.layers for t in layer)
-    assert held == 3 * block_bytes(decoder.config, decoder.num_kv_heads, 16, dtype, kv_dtype)
+    assert held == 3 * block_bytes(decoder.cache_kinds, 16, dtype, kv_dtype)
     plan = make_plan(settings, tp=1, dtype=str(dtype).removeprefix("torch."), kv_cache_dtype=kv_dtype)
     assert plan.kv_cache_dtype == kv_dtype and plan.ranks[0].kv_bytes_per_token * 3 * 16 == held
     assert AT_ONCE == KV_AT_ONCE
@@ -156,10 +156,12 @@ def planned(settings: dict[str, Any], **options: Any) -> int:
 def test_the_encoders_peak(encoder: str, dtype: torch.dtype) -> None:
     settings = config(encoder)
     model = build(settings).to(dtype).eval()
-    tokens, pixels = 8, torch.zeros(TILES_AT_ONCE, 3, 56, 56, dtype=torch.uint8)
+    assert model.tower is not None
+    tokens, units = 8, model.tower.heaviest()
+    pixels = torch.zeros(sum(unit.num_bytes for unit in units), dtype=torch.uint8)
     with torch.no_grad(), LiveBytes() as live:  # no_grad: in inference mode an operator hides its parts
         waiting = model.decoder.embed(torch.zeros(tokens, dtype=torch.int64))
-        model.encode(pixels)
+        model.tower.encode(pixels, units)
         del waiting
     plan = planned(
         settings, dtype=str(dtype).removeprefix("torch."), max_num_batched_tokens=tokens, max_model_len=tokens, max_num_seqs=1
@@ -230,10 +232,11 @@ def test_a_packages_encoder_is_counted_by_building_it(monkeypatch: pytest.Monkey
     settings["vision_config"] = vision | {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 7}
     plan = make_plan(settings, tp=2)
     model_class = sys.modules["vlserve_llava.model"].Llava
-    image_config = registry.find_architecture(settings).read_image_config(settings, {})
+    preprocessor = registry.find_architecture(settings).preprocessor(settings, {})
+    assert isinstance(preprocessor, TilePreprocessor)
     with torch.device("meta"):
-        model = model_class(settings, image_config, Split())
+        model = model_class(settings, preprocessor.image, Split())
     assert plan.ok and plan.supported and plan.image_tokens == 16
-    assert plan.ranks[1].vision_bytes == num_bytes(model.encoder) + num_bytes(model.projector)
+    assert plan.ranks[1].vision_bytes == num_bytes(model.tower)
     broken = make_plan(settings | {"vision_config": settings["vision_config"] | {"num_attention_heads": 3}}, tp=2)
     assert broken.ok and not broken.supported and "cannot build it" in (broken.reason or "")

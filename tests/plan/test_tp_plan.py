@@ -202,7 +202,7 @@ def test_a_plan_that_does_not_fit_is_not_ok() -> None:
         (PUBLISHED["InternVL2-26B"][0], "llm_config.model_type 'internlm2' is not supported"),
         (internvl(text("gemma", 16, 16, 3072, 24576, 28, 256000, head_dim=256)), "text_config.model_type 'gemma'"),
         (internvl(text("phi3", 32, 32, 3072, 8192, 32, 32064)), "text_config.model_type 'phi3'"),
-        (internvl(QWEN_05B | {"use_sliding_window": True, "sliding_window": 128}), "sliding_window 128"),
+        (internvl(QWEN_05B | {"layer_types": ["linear_attention"] * 24}), "linear_attention"),
         (internvl(QWEN_05B, SMALL_ENCODER | {"hidden_act": "relu"}), "hidden_act 'relu'"),
         (internvl(QWEN_05B) | {"model_type": "llava_next"}, "model_type 'llava_next'"),
         (internvl(QWEN_05B) | {"model_type": [[0]]}, "[[0]]"),

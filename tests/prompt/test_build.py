@@ -13,7 +13,6 @@ from tests.checkpoints import SPECIAL, edit_json
 from vlserve.errors import ModelError, RequestError
 from vlserve.models.checkpoint import DEMO, read_checkpoint
 from vlserve.prompt.build import Message, Picture, PromptBuilder, Text
-from vlserve.vision.preprocess import make_tiles
 
 TEXTS = [
     "What shape is it?",
@@ -61,14 +60,15 @@ def test_tokens_equal_transformers(
     rendered = processor.apply_chat_template(given, add_generation_prompt=True)
     want = processor(text=[rendered], images=images or None)["input_ids"][0]
     messages = [
-        Message(role, [Picture(make_tiles(image(), read.image_config)) if p is Image else Text(p) for p in parts])
+        Message(role, [Picture(read.preprocessor.prepare(image(), "auto")) if p is Image else Text(p) for p in parts])
         for role, parts in conversation
     ]
     prompt = PromptBuilder(read).build(messages)
     assert prompt.token_ids == list(want)
     assert len(prompt.spans) == len(images)
     for span in prompt.spans:
-        assert set(prompt.token_ids[span.start : span.start + span.tiles.num_tokens]) == {read.image_token_id}
+        [(first, number)] = span.runs
+        assert set(prompt.token_ids[first : first + number]) == read.feature_token_ids
 
 
 @pytest.mark.parametrize("name", SPECIAL)
@@ -102,7 +102,7 @@ def test_a_picture_without_a_place_is_refused(checkpoint: Callable[..., Path], t
     (folder / "chat_template.jinja").write_text(template)
     read = read_checkpoint(folder)
     with pytest.raises(RequestError, match="place for 0 of 1 pictures"):
-        PromptBuilder(read).build([Message("user", [Picture(make_tiles(image(), read.image_config))])])
+        PromptBuilder(read).build([Message("user", [Picture(read.preprocessor.prepare(image(), "auto"))])])
 
 
 def test_templates_run_in_a_sandbox(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

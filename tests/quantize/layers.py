@@ -6,7 +6,8 @@ import torch
 
 from vlserve.kernels.rope import RopeConfig
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.decoder import DecoderLayer
+from vlserve.llm.layer import DecoderLayer
+from vlserve.llm.layer_kinds import LAYER_KINDS
 from vlserve.llm.parallel import Split
 
 CONFIG = DecoderConfig(
@@ -26,12 +27,13 @@ CONFIG = DecoderConfig(
     mlp_bias=False,
     qk_norm=False,
     rope=RopeConfig(head_dim=16),
+    layer_types=("full_attention",),
 )
 
 
 def make_layer() -> DecoderLayer:
     torch.manual_seed(1)
-    layer = DecoderLayer(CONFIG, Split()).requires_grad_(False).eval()
+    layer = DecoderLayer(CONFIG, Split(), LAYER_KINDS["full_attention"]).requires_grad_(False).eval()
     for parameter in layer.parameters():
         if parameter.ndim == 2:
             parameter.normal_(0, parameter.shape[1] ** -0.5)

@@ -46,7 +46,7 @@ def test_a_jsonl_file_gives_the_samples(model: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "chats.jsonl", lines[0], "", *lines[1:], {"messages": [{"role": "user", "content": "Hi"}]})
     found = read_samples(read_checkpoint(model), settings(model, tmp_path, calibration=str(path), samples=9), 512)
     assert len(found) == 4 and found[0].token_ids == found[1].token_ids == found[2].token_ids
-    assert found[0].spans[0].tiles.digest == found[1].spans[0].tiles.digest
+    assert found[0].spans[0].pixels.digest == found[1].spans[0].pixels.digest
     first = found[0].is_answer.index(True)
     ends = found[0].token_ids.index(min(read_checkpoint(model).end_token_ids), first)
     assert found[0].is_answer == [first <= i <= ends for i in range(len(found[0].token_ids))] and ends - first > 2

@@ -48,11 +48,12 @@ PLUGIN = """
 import dataclasses, os, signal, time
 from vlserve.models.registry import BUILT_IN
 
-def build(config, image_config, split):
+def build(config, preprocessor, split):
     import torch
-    from vlserve.models.internvl import InternVL
+    from vlserve.models.internvl import build
+    from vlserve.vision.internvit import InternVit
 
-    class Faulty(InternVL):
+    class Faulty(InternVit):
         num_calls = 0
 
         def features(self, x):
@@ -67,7 +68,9 @@ def build(config, image_config, split):
                     time.sleep(3600)
             return super().features(x)
 
-    return Faulty(config, image_config, split)
+    model = build(config, preprocessor, split)
+    model.tower.__class__ = Faulty
+    return model
 
 ARCHITECTURE = dataclasses.replace(BUILT_IN["internvl"], build=build)
 """

@@ -20,10 +20,12 @@ import torch
 from vlserve.engine.messages import pixel_file
 from vlserve.engine.pixel_store import PixelStore
 from vlserve.errors import OverloadedError
+from vlserve.models.architecture import Layout, Span
 from vlserve.ranks import shared_pixels
 from vlserve.ranks.client import EngineClient
 from vlserve.ranks.private_folders import LOCK
 from vlserve.ranks.shared_pixels import PixelFiles
+from vlserve.vision.pixels import Pixels, Unit
 
 RED, BLUE = b"r" * 32, b"b" * 32
 TILES = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8)
@@ -54,14 +56,14 @@ def held(files: PixelFiles) -> list[list[str]]:
 def test_a_rank_reads_what_the_front_wrote_even_when_it_is_removed(fallback: Path) -> None:
     files = PixelFiles(fallback)
     files.put(RED, CONTENT)
-    tiles = PixelStore(files.folders).open(RED, 2, 4)
+    pixels = PixelStore(files.folders).open(RED, TILES.nbytes)
     files.release(RED)
-    assert held(files) == [[], []] and torch.equal(tiles.flatten(), TILES) and tiles.shape == (2, 3, 4, 4)
-    with pytest.raises(FileNotFoundError, match="tiles of a picture are gone"):
+    assert held(files) == [[], []] and torch.equal(pixels, TILES)
+    with pytest.raises(FileNotFoundError, match="pixels of a picture are gone"):
         PixelStore(files.folders).open(RED, 2, 4)
     with pytest.raises(RuntimeError):
         files.put(RED, CONTENT)
-        PixelStore(files.folders).open(RED, 3, 4)  # more tiles than there are must not become a fault of the bus
+        PixelStore(files.folders).open(RED, TILES.nbytes + 48)  # more than there is must not become a fault of the bus
     files.close()
 
 
@@ -137,7 +139,7 @@ def test_when_everything_is_full_the_error_says_where_and_nothing_stays(
 ) -> None:
     files = PixelFiles(fallback)
     full(files.folders)
-    with pytest.raises(OverloadedError, match=f"no room for the picture's tiles in {shared} and {fallback}; try again later"):
+    with pytest.raises(OverloadedError, match=f"no room for the picture in {shared} and {fallback}; try again later"):
         files.put(RED, CONTENT)
     assert held(files) == [[], []]
     full([])
@@ -159,6 +161,7 @@ def test_without_shared_memory_the_ordinary_folder_serves(fallback: Path, shared
 OWNER = """
 import sys
 from pathlib import Path
+from vlserve.models.architecture import Layout, Span
 from vlserve.ranks import shared_pixels
 shared_pixels.SHARED = Path(sys.argv[1])
 files = shared_pixels.PixelFiles(Path(sys.argv[2]))
@@ -198,7 +201,8 @@ def test_folders_of_the_dead_are_removed_and_those_of_the_living_stay(shared: Pa
 def test_a_client_that_leaves_while_its_tiles_are_written_leaves_none(fallback: Path) -> None:
     """The thread that writes cannot be stopped; what it wrote is released when it is done."""
     client = _Sharing(PixelFiles(fallback))
-    span: Any = type("Span", (), {"start": 0, "tiles": type("Tiles", (), {"num_tokens": 1, "digest": RED, "pixels": TILES})})
+    pixels = Pixels(data=TILES.numpy(), units=(Unit((TILES.nbytes,), 1),), digest=RED)
+    span = Span(0, Layout([0], [(0, 1)]), pixels)
     prompt: Any = type("Prompt", (), {"spans": [span], "token_ids": [1], "cache_salt": ""})
 
     async def leave() -> None:

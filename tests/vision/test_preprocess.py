@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlserve.media.decode import decode_image
 from vlserve.models.checkpoint import read_checkpoint
+from vlserve.models.tiles import TilePreprocessor
 from vlserve.vision.config import ImageConfig
 from vlserve.vision.preprocess import make_tiles, normalise
 from vlserve.vision.tiling import Grid, choose_grid
@@ -49,22 +50,29 @@ def odd_pictures() -> dict[str, bytes]:
     }
 
 
+def image_config(folder: Path) -> ImageConfig:
+    preprocessor = read_checkpoint(folder).preprocessor
+    assert isinstance(preprocessor, TilePreprocessor)
+    return preprocessor.image
+
+
 def largest_difference(image: Image.Image, folder: Path, config: ImageConfig) -> float:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
     want = processor.image_processor(image, crop_to_patches=True, return_tensors="pt")
     tiles = make_tiles(image, config)
-    got = normalise(tiles.pixels, torch.tensor(config.mean), torch.tensor(config.std))
+    pixels = torch.from_numpy(tiles.data).view(-1, *config.unit.shape)
+    got = normalise(pixels, torch.tensor(config.mean), torch.tensor(config.std))
     assert got.shape == want["pixel_values"].shape
-    assert tiles.num_tokens == int(want["num_patches"][0]) * config.tokens_per_tile
+    assert tiles.num_features == int(want["num_patches"][0]) * config.tokens_per_tile
     return float((got - want["pixel_values"]).abs().max())
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_tiles_equal_transformers(size: tuple[int, int], checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
-    assert largest_difference(Image.fromarray(noise(*size)), folder, read_checkpoint(folder).image_config) == 0
+    assert largest_difference(Image.fromarray(noise(*size)), folder, image_config(folder)) == 0
 
 
 @pytest.mark.parametrize("kind", odd_pictures())
@@ -72,7 +80,7 @@ def test_tiles_of_odd_pictures_equal_transformers(kind: str, checkpoint: Callabl
     folder = checkpoint()
     image = decode_image(odd_pictures()[kind], param="image")
     assert image.mode == "RGB"
-    assert largest_difference(image, folder, read_checkpoint(folder).image_config) == 0
+    assert largest_difference(image, folder, image_config(folder)) == 0
 
 
 def test_grids_equal_transformers() -> None:

@@ -2,7 +2,7 @@
 
 Rank 0 describes a step from its sequences (`describe`) and tells the others what they do not know yet (`Announcer`, `Listener`);
 each then lays out the same numbers (`lay_out`) and makes the same tensors (`make_batch`, or `graphs`). Shapes: T tokens of
-all chunks, B chunks, M blocks at most, R rows that sample.
+all chunks, A axes of a position, B chunks, M blocks at most, R rows that sample, F that take features.
 """
 
 from __future__ import annotations
@@ -18,39 +18,48 @@ from vlserve.engine.sequence import Sequence
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.upload import upload
+from vlserve.vision.pixels import Unit
 
 
-class ImagePiece(msgspec.Struct, frozen=True, array_like=True):
-    """Rows row..row+(stop-start) of the step take features start..stop of a picture."""
+class FeaturePiece(msgspec.Struct, frozen=True, array_like=True):
+    """A picture's features from `first` on go to rows of the step: `runs` of (first row, number)."""
 
     digest: bytes
-    row: int
-    start: int
-    stop: int
+    first: int
+    runs: list[tuple[int, int]]
+
+    @property
+    def stop(self) -> int:
+        return self.first + sum(number for _, number in self.runs)
 
 
-class ImageTask(msgspec.Struct, frozen=True, array_like=True):
+class EncodeTask(msgspec.Struct, frozen=True, array_like=True):
     """A picture to encode in this step."""
 
     digest: bytes
-    num_tiles: int
+    units: list[Unit]
 
 
 class ChunkPlace(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens start..stop of sequence `id`, whose keys and values are in `blocks`."""
+    """Tokens start..stop of sequence `id`, whose keys and values are in `blocks`.
+
+    `positions`: where they stand, one axis after another; [] where each stands at its place in the sequence and `offset`.
+    """
 
     id: int
     start: int
     stop: int
     samples: bool
     blocks: list[int]
+    positions: list[int] = []
+    offset: int = 0
 
 
 class StepInput(msgspec.Struct, frozen=True, array_like=True):
     ids: list[int]  # [T]; -1-r is the token sampled last in row r, which every rank has on its device
     chunks: list[ChunkPlace]
-    pieces: list[ImagePiece]
-    encode: list[ImageTask]
+    pieces: list[FeaturePiece]
+    encode: list[EncodeTask]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +67,8 @@ class Rows:
     """One step's numbers, on the host; a row is a token of it."""
 
     ids: list[int]
-    positions: list[int]
+    positions: list[int]  # [A * T], one axis after another
+    feature_rows: list[int]  # rows that take features, in the pieces' order
     slots: list[int]
     sample_rows: list[int]  # [R], the last rows of the chunks that sample
     partial_blocks: list[int]  # fresh blocks that this step fills only in part
@@ -75,9 +85,10 @@ class Rows:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [A, T] int64
     metadata: AttentionMetadata
     sample_rows: torch.Tensor  # [R] int64
+    feature_rows: torch.Tensor  # [F] int64
 
 
 def describe(chunks: list[Chunk], is_missing: Iterable[bytes], last_rows: Mapping[int, int]) -> StepInput:
@@ -89,39 +100,50 @@ def describe(chunks: list[Chunk], is_missing: Iterable[bytes], last_rows: Mappin
     """
     missing = set(is_missing)
     ids: list[int] = []
-    pieces: list[ImagePiece] = []
-    encode: dict[bytes, ImageTask] = {}
+    pieces: list[FeaturePiece] = []
+    encode: dict[bytes, EncodeTask] = {}
     for chunk in chunks:
         row = len(ids)
         ids += chunk.sequence.token_ids[chunk.start : chunk.stop]
         if chunk.samples and chunk.sequence.id in last_rows:
             ids[-1] = -1 - last_rows[chunk.sequence.id]
-        for image in chunk.images:
-            start, stop = max(chunk.start, image.start), min(chunk.stop, image.stop)
-            pieces.append(ImagePiece(image.digest, row + start - chunk.start, start - image.start, stop - image.start))
-            if image.digest in missing:
-                encode[image.digest] = ImageTask(image.digest, len(image.pixels))
-    places = [ChunkPlace(c.sequence.id, c.start, c.stop, c.samples, c.sequence.blocks) for c in chunks]
-    return StepInput(ids, places, pieces, list(encode.values()))
+        for media in chunk.media:
+            first, parts = media.within(chunk.start, chunk.stop)
+            pieces.append(FeaturePiece(media.digest, first, [(row + start - chunk.start, number) for start, number in parts]))
+            if media.digest in missing:
+                encode[media.digest] = EncodeTask(media.digest, list(media.units))
+    return StepInput(ids, [_place(chunk) for chunk in chunks], pieces, list(encode.values()))
 
 
-def lay_out(step: StepInput, block_size: int) -> Rows:
-    positions: list[int] = []
+def _place(chunk: Chunk) -> ChunkPlace:
+    sequence, own = chunk.sequence, chunk.sequence.positions
+    positions, offset = ([], 0) if own is None else (own.between(chunk.start, chunk.stop), own.offset)
+    return ChunkPlace(sequence.id, chunk.start, chunk.stop, chunk.samples, sequence.blocks, positions, offset)
+
+
+def lay_out(step: StepInput, block_size: int, num_axes: int = 1) -> Rows:
+    """`num_axes`: numbers that a token's position has."""
+    axes: list[list[int]] = [[] for _ in range(num_axes)]
+    num_rows = 0
     slots: list[int] = []
     sample_rows: list[int] = []
     partial_blocks: list[int] = []
     for chunk in step.chunks:
         places = range(chunk.start, chunk.stop)
-        positions += places
+        num_rows += len(places)
+        for number, axis in enumerate(axes):
+            own = chunk.positions[number * len(places) : (number + 1) * len(places)]
+            axis += own or range(chunk.start + chunk.offset, chunk.stop + chunk.offset)
         slots += [chunk.blocks[p // block_size] * block_size + p % block_size for p in places]
         last_start = chunk.stop // block_size * block_size
         if chunk.start <= last_start < chunk.stop:
             partial_blocks.append(chunk.blocks[-1])
         if chunk.samples:
-            sample_rows.append(len(positions) - 1)
+            sample_rows.append(num_rows - 1)
     return Rows(
         ids=step.ids,
-        positions=positions,
+        positions=[position for axis in axes for position in axis],
+        feature_rows=[row for piece in step.pieces for first, number in piece.runs for row in range(first, first + number)],
         slots=slots,
         sample_rows=sample_rows,
         partial_blocks=partial_blocks,
@@ -135,12 +157,12 @@ def make_batch(rows: Rows, block_size: int, device: torch.device, last_tokens: t
     """One step's tensors on `device`, in one copy; `last_tokens` [R] int64 are what was sampled last, for ids below 0."""
     width = max(map(len, rows.tables))
     tables = [block for table in rows.tables for block in table + table[-1:] * (width - len(table))]
-    parts = rows.ids, rows.positions, rows.slots, rows.sample_rows, tables
+    parts = rows.ids, rows.positions, rows.slots, rows.sample_rows, rows.feature_rows, tables
     numbers = upload([number for part in parts for number in part], torch.int64, device)
-    ids, positions, slots, sample_rows, block_tables = numbers.split([len(part) for part in parts])
+    ids, positions, slots, sample_rows, feature_rows, block_tables = numbers.split([len(part) for part in parts])
     return Batch(
         ids=known_ids(ids, last_tokens),
-        positions=positions,
+        positions=positions.view(-1, len(rows.ids)),
         metadata=plan_attention(
             query_lens=rows.query_lens,
             context_lens=rows.context_lens,
@@ -149,6 +171,7 @@ def make_batch(rows: Rows, block_size: int, device: torch.device, last_tokens: t
             block_size=block_size,
         ),
         sample_rows=sample_rows,
+        feature_rows=feature_rows,
     )
 
 
@@ -181,7 +204,7 @@ class Announcer:
         places = []
         for place, chunk in zip(step.chunks, chunks, strict=True):
             known.append(self._num_known(chunk.sequence))
-            places.append(ChunkPlace(place.id, place.start, place.stop, place.samples, place.blocks[known[-1] :]))
+            places.append(msgspec.structs.replace(place, blocks=place.blocks[known[-1] :]))
         return self._message(StepInput(step.ids, places, step.pieces, step.encode), known)
 
     def idle(self, *, is_last: bool = False) -> bytes:
@@ -223,6 +246,6 @@ class Listener:
         places = []
         for place, known in zip(told.step.chunks, told.known, strict=True):
             table = self._tables[place.id] = self._tables.get(place.id, [])[:known] + place.blocks
-            places.append(ChunkPlace(place.id, place.start, place.stop, place.samples, table))
+            places.append(msgspec.structs.replace(place, blocks=table))
         step = StepInput(told.step.ids, places, told.step.pieces, told.step.encode)
         return msgspec.structs.replace(told, step=step)

@@ -1,8 +1,8 @@
-"""Work of a few fixed sizes, recorded as CUDA graphs at its first time and replayed afterwards: decode steps and tiles.
+"""Work of a few fixed sizes, recorded as CUDA graphs at its first time and replayed afterwards: decode steps and pictures.
 
 A step is padded to the next size and put into buffers that stay where they are; replaying launches all kernels of the decoder
 at once. All but `CudaRecorder` is the same on any device. Shapes: S rows of a size, M blocks of the longest sequence, C hidden
-size, N tiles.
+size, A axes of a position, L levels of features.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from vlserve.engine.process_group import DistributedGroup, Traffic
 from vlserve.kernels.attention.plan import FixedDecodes, read_shape
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.upload import pinned, upload
+from vlserve.llm.decoder import Decoder
 from vlserve.llm.kv_cache import KVCache
 from vlserve.llm.parallel import Group
 from vlserve.models.base import Model
 from vlserve.plan.cuda_graph_sizes import TILE_SIZES, decode_sizes, next_size
+from vlserve.vision.pixels import Unit
+from vlserve.vision.tower import Tower
 
 log = logging.getLogger(__name__)
 Work = Callable[[], None]
@@ -138,7 +141,8 @@ class DecodeGraphs:
         """Hidden states [T, C] of a step, to be used before the next one."""
         buffers = self._buffers.get(size)
         if buffers is None:
-            buffers = self._buffers[size] = _Buffers(self._fixed(size), self._tables[:size], self._device)
+            fixed = self._fixed(size)
+            buffers = self._buffers[size] = _Buffers(fixed, self._tables[:size], self._device, self._decoder.num_position_axes)
         self._fill(buffers, rows, last_tokens)
 
         def work() -> None:
@@ -156,7 +160,10 @@ class DecodeGraphs:
     def _fill(self, buffers: _Buffers, rows: Rows, last_tokens: torch.Tensor) -> None:
         spare = buffers.fixed.size - len(rows.ids)
         slot, lens = self._spare_block * self._block_size, (*rows.context_lens, *[1] * spare)
-        buffers.put([*rows.ids, *[0] * spare], [*rows.positions, *[0] * spare], [*rows.slots, *[slot] * spare], lens)
+        number = len(rows.ids)
+        axes = [rows.positions[first : first + number] for first in range(0, len(rows.positions), number)]
+        positions = [position for axis in axes for position in [*axis, *[0] * spare]]
+        buffers.put([*rows.ids, *[0] * spare], positions, [*rows.slots, *[slot] * spare], lens)
         width = max(map(len, rows.tables))
         tables = [block for table in rows.tables for block in table + table[-1:] * (width - len(table))]
         tables += [self._spare_block] * (spare * width)
@@ -165,14 +172,16 @@ class DecodeGraphs:
 
 
 class _Buffers:
-    """Of one size: ids, positions and slots [S] int64 and attention's schedule int32, in one piece of memory."""
+    """Of one size: ids and slots [S] and positions [A, S] int64 and attention's schedule int32, in one piece of memory."""
 
-    def __init__(self, fixed: FixedDecodes, tables: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, fixed: FixedDecodes, tables: torch.Tensor, device: torch.device, num_axes: int) -> None:
         self.fixed, self.tables = fixed, tables
-        self._num_words = 3 * fixed.size + -(-fixed.num_numbers // 2)
+        self._num_words = (2 + num_axes) * fixed.size + -(-fixed.num_numbers // 2)
         self._words = torch.zeros(self._num_words, dtype=torch.int64, device=device)
-        self.ids, self.positions, slots = self._words[: 3 * fixed.size].split(fixed.size)
-        schedule = self._words[3 * fixed.size :].view(torch.int32)[: fixed.num_numbers]
+        self._num_integers = (2 + num_axes) * fixed.size
+        self.ids, slots, positions = self._words[: self._num_integers].split([fixed.size, fixed.size, num_axes * fixed.size])
+        self.positions = positions.view(num_axes, fixed.size)
+        schedule = self._words[self._num_integers :].view(torch.int32)[: fixed.num_numbers]
         self.metadata = AttentionMetadata(
             query_lens=(),  # the schedule has them
             context_lens=(),
@@ -186,35 +195,33 @@ class _Buffers:
     def put(self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], context_lens: Sequence[int]) -> None:
         """In one copy."""
         words = pinned((self._num_words,), torch.int64, self._words.device)
-        size = self.fixed.size
-        words[: 3 * size] = torch.tensor([*ids, *positions, *slots])
-        words[3 * size :].view(torch.int32)[: self.fixed.num_numbers] = torch.tensor(
+        words[: self._num_integers] = torch.tensor([*ids, *slots, *positions])
+        words[self._num_integers :].view(torch.int32)[: self.fixed.num_numbers] = torch.tensor(
             self.fixed.numbers(context_lens), dtype=torch.int32
         )
         self._words.copy_(words, non_blocking=True)
 
 
-class TileGraphs:
-    """A few tiles through the vision encoder; there are no collectives in it, so each rank has its own sizes."""
+class UnitGraphs:
+    """A few equal units through the vision encoder; there are no collectives in it, so each rank has its own sizes."""
 
-    def __init__(self, model: Model, recorder: Recorder) -> None:
-        self._model = model
+    def __init__(self, tower: Tower, unit: Unit, decoder: Decoder, recorder: Recorder) -> None:
+        self._tower, self._unit = tower, unit
         self.graphs = Graphs("the vision encoder", TILE_SIZES, recorder)
-        config, norm = model.image_config, model.decoder.norm
-        size, width = config.tile_size, model.decoder.config.hidden_size
-        self._tiles = torch.zeros(TILE_SIZES[-1], 3, size, size, dtype=torch.uint8, device=norm.device)
-        self._features = norm.new_zeros(TILE_SIZES[-1], config.tokens_per_tile, width)
+        most, norm = TILE_SIZES[-1], decoder.norm
+        self._pixels = torch.zeros(most * unit.num_bytes, dtype=torch.uint8, device=norm.device)
+        self._features = norm.new_zeros(most * unit.num_features, tower.levels, decoder.config.hidden_size)
 
-    def encode(self, tiles: torch.Tensor) -> torch.Tensor:
-        """As `Model.encode`; to be used before the next call."""
-        number = len(tiles)
-        size = self.graphs.size_for(number)
+    def encode(self, pixels: torch.Tensor, units: Sequence[Unit]) -> torch.Tensor:
+        """As `Tower.encode`; to be used before the next call."""
+        size = self.graphs.size_for(len(units))
         if size is None:
-            return self._model.encode(tiles)
-        self._tiles[:number].copy_(tiles, non_blocking=True)
+            return self._tower.encode(pixels, units)
+        self._pixels[: len(pixels)].copy_(pixels, non_blocking=True)
+        features = self._features[: size * self._unit.num_features]
 
         def work() -> None:
-            self._features[:size].copy_(self._model.encode(self._tiles[:size]))
+            features.copy_(self._tower.encode(self._pixels[: size * self._unit.num_bytes], [self._unit] * size))
 
         self.graphs.run(size, work)
-        return self._features[:number]
+        return features[: len(units) * self._unit.num_features]

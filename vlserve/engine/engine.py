@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,11 +16,11 @@ from vlserve.engine.cuda_graphs import Recorder
 from vlserve.engine.grammar import GrammarCompiler
 from vlserve.engine.loading import Progress, load_model, resolve_device, resolve_max_model_len
 from vlserve.engine.memory import graph_budget
-from vlserve.engine.messages import Add, Stats, TokenEvent
+from vlserve.engine.messages import Add, PromptPositions, Stats, TokenEvent
 from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.runner import Runner, Started
 from vlserve.engine.scheduler import Chunk, Scheduler
-from vlserve.engine.sequence import ImageSpan, Sequence
+from vlserve.engine.sequence import MediaSpan, Sequence, TokenPositions
 from vlserve.llm.block_pool import BlockPool
 from vlserve.llm.parallel import ALONE, Group, Split
 from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
@@ -75,7 +76,7 @@ class Engine:
         self, config: EngineConfig, progress: Progress = lambda name, done, total: None, *, seat: Seat | None = None
     ) -> None:
         checkpoint = read_checkpoint(find_folder(config.model, config.revision))
-        self.runner = build_runner(checkpoint, config, seat or Seat(), progress, self._images_in_use)
+        self.runner = build_runner(checkpoint, config, seat or Seat(), progress, self._media_in_use)
         self.scheduler = Scheduler(
             BlockPool(self.runner.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
             max_num_seqs=config.max_num_seqs,
@@ -87,7 +88,7 @@ class Engine:
             checkpoint.folder,
             vocab_size=self.runner.model.decoder.config.vocab_size,
             end_token_ids=checkpoint.end_token_ids,
-            image_token_id=checkpoint.image_token_id,
+            feature_token_ids=checkpoint.feature_token_ids,
         )
         self.overlaps = config.overlap and self.runner.device.type == "cuda"
         self._open: Started | None = None  # the device computes it
@@ -96,17 +97,24 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._open is not None
 
-    def add(self, request: Add, pixels: list[torch.Tensor]) -> None:
-        """Queue a request; `pixels` are its pictures' tiles [N, 3, S, S] uint8, in order."""
-        images = [
-            ImageSpan(start=image.start, num_tokens=image.num_tokens, digest=image.digest, pixels=tiles)
-            for image, tiles in zip(request.images, pixels, strict=True)
+    def add(self, request: Add, pixels: list[torch.Tensor] | None = None) -> None:
+        """Queue a request; `pixels` are its pictures' units [bytes] uint8, in order, and are looked for where they are not given.
+
+        Raises FileNotFoundError when they are gone.
+        """
+        if pixels is None:
+            open_pixels = self.runner.pixels.open
+            pixels = [open_pixels(ref.digest, sum(unit.num_bytes for unit in ref.units)) for ref in request.media]
+        media = [
+            MediaSpan(digest=ref.digest, units=ref.units, runs=ref.runs, pixels=numbers)
+            for ref, numbers in zip(request.media, pixels, strict=True)
         ]
         self.scheduler.add(
             Sequence(
                 id=request.id,
                 token_ids=list(request.token_ids),
-                images=images,
+                media=media,
+                positions=None if request.positions is None else _positions(request.positions),
                 sampling=request.sampling,
                 max_tokens=request.max_tokens,
                 cache_salt=request.cache_salt.encode(),
@@ -180,6 +188,12 @@ class Engine:
         self.runner.forget([event.id for event in events if event.finish_reason])
         return events
 
-    def _images_in_use(self) -> set[bytes]:
-        """Pictures whose placeholders are not all computed yet, of running requests."""
-        return {image.digest for s in self.scheduler.running for image in s.images if s.num_computed < image.stop}
+    def _media_in_use(self) -> set[bytes]:
+        """Pictures whose features are not all used yet, of running requests."""
+        return {media.digest for s in self.scheduler.running for media in s.media if s.num_computed < media.stop}
+
+
+def _positions(given: PromptPositions) -> TokenPositions:
+    numbers = array("i", given.numbers)
+    length = len(numbers) // given.num_axes
+    return TokenPositions([numbers[axis * length : (axis + 1) * length] for axis in range(given.num_axes)], given.next)

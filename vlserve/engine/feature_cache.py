@@ -23,7 +23,7 @@ class FeatureCache:
         return features
 
     def put(self, digest: bytes, features: torch.Tensor) -> None:
-        """Keep `features` [tokens, hidden]; call `trim` once the step that needed them is over."""
+        """Keep `features` [F, levels, hidden]; call `trim` once the step that needed them is over."""
         self._features[digest] = features
         self.num_bytes += features.nbytes
 

@@ -101,9 +101,11 @@ class Grammar:
 class GrammarCompiler:
     """Made once; costs nothing until the first request that needs it."""
 
-    def __init__(self, folder: Path, *, vocab_size: int, end_token_ids: frozenset[int], image_token_id: int) -> None:
+    def __init__(
+        self, folder: Path, *, vocab_size: int, end_token_ids: frozenset[int], feature_token_ids: frozenset[int]
+    ) -> None:
         self.folder, self._vocab_size = folder, vocab_size
-        self._end_token_ids, self._image_token_id = end_token_ids, image_token_id
+        self._end_token_ids, self._feature_token_ids = end_token_ids, feature_token_ids
         self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="vlserve-grammar")
         self._lock = threading.Lock()
         self._made: tuple[xgrammar.GrammarCompiler, Vocabulary] | None = None
@@ -127,7 +129,7 @@ class GrammarCompiler:
 
         with self._lock:
             if self._made is None:
-                tokens = read_vocabulary(self.folder, self._vocab_size, self._image_token_id)
+                tokens = read_vocabulary(self.folder, self._vocab_size, self._feature_token_ids)
                 info = xgrammar.TokenizerInfo(
                     tokens, xgrammar.VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=sorted(self._end_token_ids)
                 )
@@ -160,7 +162,7 @@ class _Compiled:
     allowed: torch.Tensor  # [W] int32, tokens that such an answer may have at all
 
 
-def read_vocabulary(folder: Path, vocab_size: int, image_token_id: int) -> list[bytes]:
+def read_vocabulary(folder: Path, vocab_size: int, feature_token_ids: frozenset[int]) -> list[bytes]:
     """The bytes of every token id, from tokenizer.json; empty for special tokens and for ids without a token."""
     file = msgspec.json.decode((folder / "tokenizer.json").read_bytes(), type=_TokenizerFile)
     vocab = file.model.vocab
@@ -178,7 +180,7 @@ def read_vocabulary(folder: Path, vocab_size: int, image_token_id: int) -> list[
     named |= {str(value) for value in (extra.values() if isinstance(extra, dict) else extra or ())}
     for token in file.added_tokens:
         if token.id < vocab_size:
-            special = token.special or token.id == image_token_id or token.content in named
+            special = token.special or token.id in feature_token_ids or token.content in named
             tokens[token.id] = b"" if special else token.content.encode()
     return tokens
 

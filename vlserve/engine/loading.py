@@ -22,7 +22,7 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, split: Split, devic
     dtype = _dtype(checkpoint, config)
     try:
         model = build_model(checkpoint, split).to(dtype)
-        model.use_stored_forms(checkpoint.folder, checkpoint.quantisation, dtype)
+        model.use_stored_formats(checkpoint.folder, checkpoint.quantisation, dtype)
         model.to_empty(device=device).eval().requires_grad_(False)
         model.load(Path(checkpoint.folder), lambda done, total: progress("weights", done, total))
     except (ValueError, FileNotFoundError) as error:
@@ -35,7 +35,7 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, split: Split, devic
 def build_model(checkpoint: Checkpoint, split: Split) -> Model:
     """A rank's model without weights, on torch's meta device; raises ModelError, and ValueError for a wrong config."""
     with torch.device("meta"):  # no memory, and no time for random initial values
-        model = checkpoint.architecture.build(checkpoint.config, checkpoint.image_config, split)
+        model = checkpoint.architecture.build(checkpoint.config, checkpoint.preprocessor, split)
     if not isinstance(model, Model):
         origin, kind = checkpoint.architecture.origin, type(model).__name__
         raise ModelError(f"{origin}: build gave {kind!r}; expected a vlserve.models.base.Model")

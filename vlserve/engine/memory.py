@@ -51,7 +51,7 @@ def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_byte
     """
     parameter = model.decoder.norm
     decoder = model.decoder
-    per_block = block_bytes(decoder.config, decoder.num_kv_heads, config.block_size, parameter.dtype, config.kv_cache_dtype)
+    per_block = block_bytes(decoder.cache_kinds, config.block_size, parameter.dtype, config.kv_cache_dtype)
     per_sequence = -(-max_model_len // config.block_size)
     if config.kv_cache_gib is not None:
         num_blocks = int(config.kv_cache_gib * GIB // per_block)

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from vlserve.config import SamplingParams
+from vlserve.vision.pixels import Unit
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Task = Literal["serve", "preflight"]  # what ranks are started for; a preflight ends before the weights
@@ -17,26 +18,38 @@ STAGES = ("starting", "imports", "rendezvous", "all-reduce", "weights", "kv cach
 
 
 def pixel_file(digest: bytes) -> str:
-    """The name of the file with a picture's tiles."""
+    """The name of the file with a picture's units."""
     return digest.hex()
 
 
-class ImageRef(msgspec.Struct, frozen=True):
-    """A picture of a request; its tiles [num_tiles, 3, S, S] uint8 are in the file that `pixel_file` names."""
+class MediaRef(msgspec.Struct, frozen=True):
+    """A picture of a request; its units' numbers, one after another, are in the file that `pixel_file` names.
 
-    start: int
-    num_tokens: int
+    `runs`: (first token, number) of the tokens that its features take the place of, in order.
+    """
+
     digest: bytes
-    num_tiles: int
+    units: list[Unit]
+    runs: list[tuple[int, int]]
+
+
+class PromptPositions(msgspec.Struct, frozen=True):
+    """Where a prompt's tokens stand, where they do not just follow one another: int32 [axes, T] as bytes of this machine's order.
+    The answer's tokens stand at `next` and on, on every axis."""
+
+    num_axes: int
+    numbers: bytes
+    next: int
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
     id: int
     token_ids: list[int]
-    images: list[ImageRef]
+    media: list[MediaRef]
     sampling: SamplingParams
     max_tokens: int
     cache_salt: str = ""
+    positions: PromptPositions | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -1,4 +1,4 @@
-"""Pictures' tiles where a rank finds them: files in shared memory that the front wrote, or tensors handed over."""
+"""Preprocessed pictures where a rank finds them: files in shared memory that the front wrote, or tensors handed over."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from vlserve.engine.messages import pixel_file
 
 
 class PixelStore:
-    """Looks in `folders`, in order. Tiles are mapped, not copied, and stay readable when the front removes the file."""
+    """Looks in `folders`, in order. They are mapped, not copied, and stay readable when the front removes the file."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
         self._lent: Mapping[bytes, torch.Tensor] = {}
 
-    def lend(self, tiles: Mapping[bytes, torch.Tensor]) -> None:
+    def lend(self, pixels: Mapping[bytes, torch.Tensor]) -> None:
         """What this process has in hand for the next step."""
-        self._lent = tiles
+        self._lent = pixels
 
-    def open(self, digest: bytes, num_tiles: int, tile_size: int) -> torch.Tensor:
-        """Tiles [num_tiles, 3, tile_size, tile_size] uint8; raises FileNotFoundError."""
+    def open(self, digest: bytes, num_bytes: int) -> torch.Tensor:
+        """The units' numbers one after another, [num_bytes] uint8; raises FileNotFoundError."""
         if digest in self._lent:
             return self._lent[digest]
         path = next((folder / pixel_file(digest) for folder in self._folders if (folder / pixel_file(digest)).exists()), None)
         if path is None:
-            raise FileNotFoundError(f"the tiles of a picture are gone: {pixel_file(digest)}")
-        size = num_tiles * 3 * tile_size * tile_size
-        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).view(num_tiles, 3, tile_size, tile_size)
+            raise FileNotFoundError(f"the pixels of a picture are gone: {pixel_file(digest)}")
+        return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)

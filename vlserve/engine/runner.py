@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from vlserve.config import EngineConfig
-from vlserve.engine.batch import Announcer, ImageTask, Listener, StepInput, describe, lay_out, make_batch
-from vlserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, Recorder, TileGraphs
+from vlserve.engine.batch import Announcer, EncodeTask, FeaturePiece, Listener, StepInput, describe, lay_out, make_batch
+from vlserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, Recorder, UnitGraphs
 from vlserve.engine.device_timer import Timings
 from vlserve.engine.feature_cache import FeatureCache
-from vlserve.engine.feature_encoder import TileEncoder
+from vlserve.engine.feature_encoder import FeatureEncoder
 from vlserve.engine.memory import GIB, fit_blocks, release_leftovers, weight_bytes
 from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.process_group import DistributedGroup
@@ -30,10 +30,11 @@ from vlserve.kernels.sampling import draw_tokens
 from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.upload import upload
 from vlserve.kernels.with_triton import runs_triton
+from vlserve.llm.decoder import DeepFeatures
 from vlserve.llm.kv_cache import KVCache, block_bytes
 from vlserve.models.base import Model
 from vlserve.plan.footprint import LOGIT_COPIES
-from vlserve.vision.config import TILES_AT_ONCE
+from vlserve.vision.pixels import Unit
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -82,13 +83,11 @@ class Runner:
         num_blocks = fit_blocks(config, model, max_model_len, peak_bytes)
         self.num_blocks = self.group.minimum(num_blocks, "kv cache") if isinstance(self.group, DistributedGroup) else num_blocks
         self.decodes: DecodeGraphs | None = None
-        tiles: TileGraphs | None = None
         self.cache = self._make_cache(self.num_blocks + (recorder is not None))
         if recorder is not None:
             limits = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
             self.decodes = DecodeGraphs(model, self.cache, recorder, **limits, spare_block=self.num_blocks)
-            tiles = TileGraphs(model, recorder)
-        self.tiles = TileEncoder(model, self.pixels, num_local=config.ranks_per_node, graphs=tiles)
+        self.encoder = self._make_encoder(config.ranks_per_node, recorder)
         self.features = FeatureCache(int(config.vision_cache_gib * GIB), in_use)
         self.sampler = Sampler(end_token_ids)
         self.image_queries = self.image_hits = 0  # pictures
@@ -107,11 +106,11 @@ class Runner:
         with self._counted():
             missing = self._find_missing(chunks)
             step = describe(chunks, missing, self._last_rows)
-            self.pixels.lend({i.digest: i.pixels for chunk in chunks for i in chunk.images if i.digest in missing})
+            self.pixels.lend({m.digest: m.pixels for chunk in chunks for m in chunk.media if m.digest in missing})
             if isinstance(self.group, DistributedGroup):
                 self.group.broadcast_message(self._announcer.step(step, chunks))
                 self._told = time.monotonic()
-            self._waiting = [c.sequence for c in chunks if any(image.digest in missing for image in c.images)]
+            self._waiting = [c.sequence for c in chunks if any(media.digest in missing for media in c.media)]
             logits = self._compute(step)
             dropped = self.features.trim()
             if self.group.size > 1:  # alone it would keep them for ever: there is no message that takes them
@@ -178,9 +177,9 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """A tile on every rank through the encoder, a row through the head, and a draw: so that the first request is not slow."""
-        size = self.model.image_config.tile_size
-        self.group.all_gather(self.model.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8)), "warm-up")
+        """A unit on every rank through the encoder, a row through the head, and a draw: so that the first request is not slow."""
+        if self.model.tower is not None:
+            self.group.all_gather(self._encode_nothing([self.model.tower.smallest()]), "warm-up")
         logits = self.model.decoder.logits(self.model.decoder.embed(torch.zeros(1, dtype=torch.int64, device=self.device)))
         if logits is not None:
             draw_tokens(logits, logits.argmax(-1), [Draw(row=0, temperature=1.0, top_k=1, seed=0, number=0)])
@@ -196,7 +195,8 @@ class Runner:
 
     def _compute(self, step: StepInput) -> torch.Tensor | None:
         """Logits [R, V] of the rows that sample, on rank 0; None on the others and when no row does."""
-        rows, decoder = lay_out(step, self.block_size), self.model.decoder
+        decoder = self.model.decoder
+        rows = lay_out(step, self.block_size, decoder.num_position_axes)
         num_samples = len(rows.sample_rows)
         is_text = not step.encode and not step.pieces
         size = self.decodes.size_for(rows) if self.decodes is not None and is_text else None
@@ -209,16 +209,24 @@ class Runner:
         x = decoder.embed(batch.ids)
         if step.encode:
             self._encode(step.encode)
-        for piece in step.pieces:
-            features = self.features.get(piece.digest)
-            assert features is not None, "features were encoded above or before, and nothing was dropped since"
-            x[piece.row : piece.row + piece.stop - piece.start] = features[piece.start : piece.stop]
+        deep = self._put_features(x, batch.feature_rows, step.pieces) if step.pieces else None
         if not runs_triton(x):  # whose attention reads nothing past a sequence's end
             self.cache.clear(rows.partial_blocks)
-        hidden = decoder(x, batch.positions, self.cache, batch.metadata)
+        hidden = decoder(x, batch.positions, self.cache, batch.metadata, deep)
         return decoder.logits(hidden[batch.sample_rows]) if num_samples else None
 
-    def _encode(self, images: list[ImageTask]) -> None:
+    def _put_features(self, x: torch.Tensor, rows: torch.Tensor, pieces: list[FeaturePiece]) -> DeepFeatures | None:
+        """Features take their rows' places in x [T, C]; what deeper layers take of them is returned."""
+        parts = []
+        for piece in pieces:
+            features = self.features.get(piece.digest)
+            assert features is not None, "features were encoded above or before, and nothing was dropped since"
+            parts.append(features[piece.first : piece.stop])
+        whole = torch.cat(parts)  # [F, L, C]
+        x.index_copy_(0, rows, whole[:, 0])
+        return DeepFeatures(rows, whole[:, 1:].unbind(1)) if whole.shape[1] > 1 else None
+
+    def _encode(self, tasks: list[EncodeTask]) -> None:
         begun, waiting = self._timings.begin(), self._waiting
 
         def tell(seconds: float) -> None:
@@ -226,26 +234,40 @@ class Runner:
             for sequence in waiting:
                 sequence.encode_s += seconds
 
-        self.tiles.encode(images, self.features)
+        assert self.encoder is not None, "the front refuses pictures for a model without a tower"
+        self.encoder.encode(tasks, self.features)
         self._timings.end(begun, tell)
 
     def _find_missing(self, chunks: list[Chunk]) -> Set[bytes]:
-        missing = {i.digest for chunk in chunks for i in chunk.images if self.features.get(i.digest) is None}
+        missing = {media.digest for chunk in chunks for media in chunk.media if self.features.get(media.digest) is None}
         begun = [
-            image.digest
+            media.digest
             for chunk in chunks
-            for image in chunk.sequence.images
-            if chunk.start <= max(image.start, chunk.sequence.num_cached_tokens) < min(chunk.stop, image.stop)
+            for media in chunk.sequence.media
+            if chunk.start <= max(media.start, chunk.sequence.num_cached_tokens) < min(chunk.stop, media.stop)
         ]  # a picture of a request counts once, where its first token that is not in the prefix cache is computed
         found = len(begun) - len(missing & set(begun))
         self.image_hits += found
         self.image_queries += found + len(missing)
         return missing
 
+    def _encode_nothing(self, units: list[Unit]) -> torch.Tensor:
+        """The features of black units."""
+        assert self.model.tower is not None
+        return self.model.tower.encode(torch.zeros(sum(unit.num_bytes for unit in units), dtype=torch.uint8), units)
+
+    def _make_encoder(self, num_local: int, recorder: Recorder | None) -> FeatureEncoder | None:
+        tower, decoder = self.model.tower, self.model.decoder
+        if tower is None:
+            return None
+        unit = tower.fixed_unit
+        graphs = None if recorder is None or unit is None else UnitGraphs(tower, unit, decoder, recorder)
+        return FeatureEncoder(tower, decoder, self.pixels, num_local=num_local, graphs=graphs)
+
     def _make_cache(self, num_blocks: int) -> KVCache:
         decoder = self.model.decoder
         return KVCache(
-            *(decoder.config, decoder.num_kv_heads),
+            decoder.cache_kinds,
             num_blocks=num_blocks,
             block_size=self.block_size,
             dtype=self.dtype,
@@ -255,7 +277,7 @@ class Runner:
 
     def _cache_bytes(self, num_blocks: int) -> int:
         decoder = self.model.decoder
-        return num_blocks * block_bytes(decoder.config, decoder.num_kv_heads, self.block_size, self.dtype, self.kv_dtype)
+        return num_blocks * block_bytes(decoder.cache_kinds, self.block_size, self.dtype, self.kv_dtype)
 
     @torch.inference_mode()
     def _measure_peak(self, num_tokens: int, max_num_seqs: int) -> int:
@@ -265,12 +287,13 @@ class Runner:
             return 0
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        size = self.model.image_config.tile_size
-        self.model.encode(torch.zeros(TILES_AT_ONCE, 3, size, size, dtype=torch.uint8))
+        if self.model.tower is not None:
+            self._encode_nothing(self.model.tower.heaviest())
         num_tokens = min(num_tokens, self.max_model_len)
         num_blocks = -(-num_tokens // self.block_size)
         cache = self._make_cache(num_blocks)
         places = torch.arange(num_tokens, device=self.device)
+        axes = places.expand(self.model.decoder.num_position_axes, -1)
         metadata = plan_attention(
             query_lens=(num_tokens,),
             context_lens=(num_tokens,),
@@ -278,7 +301,7 @@ class Runner:
             slots=places,
             block_size=self.block_size,
         )
-        hidden = self.model.decoder(self.model.decoder.embed(torch.zeros_like(places)), places, cache, metadata)
+        hidden = self.model.decoder(self.model.decoder.embed(torch.zeros_like(places)), axes, cache, metadata)
         logits = self.model.decoder.logits(hidden[:max_num_seqs])
         if logits is not None:  # sampled from on this rank
             logits.new_empty(LOGIT_COPIES - 1, *logits.shape)

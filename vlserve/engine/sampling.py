@@ -21,7 +21,7 @@ from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.upload import Download, upload
 
 GREEDY_BELOW = 1e-5  # a smaller temperature leaves nothing of the noise beside float32's logits
-_NOBODY = Sequence(id=-1, token_ids=[0], images=[], sampling=SamplingParams(), max_tokens=1)
+_NOBODY = Sequence(id=-1, token_ids=[0], media=[], sampling=SamplingParams(), max_tokens=1)
 
 
 class Sampler:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlserve.engine.messages import FinishReason, TokenEvent, TokenLogprob
-from vlserve.engine.sequence import UNKNOWN, ImageSpan, Sequence
+from vlserve.engine.sequence import UNKNOWN, MediaSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
 
 
@@ -35,9 +35,9 @@ class Chunk:
         return self.blocks is self.sequence.blocks
 
     @property
-    def images(self) -> list[ImageSpan]:
-        """Pictures with a placeholder among these tokens."""
-        return [image for image in self.sequence.images if image.overlaps(self.start, self.stop)]
+    def media(self) -> list[MediaSpan]:
+        """Pictures with features among these tokens."""
+        return [media for media in self.sequence.media if media.overlaps(self.start, self.stop)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

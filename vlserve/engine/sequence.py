@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vlserve.config import SamplingParams
 from vlserve.llm.block_pool import Digest, block_digest
+from vlserve.vision.pixels import Unit
 
 UNKNOWN = -1  # stands for a token until the step that samples it has been read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ImageSpan:
-    """One picture's placeholders: tokens start..stop of the sequence, its digest and its tiles."""
+class MediaSpan:
+    """One picture in the sequence. `runs`: (first token, number) of the tokens that its features take the place of, in order."""
 
-    start: int
-    num_tokens: int
     digest: bytes
-    pixels: Any  # [N, 3, S, S] uint8, opaque here
+    units: Seq[Unit]
+    runs: Seq[tuple[int, int]]
+    pixels: Any  # [bytes] uint8, opaque here
+
+    @property
+    def start(self) -> int:
+        return self.runs[0][0]
 
     @property
     def stop(self) -> int:
-        return self.start + self.num_tokens
+        return sum(self.runs[-1])
 
     def overlaps(self, start: int, stop: int) -> bool:
         return self.start < stop and start < self.stop
+
+    def within(self, start: int, stop: int) -> tuple[int, list[tuple[int, int]]]:
+        """Of the tokens start..stop: (the first feature that goes there, the parts of the runs)."""
+        first, parts = 0, []
+        for begin, number in self.runs:
+            low, high = max(begin, start), min(begin + number, stop)
+            if low < high:
+                parts.append((low, high - low))
+            first += max(0, min(start - begin, number))
+        return first, parts
+
+
+class TokenPositions:
+    """Where the tokens stand where they do not just follow one another; from the answer on they do, on every axis.
+
+    Args:
+        axes: a number for each token of the prompt, by axis. next: where the answer's first token stands.
+    """
+
+    def __init__(self, axes: Seq[Seq[int]], next: int) -> None:
+        self._axes, self._num_known = axes, len(axes[0])
+        self.offset = next - self._num_known  # of an answer's token's position to its place in the sequence
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """Of tokens start..stop, one axis after another; [] where all of them are the answer's."""
+        if start >= self._num_known:
+            return []
+        answered = [place + self.offset for place in range(self._num_known, stop)]
+        return [position for axis in self._axes for position in [*axis[start:stop], *answered]]
 
 
 class Grammar(Protocol):
@@ -55,9 +90,10 @@ class Sequence:
 
     id: int
     token_ids: list[int]  # prompt and answer
-    images: list[ImageSpan]
+    media: list[MediaSpan]
     sampling: SamplingParams
     max_tokens: int
+    positions: TokenPositions | None = None
     cache_salt: bytes = b""  # blocks are shared only within one salt
     grammar: Grammar | None = None
     num_prompt_tokens: int = 0
@@ -94,9 +130,9 @@ class Sequence:
             stop = start + block_size
             assert stop <= len(self.token_ids), f"block {len(self.digests)} is not full"
             extra = [
-                image.digest + (image.start - start).to_bytes(8, "little", signed=True)
-                for image in self.images
-                if image.overlaps(start, stop)
+                media.digest + (media.start - start).to_bytes(8, "little", signed=True)
+                for media in self.media
+                if media.overlaps(start, stop)
             ]
             previous = self.digests[-1] if self.digests else self.cache_salt
             self.digests.append(block_digest(previous, self.token_ids[start:stop], extra))

@@ -1,4 +1,4 @@
-"""Loads the pictures of a request: fetched together, measured before anything is decoded, then cut by worker threads.
+"""Loads the pictures of a request: fetched together, measured before anything is decoded, then preprocessed by worker threads.
 
 Owns the request's budgets and the workers. Threads are enough: decoders, the resize and the digest release the
 interpreter's lock; what holds it is a few per cent of the work.
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,12 +22,11 @@ from vlserve.media.decode import Source, decode_image, image_error, measure_imag
 from vlserve.media.sources import read_source, scheme_of
 from vlserve.prompt.chat_messages import ImagePart
 from vlserve.timing import PreparationClock
-from vlserve.vision.config import ImageConfig
-from vlserve.vision.tiling import choose_grid
+from vlserve.vision.pixels import Pixels
 
 if TYPE_CHECKING:
     from vlserve.media.fetch import Fetcher
-    from vlserve.vision.preprocess import ImageTiles
+    from vlserve.models.architecture import Preprocessor
 
 T = TypeVar("T")
 LARGE_PIXELS = 16_000_000  # pictures above are decoded one at a time, since one can take 30 bytes a pixel
@@ -44,18 +43,18 @@ class PictureLoader:
         self._fetched = _Account(config.max_fetched_mib * 2**20)
         self._fetcher: Future[Fetcher] | None = None
         self._fetcher_lock = threading.Lock()
-        # tiling needs torch; importing it overlaps with the engine's start
+        # preprocessing needs torch; importing it overlaps with the engine's start
         self._workers.submit(import_module, "vlserve.vision.preprocess")
 
     async def load(
         self,
         parts: Sequence[ImagePart],
-        image_config: ImageConfig,
+        preprocessor: Preprocessor,
         *,
         max_tokens: int | None = None,
         clock: PreparationClock | None = None,
-    ) -> list[ImageTiles]:
-        """The tiles of one request's pictures, in order.
+    ) -> list[Pixels]:
+        """One request's pictures, preprocessed, in order.
 
         Args:
             clock: is told what each picture took.
@@ -69,12 +68,11 @@ class PictureLoader:
         if not parts:
             return []
         clock = clock or PreparationClock()
-        configs = [replace(image_config, dynamic=False) if part.low else image_config for part in parts]
         loop = asyncio.get_running_loop()
         with self._fetched.reserved() as reserved:
             budget = _Budget(self.config.max_request_image_mib * 2**20)
             fetched = await self._fetch(parts, budget, reserved, clock)
-            plan = await loop.run_in_executor(self._workers, self._measure, parts, configs, fetched, budget)
+            plan = await loop.run_in_executor(self._workers, self._measure, parts, preprocessor, fetched, budget)
             if max_tokens is not None and plan.num_tokens > max_tokens:
                 raise RequestError(
                     f"the pictures take {plan.num_tokens} tokens or more, and max_model_len is {max_tokens}; "
@@ -84,13 +82,13 @@ class PictureLoader:
                 )
             turns = asyncio.Semaphore(self._num_workers)  # so that a request of many pictures leaves room for others
 
-            async def cut(index: int) -> ImageTiles:
+            async def prepare(index: int) -> Pixels:
                 async with turns:
                     pool = self._large if plan.is_large[index] else self._workers
                     source, plan.sources[index] = plan.sources[index], None
-                    return await loop.run_in_executor(pool, self._cut, source, parts[index].param, configs[index], clock)
+                    return await loop.run_in_executor(pool, self._prepare, source, parts[index], preprocessor, clock)
 
-            return await _all([cut(index) for index in range(len(parts))])
+            return await _all([prepare(index) for index in range(len(parts))])
 
     def close(self) -> None:
         for pool in (self._workers, self._large):
@@ -116,12 +114,12 @@ class PictureLoader:
         return dict(zip(urls, bodies, strict=True))
 
     def _measure(
-        self, parts: Sequence[ImagePart], configs: Sequence[ImageConfig], fetched: dict[int, bytes], budget: _Budget
+        self, parts: Sequence[ImagePart], preprocessor: Preprocessor, fetched: dict[int, bytes], budget: _Budget
     ) -> _Plan:
         """In a worker: read what is here already, and check sizes from the headers."""
         plan = _Plan(sources=[], is_large=[], num_tokens=0)
         num_pixels = 0
-        for index, (part, config) in enumerate(zip(parts, configs, strict=True)):
+        for index, part in enumerate(parts):
             source = fetched.pop(index) if index in fetched else read_source(part, self.config)
             if isinstance(source, bytes) and scheme_of(part.source) not in ("http", "https"):
                 budget.take(len(source), part.param)
@@ -136,17 +134,16 @@ class PictureLoader:
             # an AVIF file's header does not bind its frames; the decoder has a bound of its own, like a large picture's
             is_avif = isinstance(source, bytes) and source[4:8] == b"ftyp"
             plan.is_large.append(width * height > LARGE_PIXELS or is_avif)
-            plan.num_tokens += min(_num_tokens(width, height, config), _num_tokens(height, width, config))  # EXIF may turn it
+            sizes = (width, height), (height, width)  # EXIF may turn it
+            plan.num_tokens += min(preprocessor.count_features(*size, part.detail) for size in sizes)
         return plan
 
-    def _cut(self, source: Source, param: str, config: ImageConfig, clock: PreparationClock) -> ImageTiles:
-        """In a worker: one picture from its source to tiles."""
-        from vlserve.vision.preprocess import make_tiles  # imports torch, which the front does while the rank loads
-
+    def _prepare(self, source: Source, part: ImagePart, preprocessor: Preprocessor, clock: PreparationClock) -> Pixels:
+        """In a worker: one picture from its source to what the encoder takes."""
         with clock.measure(clock.decode_s):
-            image = decode_image(source, param=param, config=self.config)
+            image = decode_image(source, param=part.param, config=self.config)
         with clock.measure(clock.tiling_s):
-            return make_tiles(image, config)
+            return preprocessor.prepare(image, part.detail)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -202,13 +199,6 @@ class _Reserved:
     def take(self, count: int) -> None:
         self._account.add(count)
         self.count += count
-
-
-def _num_tokens(width: int, height: int, config: ImageConfig) -> int:
-    if not config.dynamic:
-        return config.tokens_per_tile
-    grid = choose_grid(height, width, tile_size=config.tile_size, min_patches=config.min_patches, max_patches=config.max_patches)
-    return grid.num_tiles * config.tokens_per_tile
 
 
 def _make_fetcher(config: MediaConfig) -> Fetcher:

@@ -1,12 +1,7 @@
-"""What the engine asks of a vision-language model, and InternVL: encoder, projector and decoder, and where a checkpoint's
-tensors go in it.
-
-Shapes: N tiles, K tokens a tile, T tokens of a step, C hidden size.
-"""
+"""A rank's model: a decoder, a tower that encodes, and where a checkpoint's tensors go in them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,39 +9,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlserve.kernels.upload import upload
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.detect_formats import StoredTensors, use_stored_forms
+from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
 from vlserve.llm.quantisation import Quantisation
 from vlserve.llm.shards import read_shards
 from vlserve.llm.weights import load_weights, slot_of
-from vlserve.vision.config import TILES_AT_ONCE, ImageConfig
-from vlserve.vision.preprocess import normalise
+from vlserve.vision.tower import Tower
 
 
-class Model(nn.Module, ABC):
-    """A model has a `decoder`, turns tiles into `features`, and knows the `targets` of a checkpoint's tensors.
+class Model(nn.Module):
+    """A decoder, and a tower where the model can see. It is built on torch's meta device, then `load` fills every parameter.
 
-    It is built on torch's meta device, so its constructor computes nothing; then `load` fills every parameter.
+    Args:
+        decoder: this rank's part. tower: whole on every rank; its levels of features are those that the decoder takes.
+        prefix: what a checkpoint's names, as `rename` gives them, have before the decoder's own.
     """
 
-    decoder: Decoder
-
-    def __init__(self, image_config: ImageConfig) -> None:
+    def __init__(self, decoder: Decoder, tower: Tower | None = None, *, prefix: str = "language_model.") -> None:
         super().__init__()
-        self.image_config = image_config
-        self._mean_std: tuple[torch.Tensor, torch.Tensor] | None = None  # on the model's device, from the first tiles on
+        if tower is not None and tower.levels != decoder.num_feature_levels:
+            raise ValueError(
+                f"the tower gives {tower.levels} levels of features, and the decoder takes {decoder.num_feature_levels}"
+            )
+        self.decoder, self.tower, self.prefix = decoder, tower, prefix
 
-    @abstractmethod
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised tiles [N, 3, S, S] on the model's device and in its type -> features [N, K, C]."""
-
-    @abstractmethod
     def targets(self) -> dict[str, torch.Tensor | Slot]:
         """Checkpoint names, as `rename` gives them, to what they fill: a tensor, or a slot that takes a part."""
+        found: dict[str, torch.Tensor | Slot] = {} if self.tower is None else dict(self.tower.targets())
+        return found | {f"{self.prefix}{name}": target for name, target in self.decoder.targets().items()}
 
     def rename(self, name: str) -> str | None:
         """A checkpoint's name to the one in `targets`; None for a tensor to pass over on purpose.
@@ -64,14 +57,6 @@ class Model(nn.Module, ABC):
         )
         return None if passed_over else name
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tiles [N, 3, S, S] uint8, from anywhere -> features [N, K, C] on the model's device."""
-        weight, config = self.decoder.norm, self.image_config
-        if self._mean_std is None:
-            self._mean_std = upload(config.mean, torch.float32, weight.device), upload(config.std, torch.float32, weight.device)
-        parts = (part.to(weight.device, non_blocking=True) for part in pixels.split(TILES_AT_ONCE))
-        return torch.cat([self.features(normalise(tiles, *self._mean_std).to(weight.dtype)) for tiles in parts])
-
     def load(self, folder: Path, progress: Callable[[int, int], None]) -> int:
         """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""
         shards = read_shards(folder)
@@ -84,20 +69,15 @@ class Model(nn.Module, ABC):
         self.decoder.finish()
         return num_bytes
 
-    def use_stored_forms(self, folder: Path, quantisation: Quantisation | None, dtype: torch.dtype) -> None:
+    def use_stored_formats(self, folder: Path, quantisation: Quantisation | None, dtype: torch.dtype) -> None:
         """Make the decoder's linear layers such as `folder` has them; on the meta device, with all other types settled.
 
-        Raises ValueError for a form that is not supported, FileNotFoundError.
+        Raises ValueError for a format that is not supported, FileNotFoundError.
         """
         if read_shards(folder) is not None:
             return  # only dense checkpoints are sharded
         with StoredTensors(folder, self.rename) as tensors:
-            use_stored_forms(self.decoder, self._decoder_prefix(), tensors, quantisation, dtype)
-
-    def _decoder_prefix(self) -> str:
-        """What the names in `targets` have before the decoder's own."""
-        last = next(iter(self.decoder.targets()))
-        return next(name for name in self.targets() if name.endswith(last)).removesuffix(last)
+            use_stored_formats(self.decoder, self.prefix, tensors, quantisation, dtype)
 
 
 def build_decoder(config: Mapping[str, Any], split: Split) -> Decoder:

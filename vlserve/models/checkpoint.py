@@ -12,10 +12,11 @@ from typing import Any
 
 from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.quantisation import FILES, Quantisation, find_quantisation
+from vlserve.llm.quantisation import FILES as QUANTISATION_FILES
+from vlserve.llm.quantisation import Quantisation, find_quantisation
 from vlserve.llm.shards import read_shards
-from vlserve.models.registry import Architecture, find_architecture
-from vlserve.vision.config import ImageConfig
+from vlserve.models.architecture import FILES, Architecture, Preprocessor
+from vlserve.models.registry import find_architecture
 
 DEMO = Path(__file__).parents[1] / "demo"
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -28,7 +29,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     generation: dict[str, Any]
-    image_config: ImageConfig
+    preprocessor: Preprocessor
     architecture: Architecture
 
     @property
@@ -42,16 +43,16 @@ class Checkpoint:
     @property
     def quantisation(self) -> Quantisation | None:
         """How the decoder's weights are stored, None where nothing says that they are quantised; raises ValueError."""
-        beside = {name: _read_json(self.folder / name, optional=True) for name in FILES}
+        beside = {name: _read_json(self.folder / name, optional=True) for name in QUANTISATION_FILES}
         return find_quantisation(self.config, {name: given for name, given in beside.items() if given})
 
     @property
-    def image_token_id(self) -> int:
-        """The placeholder's token; `image_token_index` is what older checkpoints call it. Raises ModelError without one."""
-        given = self.config.get("image_token_id", self.config.get("image_token_index"))
-        if not isinstance(given, int):
-            raise ModelError(f"config.json's image_token_id is {given!r}; expected a token id")
-        return given
+    def feature_token_ids(self) -> frozenset[int]:
+        """Tokens that stand where a picture's features go; raises ModelError where config.json does not name them."""
+        try:
+            return frozenset(placeholder.id for placeholder in self.preprocessor.placeholders().values())
+        except ValueError as error:
+            raise ModelError(str(error)) from error
 
 
 def find_folder(model: str, revision: str | None = None) -> Path:
@@ -81,18 +82,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             "model_type 'internvl_chat' is OpenGVLab's own format and is not read yet; use the model's '-hf' edition, "
             "whose model_type is 'internvl'"
         )
-    processor = _read_json(folder / "processor_config.json", optional=True)
-    preprocessor = processor.get("image_processor") or _read_json(folder / "preprocessor_config.json", optional=True)
     architecture = find_architecture(config)
+    files = {name: _read_json(folder / name, optional=True) for name in FILES}
     try:
-        image_config = architecture.read_image_config(config, preprocessor)
+        preprocessor = architecture.preprocessor(config, files)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder.name}: {error}") from error
     return Checkpoint(
         folder=folder,
         config=config,
         generation=_read_json(folder / "generation_config.json", optional=True),
-        image_config=image_config,
+        preprocessor=preprocessor,
         architecture=architecture,
     )
 

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+from vlserve.models.architecture import Architecture, Config, Files
+from vlserve.models.tiles import TilePreprocessor, image_processor_settings, image_token_id, image_tokens
+from vlserve.vision.config import read_encoder_config, read_image_config
 
-from vlserve.llm.formats import Slot
-from vlserve.llm.parallel import Split
-from vlserve.models.base import Model, build_decoder
-from vlserve.vision.config import ImageConfig, read_encoder_config
-from vlserve.vision.encoder import build_encoder
-from vlserve.vision.names import encoder_targets
-from vlserve.vision.projector import Projector
+if TYPE_CHECKING:
+    from vlserve.llm.parallel import Split
+    from vlserve.models.base import Model
+
+TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
-class InternVL(Model):
-    """InternViT, pixel shuffle with an MLP, and a Llama-shaped decoder."""
+def preprocessor(config: Config, files: Files) -> TilePreprocessor:
+    return TilePreprocessor(
+        image=read_image_config(image_processor_settings(files), read_encoder_config(config)),
+        tokens=image_tokens(files, TOKENS),
+        image_token_id=image_token_id(config),
+    )
 
-    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig, split: Split) -> None:
-        super().__init__(image_config)
-        vision = read_encoder_config(config)
-        self.decoder = build_decoder(config, split)
-        self.encoder = build_encoder(vision)
-        self.projector = Projector(vision, self.decoder.config.hidden_size)
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.projector(self.encoder.forward_features(x)[:, 1:])  # without the class token
+def build(config: Config, preprocessor: TilePreprocessor, split: Split) -> Model:
+    from vlserve.models.base import Model, build_decoder
+    from vlserve.vision.internvit import InternVit
 
-    def targets(self) -> dict[str, torch.Tensor | Slot]:
-        """Checkpoint names, as transformers saves InternVL, to what they fill."""
-        found: dict[str, torch.Tensor | Slot] = {f"vision_tower.{name}": tensor for name, tensor in encoder_targets(self.encoder)}
-        found.update({f"multi_modal_projector.{name}": p.data for name, p in self.projector.named_parameters()})
-        found.update({f"language_model.{name}": tensor for name, tensor in self.decoder.targets().items()})
-        return found
+    decoder = build_decoder(config, split)
+    return Model(decoder, InternVit(read_encoder_config(config), preprocessor.image, decoder.config.hidden_size))
+
+
+INTERNVL = Architecture(preprocessor=preprocessor, build=build, encoder=read_encoder_config)

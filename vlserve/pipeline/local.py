@@ -31,8 +31,7 @@ from vlserve.structured import grammar as structured
 from vlserve.timing import PreparationClock
 
 if TYPE_CHECKING:
-    from vlserve.vision.config import ImageConfig
-    from vlserve.vision.preprocess import ImageTiles
+    from vlserve.vision.pixels import Pixels
 
 T = TypeVar("T")
 MAX_TOKEN_CHARACTERS = 128  # no vocabulary of the field has longer tokens
@@ -88,7 +87,7 @@ class LocalPipeline(PipelineCalls):
             yield delta
 
     async def prepare(self, turns: Sequence[Turn], options: PromptOptions | None = None) -> Prompt:
-        """Load and cut the pictures, apply the chat template; off the event loop. Raises RequestError."""
+        """Load and preprocess the pictures, apply the chat template; off the event loop. Raises RequestError."""
         if self.client.error is not None:
             raise EngineError(str(self.client.error))
         options = options or PromptOptions()
@@ -97,9 +96,9 @@ class LocalPipeline(PipelineCalls):
         clock = PreparationClock()
         images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
         max_tokens = self.client.ready.max_model_len if self.client.ready else None
-        config = self._image_config(options.max_tiles)
-        tiles = await self._pictures.load(images, config, max_tokens=max_tokens, clock=clock)
-        prompt = await asyncio.get_running_loop().run_in_executor(self._workers, self._build, turns, tiles, options)
+        preprocessor = self.checkpoint.preprocessor.configured(options.mm_processor_kwargs)
+        pixels = await self._pictures.load(images, preprocessor, max_tokens=max_tokens, clock=clock)
+        prompt = await asyncio.get_running_loop().run_in_executor(self._workers, self._build, turns, pixels, options)
         prompt = replace(prompt, preparation=clock.read())
         for observer in self.observers:
             observer.prepared(prompt.preparation)
@@ -184,7 +183,7 @@ class LocalPipeline(PipelineCalls):
     def check_ids(self, ids: Sequence[int]) -> None:
         """Whether a prompt of token ids can be one; raises RequestError."""
         self._check_number(len(ids), "token ids", "prompt")
-        if self.checkpoint.image_token_id in ids or min(ids) < 0:
+        if not self.checkpoint.feature_token_ids.isdisjoint(ids) or min(ids) < 0:
             raise RequestError("prompt has a token id that is a picture's place, or below 0", param="prompt")
 
     def _check_number(self, number: int, what: str, param: str) -> None:
@@ -232,15 +231,9 @@ class LocalPipeline(PipelineCalls):
     def tokenizer(self) -> Any:
         return self._builder.tokenizer
 
-    def _image_config(self, max_tiles: int | None) -> ImageConfig:
-        config = self.checkpoint.image_config
-        if max_tiles is None:
-            return config
-        return replace(config, max_patches=min(max_tiles, config.max_patches), min_patches=min(max_tiles, config.min_patches))
-
-    def _build(self, turns: Sequence[Turn], tiles: Sequence[ImageTiles], options: PromptOptions) -> Prompt:
+    def _build(self, turns: Sequence[Turn], pixels: Sequence[Pixels], options: PromptOptions) -> Prompt:
         """In a worker thread, since a long text takes its time."""
-        remaining = iter(tiles)
+        remaining = iter(pixels)
 
         def part(given: str | ImagePart) -> Text | Picture:
             return Text(given) if isinstance(given, str) else Picture(next(remaining))

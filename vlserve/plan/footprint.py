@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vlserve.plan.model_shape import DecoderShape, ModelShape
-from vlserve.vision.config import TILES_AT_ONCE, EncoderConfig, ImageConfig
+from vlserve.vision.config import TILES_AT_ONCE, EncoderConfig
 
 if TYPE_CHECKING:
-    from vlserve.models.registry import Architecture
+    from vlserve.models.architecture import Architecture, Preprocessor
 
 FLOAT32 = 4  # bytes
 LOGIT_COPIES = 4  # of what is sampled from, with penalties and log-probabilities
@@ -90,11 +90,11 @@ def cuts(decoder: DecoderShape, part: Shard, tp: int) -> tuple[Cut, ...]:
 
 def vision_bytes(shape: ModelShape, config: Mapping[str, Any], itemsize: int) -> tuple[int, ModelShape]:
     """Bytes of encoder and projector, and the shape; a package's model that cannot be built is one that is not supported."""
-    if shape.plugin is not None and shape.image_config is not None:
+    if shape.counted is not None and shape.preprocessor is not None:
         try:
-            return _plugin_bytes(shape.plugin, config, shape.image_config, itemsize), shape
+            return _counted_bytes(shape.counted, config, shape.preprocessor, itemsize), shape
         except Exception as error:  # noqa: BLE001  (foreign code raises what it likes)
-            reason = f"{shape.plugin.origin} cannot build it: {type(error).__name__}: {error}"
+            reason = f"{shape.counted.origin} cannot build it: {type(error).__name__}: {error}"
             shape = replace(shape, reasons=(*shape.reasons, reason))
     if shape.encoder is None:
         return 0, replace(shape, notes=(*shape.notes, "the vision encoder's weights are not counted"))
@@ -174,14 +174,14 @@ def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bo
     return table + max(peaks)
 
 
-def _plugin_bytes(plugin: Architecture, config: Mapping[str, Any], image_config: ImageConfig, itemsize: int) -> int:
-    """All but the decoder of a package's model, built without memory on torch's meta device."""
+def _counted_bytes(family: Architecture, config: Mapping[str, Any], preprocessor: Preprocessor, itemsize: int) -> int:
+    """All but the decoder of a model, built without memory on torch's meta device."""
     import torch  # only here: a plan of what is built in needs no torch
 
     from vlserve.llm.parallel import Split
 
     with torch.device("meta"):
-        model = plugin.build(config, image_config, Split())
+        model = family.build(config, preprocessor, Split())
     whole, decoder = (sum(t.numel() for t in (*m.parameters(), *m.buffers())) for m in (model, model.decoder))
     return (whole - decoder) * itemsize
 

@@ -6,17 +6,17 @@ as its names allow. Knows nothing of ranks or memory. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.config import DecoderConfig, read_decoder_config
 from vlserve.llm.quantisation import FP8, Quantisation, find_quantisation
-from vlserve.vision.config import EncoderConfig, ImageConfig, read_encoder_config
+from vlserve.vision.config import EncoderConfig, read_encoder_config
 
 if TYPE_CHECKING:
-    from vlserve.models.registry import Architecture
+    from vlserve.models.architecture import Architecture, Preprocessor
 
 SECTIONS = ("text_config", "llm_config")  # the second is OpenGVLab's internvl_chat
 MAX_SIZE, MAX_HEADS = 2**31, 2**14  # a config.json beyond these is damaged
@@ -58,9 +58,10 @@ class ModelShape:
 
     decoder: DecoderShape
     encoder: EncoderConfig | None  # None where config.json does not tell
-    image_config: ImageConfig | None
-    tiles_per_image: int  # of the largest picture, its thumbnail included
-    plugin: Architecture | None  # a package's, whose encoder only its own code knows
+    image_tokens: int  # of the largest picture
+    tokens_per_tile: int | None  # None where pictures have no tiles of one size
+    preprocessor: Preprocessor | None  # None where vlserve does not know the model
+    counted: Architecture | None  # whose encoder only its own code knows: it is built without memory and counted
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -77,15 +78,16 @@ class Request:
 
 def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Read a whole config.json; raises ModelError naming the size that is missing or wrong."""
-    from vlserve.models.registry import BUILT_IN, find_architecture  # entry points; the command line's flags need none of it
+    from vlserve.models.registry import find_architecture  # entry points; the command line's flags need none of it
 
     model_type = str(config.get("model_type"))
     decoder, reasons = _decoder_and_reasons(config)
     notes: list[str] = []
-    architecture, image_config = None, None
+    architecture: Architecture | None = None
+    preprocessor: Preprocessor | None = None
     try:
         architecture = find_architecture(config)
-        image_config = architecture.read_image_config(config, {})
+        preprocessor = architecture.preprocessor(config, {})
     except ModelError as error:
         reasons = (_model_type_reason(config, error), *reasons)
     except Exception as error:  # noqa: BLE001  (a package's code raises what it likes)
@@ -94,8 +96,8 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         notes.append(f"the decoder's linear layers are counted as {decoder.quantisation}")
         if decoder.quantisation.kind == FP8:
             notes.append("on the CPU, FP8 weights are converted to dtype when they are loaded and take its bytes")
-    is_plugin = architecture is not None and model_type not in BUILT_IN
-    encoder = _read_encoder(config, is_internvl=model_type in BUILT_IN)
+    is_counted = architecture is not None and architecture.encoder is None
+    encoder = _read_encoder(config, architecture)
     if encoder is None:
         notes.append("config.json does not tell the vision encoder's sizes: its activations are not counted")
     elif architecture is None and model_type != "internvl_chat":
@@ -103,9 +105,10 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(
         decoder=decoder,
         encoder=encoder,
-        image_config=image_config,
-        tiles_per_image=_tiles_per_image(config, image_config),
-        plugin=architecture if is_plugin else None,
+        image_tokens=_image_tokens(config, preprocessor, encoder),
+        tokens_per_tile=_tokens_per_tile(preprocessor, encoder),
+        preprocessor=preprocessor,
+        counted=architecture if is_counted else None,
         reasons=reasons,
         notes=tuple(notes),
     )
@@ -122,11 +125,11 @@ def request_tokens(shape: ModelShape, request: Request) -> tuple[int, int]:
         value, least = getattr(request, name), 1 if name in ("answer_tokens", "tiles_per_image") else 0
         if value is not None and (not isinstance(value, int) or value < least):
             raise ConfigError(f"request {name} is {value!r}; expected a whole number of {least} or more")
-    if shape.image_config is not None:
-        per_tile = shape.image_config.tokens_per_tile
-    else:
-        per_tile = shape.encoder.tokens_per_tile if shape.encoder is not None else 0
-    image_tokens = (request.tiles_per_image or shape.tiles_per_image) * per_tile
+    image_tokens = shape.image_tokens
+    if request.tiles_per_image is not None:
+        if shape.tokens_per_tile is None:
+            raise ConfigError("request tiles_per_image: this model's pictures have no tiles of one size")
+        image_tokens = request.tiles_per_image * shape.tokens_per_tile
     return image_tokens, request.text_tokens + request.images * image_tokens + request.answer_tokens
 
 
@@ -210,13 +213,15 @@ def _size(text: Mapping[str, Any], section: str, key: str, *, default: int | Non
     return value
 
 
-def _read_encoder(config: Mapping[str, Any], *, is_internvl: bool) -> EncoderConfig | None:
-    """The engine's reading, or the same sizes under the names of internvl_chat and of other vision transformers."""
+def _read_encoder(config: Mapping[str, Any], architecture: Architecture | None) -> EncoderConfig | None:
+    """The family's own reading, or the same sizes under the names of internvl_chat and of other vision transformers."""
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
         return None
-    if is_internvl:
-        given: Mapping[str, Any] = config
+    read: Callable[[Mapping[str, Any]], EncoderConfig] = read_encoder_config
+    given = config
+    if architecture is not None and architecture.encoder is not None:
+        read = architecture.encoder
     else:
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
         given = {
@@ -227,21 +232,28 @@ def _read_encoder(config: Mapping[str, Any], *, is_internvl: bool) -> EncoderCon
             | ({"image_size": config["force_image_size"]} if config.get("force_image_size") else {}),
         }
     try:
-        encoder = read_encoder_config(given)
+        encoder = read(given)
     except (ValueError, KeyError, TypeError, ArithmeticError):
         return None
     sizes = (encoder.hidden_size, encoder.intermediate_size, encoder.num_hidden_layers, encoder.image_size, encoder.patch_size)
     return encoder if all(0 < size <= MAX_SIZE for size in sizes) and 0.01 < encoder.downsample_ratio <= 1 else None
 
 
-def _tiles_per_image(config: Mapping[str, Any], image_config: ImageConfig | None) -> int:
-    if image_config is not None:
-        most, dynamic = image_config.max_patches, image_config.dynamic
-    else:
-        given = config.get("max_dynamic_patch", MAX_PATCHES)
-        most = given if isinstance(given, int) and given > 0 else MAX_PATCHES
-        dynamic = bool(config.get("dynamic_image_size", config.get("model_type") in ("internvl", "internvl_chat")))
-    return most + 1 if dynamic and most > 1 else 1
+def _tokens_per_tile(preprocessor: Preprocessor | None, encoder: EncoderConfig | None) -> int | None:
+    if preprocessor is not None:
+        return preprocessor.features_per_unit()
+    return encoder.tokens_per_tile if encoder is not None else 0
+
+
+def _image_tokens(config: Mapping[str, Any], preprocessor: Preprocessor | None, encoder: EncoderConfig | None) -> int:
+    """Of the largest picture; of a family that is not known, as InternVL would cut it."""
+    if preprocessor is not None:
+        return preprocessor.most_features()
+    given = config.get("max_dynamic_patch", MAX_PATCHES)
+    most = given if isinstance(given, int) and given > 0 else MAX_PATCHES
+    is_dynamic = bool(config.get("dynamic_image_size", config.get("model_type") in ("internvl", "internvl_chat")))
+    tiles = most + 1 if is_dynamic and most > 1 else 1
+    return tiles * encoder.tokens_per_tile if encoder is not None else 0
 
 
 def _model_type_reason(config: Mapping[str, Any], error: ModelError) -> str:

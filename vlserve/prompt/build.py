@@ -12,10 +12,10 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import meta
@@ -23,13 +23,11 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlserve.errors import ModelError, RequestError
+from vlserve.models.architecture import Positions, Span
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.timing import Preparation
-
-if TYPE_CHECKING:
-    from vlserve.vision.preprocess import ImageTiles
-
+from vlserve.vision.pixels import Pixels
 
 THINKING = ("<think>", "</think>")
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -46,9 +44,9 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of a message, cut into tiles."""
+    """A picture of a message, preprocessed."""
 
-    tiles: ImageTiles
+    pixels: Pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class PromptOptions:
         continue_final: the answer goes on where the last message ends.
         add_generation_prompt: open the assistant's turn.
         cache_salt: caches are shared only with prompts of the same salt.
-        max_tiles: tiles of one picture at most, the thumbnail not counted; the checkpoint's own limit stays.
+        mm_processor_kwargs: what the model's preprocessing takes for one request, e.g. max_dynamic_patch.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -82,15 +80,7 @@ class PromptOptions:
     continue_final: bool = False
     add_generation_prompt: bool = True
     cache_salt: str = ""
-    max_tiles: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A picture's placeholders in the prompt: token `start` on."""
-
-    start: int
-    tiles: ImageTiles
+    mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +89,20 @@ class Prompt:
     spans: list[Span]
     cache_salt: str = ""
     preparation: Preparation = field(default_factory=Preparation)
+    positions: Positions | None = None  # None: one after another
 
     @property
     def num_image_tokens(self) -> int:
-        return sum(span.tiles.num_tokens for span in self.spans)
+        return sum(span.layout.num_features for span in self.spans)
 
 
 class PromptBuilder:
     """Reads a checkpoint's tokenizer and chat template once; `build` is called for every request."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        settings = _token_names(checkpoint.folder)
-        defaults = zip(("start", "context", "end"), checkpoint.architecture.image_tokens, strict=True)
-        start, self._image_token, end = (settings.get(f"{place}_image_token", token) for place, token in defaults)
-        self.tokenizer = Tokenizer(checkpoint.folder, (start, self._image_token, end))
-        self._image_start, self._image_end = ([self.tokenizer.token_id(token)] if token else [] for token in (start, end))
-        if self.tokenizer.token_id(self._image_token) != checkpoint.image_token_id:
-            raise ModelError(f"config.json's image_token_id {checkpoint.image_token_id} is not the id of {self._image_token}")
+        self._preprocessor = checkpoint.preprocessor
+        self.tokenizer = Tokenizer(checkpoint.folder, self._preprocessor.control_tokens())
+        self._kinds = self._read_placeholders()
         source = _read_template(checkpoint.folder, self.tokenizer.settings)
         self._template, self._known = _compile(source)
         self._shows_calls = "tool_calls" in source
@@ -138,7 +125,7 @@ class PromptBuilder:
         self._check(options, messages)
         marks: dict[str, Text] = {}
         rendered = self._render(messages, options, marks)
-        pictures = [part.tiles for message in messages for part in message.parts if isinstance(part, Picture)]
+        pictures = [part.pixels for message in messages for part in message.parts if isinstance(part, Picture)]
         ids: list[int] = []
         spans: list[Span] = []
         pending = ""  # ordinary text, of the template and of messages, up to the next special token
@@ -151,16 +138,13 @@ class PromptBuilder:
             added = self.tokenizer.added[piece]
             ids += self.tokenizer.encode_plain(pending.rstrip() if added.get("lstrip") else pending)
             pending, strip = "", bool(added.get("rstrip"))
-            if piece != self._image_token:
+            if piece not in self._kinds:
                 ids.append(self.tokenizer.token_id(piece))
                 continue
             if len(spans) == len(pictures):
                 raise ModelError("the chat template has a place for more pictures than the messages have")
-            tiles = pictures[len(spans)]
-            ids += self._image_start
-            spans.append(Span(len(ids), tiles))
-            ids += [self.tokenizer.token_id(self._image_token)] * tiles.num_tokens
-            ids += self._image_end
+            spans.append(self._span(len(ids), pictures[len(spans)]))
+            ids += spans[-1].layout.token_ids
         ids += self.tokenizer.encode_plain(pending)
         if len(spans) != len(pictures):
             raise RequestError(
@@ -171,13 +155,31 @@ class PromptBuilder:
         beginning = self.tokenizer.beginning
         if beginning and ids[:1] != beginning:
             ids = beginning + ids
+            spans = [replace(span, start=span.start + len(beginning)) for span in spans]
         if not ids:
             raise RequestError("the prompt is empty", param="messages")
-        return Prompt(ids, spans, options.cache_salt)
+        return Prompt(ids, spans, options.cache_salt, positions=self._preprocessor.positions(ids, spans))
 
     def encode_plain(self, text: str, beginning: bool) -> Prompt:
         """A raw text as a prompt, without the template; special tokens in it are ordinary characters."""
         return Prompt([*(self.tokenizer.beginning if beginning else ()), *self.tokenizer.encode_plain(text)], [])
+
+    def _read_placeholders(self) -> dict[str, str]:
+        """The kind of media by the token that the template writes for it."""
+        try:
+            placeholders = self._preprocessor.placeholders()
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        for placeholder in placeholders.values():
+            if self.tokenizer.token_id(placeholder.token) != placeholder.id:
+                raise ModelError(f"config.json's image_token_id {placeholder.id} is not the id of {placeholder.token}")
+        return {placeholder.token: kind for kind, placeholder in placeholders.items()}
+
+    def _span(self, start: int, pixels: Pixels) -> Span:
+        layout = self._preprocessor.layout(pixels, self.tokenizer)
+        if layout.num_features != pixels.num_features:
+            raise ModelError(f"a picture of {pixels.num_features} features was given {layout.num_features} places")
+        return Span(start, layout, pixels)
 
     def _check(self, options: PromptOptions, messages: Sequence[Message]) -> None:
         if options.continue_final and (messages[-1].fields or not any(isinstance(p, Text) for p in messages[-1].parts)):
@@ -214,7 +216,8 @@ class PromptBuilder:
                 seen = "".join(t if i % 2 else mark(t) for i, t in enumerate(pieces) if t)
                 return seen + mark(end) if end or options.continue_final else seen
             return [
-                {"type": "image"} if isinstance(p, Picture) else {"type": "text", "text": mark(p.text)} for p in message.parts
+                {"type": p.pixels.kind} if isinstance(p, Picture) else {"type": "text", "text": mark(p.text)}
+                for p in message.parts
             ]
 
         def guarded(value: Any) -> Any:
@@ -279,14 +282,6 @@ def _cut_after(rendered: str, mark: str) -> str:
 
 def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, Mapping) else token
-
-
-def _token_names(folder: Path) -> dict[str, str]:
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    extra = settings.get("extra_special_tokens")
-    merged = {**(extra if isinstance(extra, dict) else {}), **settings}
-    return {key: _content(value) for key, value in merged.items() if key.endswith("_image_token")}
 
 
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> str:

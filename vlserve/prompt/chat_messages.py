@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlserve.errors import RequestError
+from vlserve.models.architecture import Detail
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = {"assistant": ("tool_calls", "reasoning_content", "reasoning"), "tool": ("tool_call_id", "name")}
@@ -19,12 +20,12 @@ REASONING = ("reasoning_content", "reasoning")  # the field's two spellings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePart:
-    """Something that names or is a picture. `local`: a path is allowed. `low`: one tile is enough."""
+    """Something that names or is a picture. `local`: a path is allowed. `detail`: OpenAI's wish, auto, low or high."""
 
     source: Any
     param: str
     local: bool
-    low: bool = False
+    detail: Detail = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,7 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
         raise RequestError(f'{param} must be {{"url": "..."}}', param=param)
     if detail not in (None, "auto", "low", "high"):
         raise RequestError(f"{param}.detail is {detail!r}; expected auto, low or high", param=f"{param}.detail")
-    return ImagePart(source=url, param=param, local=False, low=detail == "low")
+    return ImagePart(source=url, param=param, local=False, detail=detail or "auto")
 
 
 def _read_text(value: Any, param: str) -> str:

@@ -16,11 +16,13 @@ from vlserve.config import MediaConfig
 from vlserve.errors import ConfigError, EngineError, RequestError
 from vlserve.media.loader import PictureLoader
 from vlserve.media.sources import scheme_of
+from vlserve.models.architecture import Span
 from vlserve.models.checkpoint import Checkpoint
-from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, PromptOptions, Span, Text
+from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
 from vlserve.prompt.chat_messages import ImagePart, Turn, read_messages
 from vlserve.quantize.sample_conversations import make_conversation
 from vlserve.quantize.settings import GENERATED, TEXT, Settings
+from vlserve.vision.pixels import Pixels
 
 HELD_OUT_EVERY = 8
 WHOLE = PromptOptions(add_generation_prompt=False)
@@ -103,8 +105,8 @@ def _make_sample(messages: Any, folder: Path, checkpoint: Checkpoint, builder: P
     turns = read_messages(messages, local=True)
     turns = [replace(turn, parts=[_located(part, folder) for part in turn.parts]) for turn in turns]
     images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
-    tiles = iter(asyncio.run(loader.load(images, checkpoint.image_config)))
-    shown = [_message(turn, tiles) for turn in turns]
+    pixels = iter(asyncio.run(loader.load(images, checkpoint.preprocessor)))
+    shown = [_message(turn, pixels) for turn in turns]
     whole = builder.build(shown, WHOLE)
     return Sample(whole.token_ids, whole.spans, _answers(shown, whole, builder, checkpoint.end_token_ids))
 
@@ -121,8 +123,8 @@ def _located(part: str | ImagePart, folder: Path) -> str | ImagePart:
     return replace(part, source=source, local=True)
 
 
-def _message(turn: Turn, tiles: Iterator[Any]) -> Message:
-    parts = [Text(part) if isinstance(part, str) else Picture(next(tiles)) for part in turn.parts]
+def _message(turn: Turn, pixels: Iterator[Pixels]) -> Message:
+    parts = [Text(part) if isinstance(part, str) else Picture(next(pixels)) for part in turn.parts]
     return Message(turn.role, parts, turn.is_string, turn.fields)
 
 

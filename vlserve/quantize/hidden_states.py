@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ from torch import nn
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.norms import rms_norm
 from vlserve.kernels.rotary.table import rotary_table
+from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.decoder import DecoderLayer
-from vlserve.llm.kv_cache import KVCache
+from vlserve.llm.kv_cache import CacheKind, KVCache
+from vlserve.llm.layer import DecoderLayer
+from vlserve.llm.mlp import DenseMLP
 from vlserve.models.base import Model
 from vlserve.quantize.activation_stats import Inputs
 from vlserve.quantize.calibration import Sample, is_held_out
@@ -71,7 +73,10 @@ def embed_samples(model: Model, samples: Sequence[Sample], progress: Callable[[]
     for index, sample in enumerate(samples):
         x = model.decoder.embed(torch.tensor(sample.token_ids, device=model.decoder.norm.device))
         for span in sample.spans:
-            x[span.start : span.start + span.tiles.num_tokens] = model.encode(span.tiles.pixels).flatten(0, 1)
+            assert model.tower is not None, "there are no pictures for a model without a tower"
+            features = model.tower.encode(torch.from_numpy(span.pixels.data), span.pixels.units)[:, 0]
+            places = [features_of(run) for run in span.runs]
+            x[torch.cat(places).to(x.device)] = features
         parts[is_held_out(index, len(samples))].append(x.cpu())
         progress()
     original = torch.cat(parts[True])
@@ -87,12 +92,18 @@ def embed_samples(model: Model, samples: Sequence[Sample], progress: Callable[[]
     )
 
 
+def features_of(run: tuple[int, int]) -> torch.Tensor:
+    """The places of a run of features."""
+    return torch.arange(run[0], sum(run))
+
+
 def _next_ids(sample: Sample, scores_answers: bool) -> torch.Tensor:
     counts = torch.tensor(sample.is_answer)
     if not scores_answers:
         counts = torch.ones_like(counts)
         for span in sample.spans:
-            counts[span.start : span.start + span.tiles.num_tokens] = False
+            for run in span.runs:
+                counts[features_of(run)] = False
     ids = torch.tensor(sample.token_ids).where(counts, NOT_SCORED)
     return torch.cat([ids[1:], torch.tensor([NOT_SCORED])])
 
@@ -105,8 +116,7 @@ class LayerRunner:
         # scaled as by a server that allows the whole context
         self._rotary = rotary_table(config.rope, config.max_position_embeddings)[:longest].to(device)
         self._cache = KVCache(
-            replace(config, num_hidden_layers=1),
-            config.num_key_value_heads,
+            [CacheKind(num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim)],
             num_blocks=-(-longest // BLOCK),
             block_size=BLOCK,
             dtype=dtype,
@@ -141,15 +151,16 @@ class LayerRunner:
 @contextmanager
 def watch_inputs(layer: DecoderLayer, device: torch.device) -> Iterator[dict[str, Inputs]]:
     """What the layer's linear layers read while it runs, by the names of layer.READERS; finished at the end."""
-    attention = layer.self_attn
+    attention, mlp = layer.mixer, layer.feed_forward
+    assert isinstance(attention, Attention) and isinstance(mlp, DenseMLP), "run.py refuses decoders of other kinds"
     modules: dict[str, nn.Module] = {
         "qkv": attention.qkv_proj,
         "output": attention.o_proj,
-        "gate_up": layer.gate_up_proj,
-        "down": layer.down_proj,
+        "gate_up": mlp.gate_up_proj,
+        "down": mlp.down_proj,
     }
     sizes = {"qkv": layer.input_layernorm.numel(), "output": attention.sizes[0]}
-    sizes |= {"gate_up": sizes["qkv"], "down": next(iter(layer.gate_up_proj.outputs.values()))[1]}
+    sizes |= {"gate_up": sizes["qkv"], "down": next(iter(mlp.gate_up_proj.outputs.values()))[1]}
     found = {name: Inputs(size, device) for name, size in sizes.items()}
 
     def hook(inputs: Inputs) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import vlserve
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.decoder import DecoderLayer
+from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.weights import slot_of
 from vlserve.models.checkpoint import find_folder, read_checkpoint
 from vlserve.quantize.calibration import find_calibration, read_samples

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from vlserve.engine.loading import build_model
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.decoder import DecoderLayer
+from vlserve.llm.layer import DecoderLayer
+from vlserve.llm.layer_kinds import LAYER_KINDS
 from vlserve.llm.parallel import Split
 from vlserve.llm.shards import LIST, read_shards
 from vlserve.llm.weights import Target, checkpoint_files, fill, match_tensors, slot_of
@@ -106,7 +107,7 @@ class Source:
     def layer(self, index: int, dtype: torch.dtype, device: torch.device) -> DecoderLayer:
         """One decoder layer with its weights, in memory of its own."""
         with torch.device("meta"):
-            layer = DecoderLayer(self.config, Split())
+            layer = DecoderLayer(self.config, Split(), LAYER_KINDS[self.config.layer_types[index]])
         layer = layer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for own, target in layer.targets(""):
             self._fill(self._names[index][own], target)

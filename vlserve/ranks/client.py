@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import threading
+from array import array
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlserve.config import EngineConfig, SamplingParams
-from vlserve.engine.messages import Abort, Add, ImageRef, TokenEvent
+from vlserve.engine.messages import Abort, Add, MediaRef, PromptPositions, TokenEvent
 from vlserve.errors import EngineError
 from vlserve.ranks.shared_pixels import PixelFiles
 from vlserve.ranks.supervisor import Supervisor
 
 if TYPE_CHECKING:
+    from vlserve.models.architecture import Positions
     from vlserve.prompt.build import Prompt
 
 MAX_ATTEMPTS = 2  # of one request: one that ends its rank every time must not do so for ever
@@ -59,29 +61,30 @@ class EngineClient(Supervisor):
         """Events of one request; the last one has a finish_reason. Leaving early aborts it, and so does `timeout_s`."""
         self.check_alive()
         id = next(self._ids)
-        digests = [_salted(span.tiles.digest, prompt.cache_salt) for span in prompt.spans]
+        digests = [_salted(span.pixels.digest, prompt.cache_salt) for span in prompt.spans]
         request = Add(
             id=id,
             token_ids=prompt.token_ids,
-            images=[
-                ImageRef(start=span.start, num_tokens=span.tiles.num_tokens, digest=digest, num_tiles=len(span.tiles.pixels))
+            media=[
+                MediaRef(digest=digest, units=list(span.pixels.units), runs=span.runs)
                 for span, digest in zip(prompt.spans, digests, strict=True)
             ],
             sampling=sampling,
             max_tokens=max_tokens,
             cache_salt=prompt.cache_salt,
+            positions=None if prompt.positions is None else pack_positions(prompt.positions),
         )
         stream = Stream(loop=asyncio.get_running_loop(), queue=asyncio.Queue(), request=request)
         if digests:
-            tiles = [span.tiles.pixels.contiguous().view(-1).numpy().data for span in prompt.spans]
+            contents = [span.pixels.data.data for span in prompt.spans]
             left = threading.Event()
             try:
-                await asyncio.to_thread(self._share_pixels, id, digests, tiles, left)
+                await asyncio.to_thread(self._share_pixels, id, digests, contents, left)
             except asyncio.CancelledError:  # the thread goes on to its next picture
                 left.set()
                 self._release_pixels([id])
                 raise
-            del tiles
+            del contents
         try:
             with self._lock:
                 self.check_alive()
@@ -161,9 +164,9 @@ class EngineClient(Supervisor):
             with contextlib.suppress(RuntimeError):  # the loop was closed without waiting for its answers
                 loop.call_soon_threadsafe(_put_all, news)
 
-    def _share_pixels(self, id: int, digests: Sequence[bytes], tiles: Sequence[memoryview], left: threading.Event) -> None:
-        """Put the tiles where the ranks find them, unless the request has `left`."""
-        for digest, content in zip(digests, tiles, strict=True):
+    def _share_pixels(self, id: int, digests: Sequence[bytes], contents: Sequence[memoryview], left: threading.Event) -> None:
+        """Put the pictures where the ranks find them, unless the request has `left`."""
+        for digest, content in zip(digests, contents, strict=True):
             try:
                 self._pixels.put(digest, content)
             except BaseException:
@@ -191,3 +194,9 @@ def _put_all(news: list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]) -> None:
 def _salted(digest: bytes, salt: str) -> bytes:
     """A picture's name in the caches, different for every salt."""
     return hashlib.blake2b(digest + salt.encode(), digest_size=len(digest)).digest() if salt else digest
+
+
+def pack_positions(positions: Positions) -> PromptPositions:
+    """As the ranks take them."""
+    numbers = b"".join(array("i", axis).tobytes() for axis in positions.axes)
+    return PromptPositions(num_axes=len(positions.axes), numbers=numbers, next=positions.next)

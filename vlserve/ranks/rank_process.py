@@ -210,7 +210,6 @@ class _Rank:
 
     def _serve(self, engine: Engine, requests: zmq.Socket[bytes]) -> None:
         decoder = msgspec.msgpack.Decoder(ToRank)
-        tile_size = engine.runner.model.image_config.tile_size
         while True:
             ended: list[TokenEvent] = []
             received = _receive(requests, wait_s=0.0 if engine.has_work else TICK_S)
@@ -224,8 +223,7 @@ class _Rank:
                 if isinstance(message, Abort):
                     ended += engine.abort(message.ids)
                 elif isinstance(message, Add):
-                    store = engine.runner.pixels
-                    engine.add(message, [store.open(i.digest, i.num_tiles, tile_size) for i in message.images])
+                    engine.add(message)
             ended += engine.step()
             engine.runner.keep_alive(TICK_S)
             self._send(Step(events=ended, stats=engine.stats()))

@@ -1,4 +1,4 @@
-"""Pictures' tiles in shared memory, where every rank of this machine can map them.
+"""Preprocessed pictures in shared memory, where every rank of this machine can map them.
 
 A file is there while a request that needs it is open. Where shared memory is missing or full, files of an ordinary folder serve.
 """
@@ -32,8 +32,8 @@ class PixelFiles:
         self._users: Counter[bytes] = Counter()
         self._lock = threading.Lock()
 
-    def put(self, digest: bytes, tiles: memoryview) -> None:
-        """Tiles as plain bytes; raises OverloadedError when there is no room for them."""
+    def put(self, digest: bytes, content: memoryview) -> None:
+        """The units as plain bytes; raises OverloadedError when there is no room for them."""
         with self._lock:
             self._users[digest] += 1
             if self._users[digest] > 1:
@@ -43,16 +43,14 @@ class PixelFiles:
                 try:
                     with path.open("wb") as file:
                         if hasattr(os, "posix_fallocate"):  # a full file system says so here, not by a signal when it is mapped
-                            os.posix_fallocate(file.fileno(), 0, tiles.nbytes)
-                        file.write(tiles)
+                            os.posix_fallocate(file.fileno(), 0, content.nbytes)
+                        file.write(content)
                     return
                 except OSError:
                     path.unlink(missing_ok=True)
             del self._users[digest]
         where = " and ".join(str(folder.parent) for folder in self.folders)
-        raise OverloadedError(
-            f"there is no room for the picture's tiles in {where}; try again later, or send fewer pictures at once"
-        )
+        raise OverloadedError(f"there is no room for the picture in {where}; try again later, or send fewer pictures at once")
 
     def release(self, digest: bytes) -> None:
         with self._lock:

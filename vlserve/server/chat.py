@@ -74,12 +74,6 @@ def read_structured(body: StructuredBody | None) -> StructuredOutput | None:
     return StructuredOutput(**given | ({"choice": tuple(given["choice"])} if "choice" in given else {}))
 
 
-class PictureOptions(Strict):
-    """vLLM's mm_processor_kwargs."""
-
-    max_dynamic_patch: int | None = Field(None, ge=1, description="tiles a picture at most; the server's own bound stays")
-
-
 class ChatRequest(SamplingBody):
     messages: list[Any] = Field(description="OpenAI's messages: role and content, a text or a list of text and image_url parts")
     max_completion_tokens: int | None = None
@@ -98,7 +92,7 @@ class ChatRequest(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    mm_processor_kwargs: PictureOptions | None = None
+    mm_processor_kwargs: dict[str, Any] | None = Field(None, description="what the model's preprocessing takes for one request")
 
     @property
     def calls(self) -> bool:
@@ -153,7 +147,7 @@ class ChatRequest(SamplingBody):
             continue_final=bool(self.continue_final_message),
             add_generation_prompt=self.add_generation_prompt is not False,
             cache_salt=self.cache_salt or "",
-            max_tiles=self.mm_processor_kwargs.max_dynamic_patch if self.mm_processor_kwargs else None,
+            mm_processor_kwargs=self.mm_processor_kwargs or {},
         )
 
     def _structured(self) -> StructuredOutput | None:

@@ -10,11 +10,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlserve import Architecture
+from vlserve.models.tiles import TilePreprocessor, image_processor_settings, image_token_id, image_tokens
 from vlserve.vision.config import ImageConfig
 
 if TYPE_CHECKING:
     from vlserve.llm.parallel import Split
     from vlserve_llava.model import Llava
+
+
+def preprocessor(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> TilePreprocessor:
+    return TilePreprocessor(
+        image=read_image_config(config, image_processor_settings(files)),
+        tokens=image_tokens(files, ("", "<image>", "")),
+        image_token_id=image_token_id(config),
+    )
 
 
 def read_image_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageConfig:
@@ -37,10 +46,10 @@ def read_image_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -
     )
 
 
-def build(config: Mapping[str, Any], image_config: ImageConfig, split: Split) -> Llava:
+def build(config: Mapping[str, Any], preprocessor: TilePreprocessor, split: Split) -> Llava:
     from vlserve_llava.model import Llava
 
-    return Llava(config, image_config, split)
+    return Llava(config, preprocessor.image, split)
 
 
-LLAVA = Architecture(read_image_config=read_image_config, build=build, image_tokens=("", "<image>", ""))
+LLAVA = Architecture(preprocessor=preprocessor, build=build)

@@ -12,10 +12,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vlserve.llm.formats import Slot
 from vlserve.llm.parallel import Split
 from vlserve.models.base import Model, build_decoder
 from vlserve.vision.config import ImageConfig
+from vlserve.vision.tower import TileTower
 
 # timm's names for the encoder's parts, and the checkpoint's
 NAMES = {
@@ -28,11 +28,11 @@ NAMES = {
 }
 
 
-class Llava(Model):
-    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig, split: Split) -> None:
+class Siglip(TileTower):
+    """Encoder and projector to `width` channels."""
+
+    def __init__(self, vision: Mapping[str, Any], image_config: ImageConfig, width: int) -> None:
         super().__init__(image_config)
-        self.decoder = build_decoder(config, split)
-        vision, width = config["vision_config"], self.decoder.config.hidden_size
         self.encoder = VisionTransformer(
             img_size=vision["image_size"],
             patch_size=vision["patch_size"],
@@ -55,17 +55,9 @@ class Llava(Model):
         """Pictures [N, 3, S, S], normalised -> [N, K, C]."""
         return self.projector(self.encoder.forward_features(x))
 
-    def targets(self) -> dict[str, torch.Tensor | Slot]:
-        found: dict[str, torch.Tensor | Slot] = {f"vision_tower.{name}": tensor for name, tensor in self._encoder_targets()}
-        found.update({f"multi_modal_projector.{name}": p.data for name, p in self.projector.named_parameters()})
-        found.update({f"language_model.{name}": tensor for name, tensor in self.decoder.targets().items()})
-        return found
-
-    def rename(self, name: str) -> str | None:
-        renamed = super().rename(name)
-        if renamed is None or re.match(r"vision_tower\.(vision_model\.)?(post_layernorm|head)\.", renamed):
-            return None  # behind the layer whose output is used
-        return renamed.replace("vision_tower.vision_model.", "vision_tower.")  # as transformers 4 wrote it
+    def targets(self) -> dict[str, torch.Tensor]:
+        found = {f"vision_tower.{name}": tensor for name, tensor in self._encoder_targets()}
+        return found | {f"multi_modal_projector.{name}": p.data for name, p in self.projector.named_parameters()}
 
     def _encoder_targets(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.encoder.named_parameters():
@@ -80,3 +72,15 @@ class Llava(Model):
                     yield f"{prefix}self_attn.{part}_proj.{kind}", rows
             else:
                 yield f"{prefix}{NAMES[module]}.{kind}", parameter.data
+
+
+class Llava(Model):
+    def __init__(self, config: Mapping[str, Any], image_config: ImageConfig, split: Split) -> None:
+        decoder = build_decoder(config, split)
+        super().__init__(decoder, Siglip(config["vision_config"], image_config, decoder.config.hidden_size))
+
+    def rename(self, name: str) -> str | None:
+        renamed = super().rename(name)
+        if renamed is None or re.match(r"vision_tower\.(vision_model\.)?(post_layernorm|head)\.", renamed):
+            return None  # behind the layer whose output is used
+        return renamed.replace("vision_tower.vision_model.", "vision_tower.")  # as transformers 4 wrote it
