@@ -6,6 +6,6 @@
 * `triton.py`: kernels and what launches them, imported when first launched, on CUDA only
 * `__init__.py`: the operation (`op`), which checks and chooses
 
-What several operations need, and the tuner, stands beside the folders. This package knows torch, and nothing of models or
+What several operations need, and the tuner, stands beside the folders. The package knows torch and nothing of models, requests or
 checkpoints.
 """

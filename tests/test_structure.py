@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -20,6 +21,14 @@ ROOMS = (
     *("engine", "ranks", "pipeline", "doctor", "quantize", "server", "commands"),
 )
 OUTSIDE = ("kernels", "llm", "vision")  # at the top level of the repository, linked into the package
+OPERATIONS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
+OPERATION_FILES = {"__init__", "reference", "types", "cpu", "triton"}
+BESIDE = {  # what else an operation has files for
+    "attention": {"launch", "plan"},
+    "int4_pairs": {"launch"},
+    "rotary": {"table"},
+    "sampling": {"noise", "triton_filter"},
+}
 ENTRIES = ("vlserve", "vlserve.__main__", "vlserve.rank")  # name everything, and are imported by nobody
 MOVED = ("vlserve.engine.model",)  # an old name that leads to the new one
 
@@ -37,10 +46,17 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> set[str]:
-    """Everything that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from outside_functions(child)
+
+
+def imports(path: Path, *, lazy: bool = True) -> set[str]:
+    """Everything that a file imports, wherever in it, or without `lazy` outside of functions."""
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree) if lazy else outside_functions(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -90,6 +106,37 @@ def test_nothing_imports_in_a_circle() -> None:
     TopologicalSorter({name: ours(name) for name in inner()}).prepare()
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operations_files_are_named_as_every_others(operation: str) -> None:
+    files = {path.stem for path in (ROOT / "kernels" / operation).glob("*.py")}
+    assert {"__init__", "reference", "triton"} <= files
+    assert files - OPERATION_FILES == BESIDE.get(operation, set())
+    assert f'"vlserve.kernels.{operation}",' in (ROOT / "pyproject.toml").read_text(), "it is installed"
+
+
+def test_operations_import_one_another_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for name in (name for name in inner() if name.startswith("vlserve.kernels.")):
+        whole = ".".join(name.split(".")[:3])
+        graph.setdefault(whole, set()).update(
+            {".".join(found.split(".")[:3]) for found in ours(name)} - {whole, "vlserve.kernels"}
+        )
+    TopologicalSorter(graph).prepare()
+
+
+def is_of_triton(name: str) -> bool:
+    """Whether a module's name says that it needs Triton."""
+    return name.startswith("vlserve.kernels.") and name.split(".")[-1].startswith("triton")
+
+
+def test_triton_is_imported_where_it_is_launched() -> None:
+    """Within functions alone, but for files that are named after it."""
+    for name in (name for name in inner() if not is_of_triton(name)):
+        at_once = imports(modules()[name], lazy=False)
+        found = {other for other in at_once if other.split(".")[0] == "triton" or (other in modules() and is_of_triton(other))}
+        assert not found, f"{name} imports {sorted(found)} when it is imported"
+
+
 def test_the_core_knows_no_family_of_models() -> None:
     families = ("internvl", "qwen", "llava", "gemma")
     for room in ("engine", "ranks", "server"):
@@ -101,6 +148,7 @@ def test_the_core_knows_no_family_of_models() -> None:
 def test_tests_mirror_the_tree() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
     assert folders <= {*ROOMS, "examples", "benchmarks"}
+    assert sorted(path.parent.name for path in (ROOT / "tests/kernels").glob("*/__init__.py")) == OPERATIONS
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -122,7 +170,9 @@ def test_the_front_starts_without_torch() -> None:
 
 
 def test_it_runs_where_triton_does_not_exist() -> None:
-    code = "import sys; sys.modules['triton'] = None; import vlserve.engine.engine, vlserve.pipeline.local"
+    kernels = [name for name in inner() if name.startswith("vlserve.kernels") and not is_of_triton(name)]
+    names = ["vlserve.engine.engine", "vlserve.pipeline.local", *kernels]
+    code = f"import sys; sys.modules['triton'] = None; import {', '.join(names)}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,21 +1,18 @@
-"""4-bit and 8-bit products equal their definitions in float64: on the CPU, and as Triton computes them, in its interpreter."""
+"""4-bit products equal their definitions in float64: on the CPU, and as Triton computes them, in its interpreter."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from vlserve.kernels.head import int8_matmul
-from vlserve.kernels.head.cpu import int8_matmul_torch
-from vlserve.kernels.head.reference import int8_matmul_ref, quantise_rows
+from tests.kernels.int4.weights import INTERPRETED, TOLERANCE, poisoned, rms_ratio, weights
 from vlserve.kernels.int4 import awq_dequantize, awq_matmul
 from vlserve.kernels.int4 import cpu as int4_cpu
 from vlserve.kernels.int4.cpu import GROUPS, OperatorInt4, PackedInt4, PlainInt4, awq_matmul_cpu, operator_half, pack_for_cpu
 from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+__all__ = ["poisoned"]
+
 # outputs, inputs, inputs of a group
 SIZES = [
     *((n, 32, g) for n in (8, 24, 100) for g in (16, 32)),
@@ -25,15 +22,6 @@ SIZES = [
     (100, 1024, 512),
     (1, 20, 20),
 ]
-Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def weights(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> Weights:
-    """codes, scales and zeros; of several groups the first output's last one has scale 0, as padding has."""
-    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
-    scales = (torch.rand(outputs, inputs // group) / 10 + 0.01).to(dtype)
-    scales[0, 1:][-1:] = 0
-    return codes, scales, torch.randint(0, 17, scales.shape, dtype=torch.uint8)
 
 
 def spread_out(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
@@ -46,23 +34,6 @@ def spread_out(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -
         ],
         dtype=torch.float64,
     )
-
-
-def rms_ratio(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Root mean square of the error over that of the value."""
-    return float((got.double() - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt().clamp_min(1e-12))
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written to is full of NaN, or of the largest whole number."""
-    empty = torch.empty
-
-    def fill(*args: object, **kwargs: object) -> torch.Tensor:
-        tensor: torch.Tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", fill)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -79,7 +50,7 @@ def test_the_definition_is_that_of_each_weight(size: tuple[int, int, int]) -> No
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("operator_rows", (6, 0), ids=("operator", "spread out"))
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_cpu_form(
+def test_on_a_cpu(
     size: tuple[int, int, int], operator_rows: int, dtype: torch.dtype, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int4_cpu, "OPERATOR_ROWS", operator_rows)
@@ -142,12 +113,9 @@ def test_the_operator_is_no_less_exact_than_dense_weights() -> None:
     assert ratio < 2, ratio
 
 
-INTERPRETED = [torch.float32, torch.float16]  # the interpreter computes bfloat16 on raw bits
-
-
 @pytest.mark.parametrize("dtype", INTERPRETED)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_triton_form(size: tuple[int, int, int], dtype: torch.dtype, poisoned: None) -> None:
+def test_the_kernels(size: tuple[int, int, int], dtype: torch.dtype, poisoned: None) -> None:
     from vlserve.kernels.int4.triton import awq_dequantize_triton, awq_matmul_triton
 
     given = weights(*size, dtype)
@@ -171,38 +139,3 @@ def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
         awq_dequantize(codes, scales, zeros[:, :2])
     with pytest.raises(ValueError, match="torch.int8"):
         awq_dequantize(codes.view(torch.int8), scales, zeros)
-    with pytest.raises(ValueError, match=r"\(2, 31\), \(8, 32\), \(8,\)"):
-        int8_matmul(torch.zeros(2, 31), torch.zeros(8, 32, dtype=torch.int8), torch.zeros(8))
-    with pytest.raises(ValueError, match="torch.uint8 and torch.float32"):
-        int8_matmul(torch.zeros(2, 32), torch.zeros(8, 32, dtype=torch.uint8), torch.zeros(8))
-
-
-def interpreted(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    from vlserve.kernels.head.triton import int8_matmul_triton
-
-    return int8_matmul_triton(x, codes, scales)
-
-
-HEADS = [(int8_matmul_torch, dtype) for dtype in TOLERANCE] + [(interpreted, dtype) for dtype in INTERPRETED]
-
-
-@pytest.mark.parametrize("form,dtype", HEADS, ids=lambda v: getattr(v, "__name__", str(v)))
-@pytest.mark.parametrize("outputs,inputs", [(1, 5), (8, 32), (24, 96), (100, 20), (9, 4128)])
-def test_the_head(form: Callable[..., torch.Tensor], dtype: torch.dtype, outputs: int, inputs: int, poisoned: None) -> None:
-    codes, scales = quantise_rows(torch.randn(outputs, inputs).to(dtype))
-    for rows in (1, 3, 17):
-        x = 100 * torch.randn(rows, inputs).to(dtype)
-        got, want = form(x, codes, scales), int8_matmul_ref(x.double(), codes, scales)
-        assert got.shape == want.shape and got.dtype == dtype
-        on_cpu = dtype == torch.float16 and form is int8_matmul_torch  # computed in bfloat16
-        assert rms_ratio(got, want) < TOLERANCE[torch.bfloat16 if on_cpu else dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rows_are_quantised_to_half_a_step(dtype: torch.dtype) -> None:
-    weight = (torch.randn(700, 900) * torch.logspace(-6, 2, 700)[:, None]).to(dtype)  # more than one block
-    weight[3] = 0
-    codes, scales = quantise_rows(weight)
-    assert scales.dtype == torch.float32 and torch.equal(scales, scales.bfloat16().float())
-    assert int(codes.abs().max()) == 127 and not codes[3].any() and scales[3] == 0
-    assert ((codes * scales[:, None] - weight.float()).abs() <= 0.5001 * scales[:, None]).all()

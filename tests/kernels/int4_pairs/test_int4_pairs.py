@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.test_awq import TOLERANCE, poisoned, rms_ratio, weights
+from tests.kernels.int4.weights import TOLERANCE, poisoned, rms_ratio, weights
 from vlserve.kernels import group_sums, int4_pairs
 from vlserve.kernels.group_sums.reference import empty_sums
 from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
@@ -25,8 +25,8 @@ from vlserve.llm.parallel import Span
 from vlserve.llm.quantisation import INT4, Quantisation
 
 pytest.importorskip("triton")
-triton_form: Any = pytest.importorskip("vlserve.kernels.int4_pairs.triton")
-sums_form: Any = pytest.importorskip("vlserve.kernels.group_sums.triton")
+pairs_triton: Any = pytest.importorskip("vlserve.kernels.int4_pairs.triton")
+sums_triton: Any = pytest.importorskip("vlserve.kernels.group_sums.triton")
 __all__ = ["poisoned"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +88,7 @@ def test_the_product(
     x = torch.randn(rows, size[1]).to(DEVICE, dtype)
     padded = F.pad(x, (0, ours.padded_inputs - ours.inputs))
     out = torch.empty(parts, rows, size[0], device=DEVICE)  # in float32, so that nothing but the sums is rounded
-    triton_form.multiply_parts(padded, ours, sums_form.group_sums_triton(padded, ours.empty_sums(padded)), launch, out)
+    pairs_triton.multiply_parts(padded, ours, sums_triton.group_sums_triton(padded, ours.empty_sums(padded)), launch, out)
     # what a magic number adds is taken off again: of float16's 1024 more is lost than of bfloat16's 128
     tolerance = 1e-4 if dtype == torch.float16 else 2e-5
     assert rms_ratio(out.sum(0), awq_matmul_ref(x.double(), *given)) < tolerance
@@ -98,7 +98,7 @@ def test_the_product(
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_weights_are_spread_out_as_defined(size: tuple[int, int, int], dtype: torch.dtype, poisoned: None) -> None:
     ours, given = packed(*size, dtype)
-    got, want = triton_form.pairs_dequantize_triton(ours)[:, : size[1]], awq_dequantize_ref(*given)
+    got, want = pairs_triton.pairs_dequantize_triton(ours)[:, : size[1]], awq_dequantize_ref(*given)
     if dtype == torch.float16:
         assert torch.equal(got, want)
     else:  # which the interpreter cuts off
@@ -110,7 +110,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Tensors on the CPU are treated as a small GPU's."""
     for module in (int4_pairs, formats_int4, group_sums):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)
-    monkeypatch.setattr(triton_form, "device_of", lambda index: ("sm_90", 2))
+    monkeypatch.setattr(pairs_triton, "device_of", lambda index: ("sm_90", 2))
 
 
 def layer(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> tuple[GroupedInt4Format, tuple[torch.Tensor, ...]]:

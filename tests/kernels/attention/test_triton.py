@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.test_kernels import TOLERANCE, paged, rms_ratio, tensors
-from tests.kernels.test_kv_codes import KINDS
+from tests.kernels.caches import DEVICE, KINDS, moved, paged
+from tests.kernels.errors import TOLERANCE, rms_ratio
 from vlserve.kernels.attention import plan as attention_plan
 from vlserve.kernels.attention.reference import paged_attention_ref
 from vlserve.kernels.attention.types import AttentionMetadata
@@ -21,9 +21,8 @@ from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 pytest.importorskip("triton")
 from tests.kernels.bfloat16 import compute_bfloat16
 
-triton_form: Any = pytest.importorskip("vlserve.kernels.attention.triton")
+attention_triton: Any = pytest.importorskip("vlserve.kernels.attention.triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CACHES = [pytest.param(None, id="same"), *KINDS]
 Mix = tuple[tuple[int, ...], tuple[int, ...]]
@@ -33,11 +32,6 @@ Mix = tuple[tuple[int, ...], tuple[int, ...]]
 def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         compute_bfloat16(monkeypatch)
-
-
-def moved(blocks: Blocks) -> Blocks:
-    there = [tensor.to(DEVICE) for tensor in tensors(blocks)]
-    return QuantizedBlocks(*there) if isinstance(blocks, QuantizedBlocks) else there[0]
 
 
 def poison_what_is_past_the_end(blocks: Blocks) -> None:
@@ -52,7 +46,7 @@ def attend(
     """The result, and the metadata with its launches."""
     there = replace(metadata, block_tables=metadata.block_tables.to(DEVICE), launches={})
     caches = moved(keys), moved(values)
-    got = triton_form.paged_attention_triton(query.to(DEVICE), *caches, there, query.shape[-1] ** -0.5, num_sms=num_sms)
+    got = attention_triton.paged_attention_triton(query.to(DEVICE), *caches, there, query.shape[-1] ** -0.5, num_sms=num_sms)
     return got.cpu(), there
 
 
@@ -140,5 +134,5 @@ def test_a_step_is_planned_once_for_all_layers() -> None:
     query, keys, values, metadata, _ = paged((1,), (5,), heads=2, kv_heads=1, dim=16, size=16, dtype=torch.float32)
     _, there = attend(query, keys, values, metadata)
     (planned,) = there.launches.values()
-    triton_form.paged_attention_triton(query.to(DEVICE), moved(keys), moved(values), there, 0.25, num_sms=16)
+    attention_triton.paged_attention_triton(query.to(DEVICE), moved(keys), moved(values), there, 0.25, num_sms=16)
     assert next(iter(there.launches.values())) is planned

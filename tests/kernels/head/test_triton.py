@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.test_kernels import TOLERANCE, rms_ratio
+from tests.kernels.errors import TOLERANCE, rms_ratio
 from vlserve.kernels.head import head_matmul
 from vlserve.kernels.head.reference import head_matmul_ref
 

@@ -1,27 +1,16 @@
-"""Keys and values in eight bits: codes within half a step, nothing lost to outliers or zeros; attention as it is defined."""
+"""Keys and values in eight bits: codes within half a step, nothing lost to outliers or zeros; stored as defined."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.kernels.test_kernels import DTYPES, TOLERANCE, paged, poisoned, rms_ratio, tensors
-from vlserve.kernels.attention import paged_attention
-from vlserve.kernels.attention.reference import paged_attention_ref
+from tests.kernels.caches import KINDS, awkward, poisoned, tensors
+from tests.kernels.errors import DTYPES
 from vlserve.kernels.kv_cache import store_kv
 from vlserve.kernels.kv_cache.cpu import dequantize, quantize
 from vlserve.kernels.kv_cache.reference import dequantize_ref, quantize_ref, store_kv_ref
 from vlserve.kernels.kv_cache.types import LARGEST, QuantizedBlocks
-
-KINDS = [pytest.param(torch.int8, id="int8"), pytest.param(torch.uint8, id="fp8")]
-SIZES = torch.tensor([1, 1e-3, 300, 0, 6e4, 1e-7, 3, 1])  # of a token's numbers; 0 is a token of zeros
-
-
-def awkward(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """A token of each size, one with an outlier a thousand times the rest."""
-    x = torch.randn(len(SIZES), heads, dim).clamp(-1, 1) * SIZES[:, None, None]
-    x[6, 0, 0] = 3000
-    return x.to(dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +58,7 @@ def test_every_code_is_read_as_torch_reads_it(dtype: torch.dtype, kind: torch.dt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_store_kv_equals_its_definition_and_touches_nothing_else(kind: torch.dtype) -> None:
+def test_codes_are_stored_as_defined_and_nothing_else_is_touched(kind: torch.dtype) -> None:
     for dtype in DTYPES:
         key, value = awkward(2, 4, dtype), awkward(2, 4, dtype)
         slots = torch.randperm(40)[: len(key)]
@@ -84,34 +73,17 @@ def test_store_kv_equals_its_definition_and_touches_nothing_else(kind: torch.dty
             assert int(scales.isnan().all(-1).sum()) == 40 - len(key)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mix", [((1, 1, 1), (1, 63, 129)), ((5,), (129,)), ((1, 7, 1, 63, 2), (63, 7, 1, 129, 2))], ids=str)
-@pytest.mark.parametrize("heads,kv_heads,dim,size", [(6, 2, 64, 16), (14, 2, 80, 5)])
-def test_paged_attention_equals_its_definition_in_float64(
-    mix: tuple[tuple[int, ...], tuple[int, ...]],
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    size: int,
-    dtype: torch.dtype,
-    kind: torch.dtype,
-) -> None:
-    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "size": size}
-    query, keys, values, metadata, plain = paged(*mix, **shape, dtype=dtype, kind=kind)
-    want = paged_attention_ref(query.double(), keys, values, metadata, dim**-0.5)
-    assert not want.isnan().any()
-    for operation in (paged_attention, paged_attention_ref):
-        got = operation(query, keys, values, metadata, dim**-0.5)
-        assert got.dtype == dtype and rms_ratio(got, want) < TOLERANCE[dtype], operation.__name__
-    exact = torch.cat(
-        [
-            torch.nn.functional.scaled_dot_product_attention(
-                *(t.double().transpose(0, 1) for t in (q, k, v)),
-                attn_mask=torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q)),
-                enable_gqa=True,
-            ).transpose(0, 1)
-            for q, k, v in plain
-        ]
-    )
-    assert rms_ratio(want, exact) < {torch.int8: 0.015, torch.uint8: 0.05}[kind]
+def test_store_kv_equals_its_definition_and_touches_nothing_else() -> None:
+    for dtype in DTYPES:
+        key, value = torch.randn(9, 2, 4).to(dtype), torch.randn(9, 2, 4).to(dtype)
+        slots = torch.randperm(40)[:9]
+        caches = [torch.full((8, 5, 2, 4), 7.0, dtype=dtype) for _ in range(4)]
+        store_kv(key, value, caches[0], caches[1], slots)
+        store_kv_ref(key, value, caches[2], caches[3], slots)
+        assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
+        assert int((caches[0] == 7.0).all(-1).all(-1).sum()) == 31
+
+
+def test_what_does_not_fit_the_cache_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit a cache"):
+        store_kv(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), *[torch.zeros(2, 4, 2, 4)] * 2, torch.zeros(2, dtype=torch.int64))

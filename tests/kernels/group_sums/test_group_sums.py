@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.kernels.test_awq import poisoned
+from tests.kernels.int4.weights import poisoned
 from vlserve.kernels.gate import silu_mul
 from vlserve.kernels.group_sums import group_sums
 from vlserve.kernels.group_sums.reference import empty_sums, group_sums_ref
@@ -62,9 +62,9 @@ def test_a_kernel_of_their_own(size: tuple[int, int], rows: int, dtype: torch.dt
     inputs, group = size
     x = torch.randn(rows, inputs).to(dtype)
     want = by_hand(x, group)
-    for form in (group_sums_ref, group_sums, sums_triton.group_sums_triton):
+    for implementation in (group_sums_ref, group_sums, sums_triton.group_sums_triton):
         out = empty_sums(x.to(DEVICE), inputs, group)
-        assert form(x.to(DEVICE), out) is out
+        assert implementation(x.to(DEVICE), out) is out
         close(out, x, want)
 
 
@@ -93,9 +93,9 @@ def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_what_makes_activations_sums_them(maker: str, size: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
     inputs, group = size
     x = torch.randn(rows, 2 * inputs).to(DEVICE, dtype)
-    for form in MAKERS[maker]:
+    for implementation in MAKERS[maker]:
         sums = empty_sums(x, inputs, group)
-        made = form(x, sums)
+        made = implementation(x, sums)
         assert made.shape == (rows, inputs)
         close(sums, made.cpu(), by_hand(made.cpu(), group))  # those of the rounded numbers
 
@@ -116,9 +116,9 @@ def test_activations_do_not_change(maker: str) -> None:
 @pytest.mark.parametrize("tokens,inputs", [(2, 300), (3, 512)])
 def test_room_that_does_not_fit_is_refused(tokens: int, inputs: int, maker: str) -> None:
     x = torch.randn(3, 2 * 300).to(DEVICE, torch.float16)
-    for form in MAKERS[maker]:
+    for implementation in MAKERS[maker]:
         with pytest.raises(ValueError, match=r"no room for those of \(3, 300\) torch.float16"):
-            form(x, empty_sums(x[:tokens], inputs, 128))
+            implementation(x, empty_sums(x[:tokens], inputs, 128))
 
 
 def test_room_is_what_weights_in_pairs_take() -> None:
