@@ -1,17 +1,10 @@
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a network
-# one thread of torch's a process, here and in ranks: models are tiny, and threads that wait for one another spin
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not Path("/dev/nvidiactl").exists():  # Triton's kernels then run on the CPU, interpreted; it reads this when it is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
