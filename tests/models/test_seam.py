@@ -12,18 +12,22 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engine.graphed import Again, launch_triton
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import TIE, add, engine, prompt, run
 from tests.models.toy_family import LEVELS, TOY, Reference, make_toy
-from vlserve.config import SamplingParams
-from vlserve.engine.engine import Engine
+from vlserve.config import EngineConfig, SamplingParams
+from vlserve.engine.engine import Engine, Seat
 from vlserve.engine.feature_encoder import deal
 from vlserve.engine.messages import TokenEvent
+from vlserve.errors import ConfigError
+from vlserve.kernels.attention import plan as attention_plan
 from vlserve.llm.kv_cache import block_bytes
 from vlserve.models import registry
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.plan.tp_plan import make_plan
 from vlserve.prompt.build import Prompt
+from vlserve.quantize.source_checkpoint import Source
 
 SIZES = ((9, 13), (16, 4), (4, 4), (30, 22), (4, 33), (9, 13))
 GIB = 2**30
@@ -136,6 +140,21 @@ def test_on_two_ranks(options: dict[str, Any], folder: Path, asked: Asked) -> No
         assert encoded[0] == encoded[1] > 0
 
 
+def test_as_on_a_gpu(folder: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels, interpreted, with windows; decode steps through fixed buffers with positions of three parts; overlap."""
+    launch_triton(monkeypatch)
+    monkeypatch.setattr(attention_plan, "INTERPRETERS", (2, 80))
+    options = {"max_num_seqs": 3, "kv_cache_gib": 0.001, "max_model_len": 96, "dtype": "float32", "device": "cpu"}
+    ours = Engine(EngineConfig(model=str(folder), **options), seat=Seat(recorder=Again()))  # type: ignore[arg-type]
+    ours.overlaps = True
+    some = [(p, want[:4]) for p, want in asked[:3]]
+    for id, (p, want) in enumerate(some):
+        add(ours, id, p, SamplingParams(ignore_eos=True, logprobs=1), len(want))
+    events = run(ours)
+    same([events[id] for id in range(len(some))], some)
+    assert ours.runner.decodes is not None and ours.runner.decodes.graphs.recorded
+
+
 def test_levels_are_kept_with_the_features(folder: Path, asked: Asked) -> None:
     ours = engine(folder)
     answers(ours, asked)
@@ -171,3 +190,8 @@ def test_units_are_dealt_by_cost() -> None:
         busiest = max(sum(costs[unit] for unit in share) for share in shares)
         least = max(sum(costs) / number, max(costs))
         assert busiest <= 2 * least
+
+
+def test_it_is_refused_for_calibration_with_what_stands_in_the_way(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pictures' features of 2 levels, positions of 3 parts, with which vlserve quantize"):
+        Source(read_checkpoint(folder))
