@@ -27,7 +27,7 @@ DTYPES = (*HALF, "fp32")
 PER_WEIGHT = {16: 2.5, 32: 3.5, 64: 4.0}
 FINER = {80: ("fp16", 32), 100: ("fp16", 64)}  # inputs of a group, by architecture
 FINER_ELSEWHERE = ("bf16", 32)
-# as in sampling's triton.py and triton_filter.py, which only import where Triton is
+# as in kernels/sampling/triton.py and triton_filter.py, which only import where Triton is
 DRAWN, COLUMNS, GROUP, TURN = 1024, 8, 32, 64
 REGISTERS = {16: 170, 32: ALL, 64: ALL}
 

@@ -32,7 +32,7 @@ COMPILING_PAUSE_S = 0.005  # when grammars are compiled and there is nothing els
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Where a rank sits: the ranks it shares the model with, its place on its machine, where it finds pictures' tiles, and what
+    """Where a rank sits: the ranks it shares the model with, its place on its machine, where it finds pictures' units, and what
     makes graphs for it where that is not CUDA."""
 
     group: Group = ALONE
