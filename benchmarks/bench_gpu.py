@@ -52,7 +52,7 @@ def wanted_cases(models: list[Sizes], *, quick: bool) -> list[Case]:
 
 
 def small_cases() -> list[Case]:
-    """One of each kind, small enough for the CPU's own forms."""
+    """One of each kind, small enough for the CPU's own implementations."""
     cases = [product("tiny", "256 x 256", 256, 256, rows) for rows in (3, 40, 200)]
     cases += [spread_out("tiny", "256 x 256", 256, 256), int8_head("tiny", 300, 64, 3), head("tiny", 300, 64, 3)]
     cases += [greedy("tiny", 300, 3), drawing("tiny", 300, 3), encoder_norm(TINY, 2)]
@@ -71,7 +71,7 @@ def dry_run(args: argparse.Namespace, report: Report) -> None:
     for case in small_cases():
         found = case.build(torch.device("cpu")).difference()
         if found.within(case.tolerance):
-            print(f"the CPU's own form is right: {case.kernel}, {case.shape}: {found}")
+            print(f"the CPU's own implementation is right: {case.kernel}, {case.shape}: {found}")
         else:
             report.fail(case.name, str(found))
     rehearse(report)
@@ -83,7 +83,7 @@ def dry_run(args: argparse.Namespace, report: Report) -> None:
 
 
 def choose_model(device: torch.device) -> str:
-    """8b, or 1b where that does not fit in either form."""
+    """8b, or 1b where that does not fit with either weights."""
     free = torch.cuda.mem_get_info(device)[0]
     return "8b" if free > needed_bytes(MODELS["8b"], "awq", 8) else "1b"
 

@@ -17,7 +17,8 @@ from vlserve.config import EngineConfig, SamplingParams, StructuredOutput
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import Add
 from vlserve.models.checkpoint import find_folder, read_checkpoint
-from vlserve.prompt.build import Message, PromptBuilder, Text
+from vlserve.prompt.build import PromptBuilder
+from vlserve.prompt.conversation import Message, Text
 
 ITEM = {
     "type": "object",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlserve.llm.formats import Slot
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 from vlserve.models.checkpoint import DEMO, read_checkpoint
 
 TEXT = {

@@ -24,10 +24,10 @@ from vlserve.config import EngineConfig
 from vlserve.engine.loading import load_model  # and what it imports: their memory is not the weights'
 from vlserve.engine.memory import release_leftovers, weight_bytes
 from vlserve.llm.formats import Slot
-from vlserve.llm.packing import AWQ_GEMM
-from vlserve.llm.parallel import Group, Split
+from vlserve.llm.int4_packing import AWQ_GEMM
+from vlserve.llm.tensor_parallel import Group, Split
 from vlserve.models.checkpoint import read_checkpoint
-from vlserve.vision import internvit as _encoder  # noqa: F401  (its libraries take memory of their own)
+from vlserve.vision import internvit_tower as _encoder  # noqa: F401  (its libraries take memory of their own)
 
 TEXT = {
     "model_type": "qwen2",

@@ -15,7 +15,7 @@ from vlserve.llm.config import DecoderConfig
 from vlserve.llm.kv_cache import CacheKind
 from vlserve.llm.layer import Mixer
 from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 
 class Attention(Mixer):

@@ -23,7 +23,7 @@ from vlserve.llm.kv_cache import CacheKind, KVCache
 from vlserve.llm.layer import DecoderLayer, LayerKind
 from vlserve.llm.layer_kinds import LAYER_KINDS
 from vlserve.llm.linear import Linear
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 LAYERS = "model.layers."
 

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from vlserve.llm.decoder import LAYERS, Decoder
 from vlserve.llm.formats import Format, ReadSlot, Slot
 from vlserve.llm.formats_8bit import WEIGHT, EightBitFormat, Fp8Format, Int8Format
-from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
+from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
+from vlserve.llm.int4_packing import AWQ, COMPRESSED, GPTQ, Layout, input_order
 from vlserve.llm.linear import Linear
-from vlserve.llm.packing import AWQ, COMPRESSED, GPTQ, Layout, input_order
-from vlserve.llm.parallel import Span
 from vlserve.llm.quantisation import FP8, INT4, INT8, Quantisation
+from vlserve.llm.tensor_parallel import Span
 from vlserve.llm.weights import Rename, checkpoint_files
 
 PACKED = (GPTQ.codes.name, COMPRESSED.codes.name)
@@ -146,7 +146,7 @@ class Finder:
             if not has_zeros:
                 del shapes[layout.zeros.name]
             self._check_tensors(name, layout, shapes, given)
-        form = Int4Form(
+        form = Int4Storage(
             layout=layout,
             group=given.group_size,
             has_zeros=has_zeros,

@@ -12,7 +12,7 @@ from torch import nn
 from vlserve.kernels.head import head_matmul, int8_matmul
 from vlserve.kernels.head.reference import quantise_rows
 from vlserve.llm.formats import Slot
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 
 class Int8Rows(nn.Module):

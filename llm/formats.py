@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.llm.parallel import Span
+from vlserve.llm.tensor_parallel import Span
 
 
 @dataclass(frozen=True, slots=True, eq=False)

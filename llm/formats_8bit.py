@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlserve.llm.formats import ReadSlot, Slot
-from vlserve.llm.parallel import Span
 from vlserve.llm.quantisation import padded_groups
+from vlserve.llm.tensor_parallel import Span
 
 WEIGHT = "weight"
 ROWS_AT_ONCE = 256  # that are converted by way of float32

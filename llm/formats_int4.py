@@ -20,13 +20,13 @@ from vlserve.kernels.int4_pairs import ROWS, PairedWeights, pack_for_gpu
 from vlserve.kernels.int4_pairs.reference import takes_pairs
 from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.formats import ReadSlot, Slot
-from vlserve.llm.packing import MIDDLE, Layout, pack_pairs, stored_zeros_are_less
-from vlserve.llm.parallel import Span
+from vlserve.llm.int4_packing import MIDDLE, Layout, pack_pairs, stored_zeros_are_less
 from vlserve.llm.quantisation import grouped
+from vlserve.llm.tensor_parallel import Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Int4Form:
+class Int4Storage:
     """How a checkpoint stores a layer: `group` inputs share a scale, None for all of a row.
 
     `has_zeros`: zero points are stored; `zeros_are_less`: by one, None where their values tell; `order`: the inputs group by
@@ -44,7 +44,7 @@ class GroupedInt4Format(nn.Module):
     """codes [N, K/2], two to a byte, the even input in the lower half; scales and zeros [N, K/g]."""
 
     def __init__(
-        self, in_span: Span, in_features: int, outputs: dict[str, tuple[Span, int]], form: Int4Form, dtype: torch.dtype
+        self, in_span: Span, in_features: int, outputs: dict[str, tuple[Span, int]], form: Int4Storage, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.in_span, self.in_features, self.outputs, self.form = in_span, in_features, outputs, form

@@ -21,7 +21,7 @@ from vlserve.llm.config import DecoderConfig
 from vlserve.llm.formats import Slot
 from vlserve.llm.kv_cache import CacheKind
 from vlserve.llm.linear import Linear
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 
 class Half(nn.Module, ABC):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vlserve.llm.formats import DenseFormat, Format, Slot
-from vlserve.llm.parallel import Group, Span
+from vlserve.llm.tensor_parallel import Group, Span
 
 
 class ColumnParallelLinear(nn.Module):

@@ -10,7 +10,7 @@ from vlserve.kernels.gate import silu_mul
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.layer import FeedForward
 from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 
 class DenseMLP(FeedForward):

@@ -147,11 +147,11 @@ def _gptq(given: Mapping[str, Any], where: str) -> Quantisation:
 
 
 def _dynamic(rules: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """GPTQModel's rules by pattern: those with "-:" leave layers out, the others must not change the form."""
+    """GPTQModel's rules by pattern: those with "-:" leave layers out, the others must not change the format."""
     for pattern, rule in rules.items():
         for key in ("bits", "group_size", "desc_act", "sym"):
             if not pattern.startswith("-:") and isinstance(rule, Mapping) and key in rule:
-                raise ValueError(f"{where}.dynamic[{pattern!r}] sets {key}; supported: one form for all quantised layers")
+                raise ValueError(f"{where}.dynamic[{pattern!r}] sets {key}; supported: one format for all quantised layers")
     return tuple("re:" + pattern.removeprefix("-:") for pattern in rules if pattern.startswith("-:"))
 
 
@@ -176,10 +176,12 @@ def _compressed(given: Mapping[str, Any], where: str) -> Quantisation:
     groups = given.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
         raise ValueError(f"{where}.config_groups is {groups!r}; expected an object with a group of weights")
-    forms = [(dict(group.get("weights") or {}), group.get("format") or given.get("format")) for group in groups.values()]
-    if any(form != forms[0] for form in forms):
-        raise ValueError(f"{where}.config_groups has {len(forms)} groups stored in different ways; supported: one form for all")
-    weights, written = forms[0]
+    formats = [(dict(group.get("weights") or {}), group.get("format") or given.get("format")) for group in groups.values()]
+    if any(entry != formats[0] for entry in formats):
+        raise ValueError(
+            f"{where}.config_groups has {len(formats)} groups stored in different ways; supported: one format for all"
+        )
+    weights, written = formats[0]
     key = f"{where}.config_groups weights"
     kind = _compressed_kind(weights, written, where, key)
     strategies = {INT4: ("group", "channel"), FP8: ("tensor", "channel", "block"), INT8: ("tensor", "channel")}[kind]
@@ -197,8 +199,8 @@ def _compressed(given: Mapping[str, Any], where: str) -> Quantisation:
 
 
 def _compressed_kind(weights: Mapping[str, Any], written: Any, where: str, key: str) -> str:
-    forms = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
-    _check(where, "format", written, forms)
+    formats = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
+    _check(where, "format", written, formats)
     number = _check(key, "type", weights.get("type", "int"), ("float",) if written == "float-quantized" else ("int", "float"))
     _check(key, "num_bits", weights.get("num_bits"), (4,) if written == "pack-quantized" else (8,))
     if written == "pack-quantized":

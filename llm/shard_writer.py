@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 
 from vlserve.llm.formats import Slot
-from vlserve.llm.parallel import Group, Span
+from vlserve.llm.tensor_parallel import Group, Span
 from vlserve.llm.weights import Rename, Target, fill, match_tensors, slot_of
 
 SHARED = "shared.safetensors"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 
 class SlidingAttention(Attention):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vlserve.llm.formats import ReadSlot, Slot
-from vlserve.llm.parallel import Span
+from vlserve.llm.tensor_parallel import Span
 
 Target = torch.Tensor | Slot
 Rename = Callable[[str], str | None]

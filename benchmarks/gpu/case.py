@@ -48,7 +48,7 @@ class Built:
 class Case:
     """`plan` says how it is launched on (architecture as 90, multiprocessors); `build` makes its inputs on a device.
 
-    `kernels`: what is launched on a card, one after the other, in our form.
+    `kernels`: what is launched on a card, one after the other, by our implementation.
     """
 
     model: str

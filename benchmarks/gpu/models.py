@@ -19,12 +19,12 @@ from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.measure import Difference, difference, recorded
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
+from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
+from vlserve.llm.int4_packing import AWQ_GEMM
 from vlserve.llm.kv_cache import KVCache
-from vlserve.llm.packing import AWQ_GEMM
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 from vlserve.vision.config import read_encoder_config, read_image_config
-from vlserve.vision.internvit import InternVit
+from vlserve.vision.internvit_tower import InternVit
 
 PAGE = 16
 TOLERANCE = Difference(0.15, 1.0)  # of logits, between a prompt at once and its last token by itself: all layers' rounding
@@ -42,14 +42,14 @@ class Model(nn.Module):
         self.tower = InternVit(vision, read_image_config({}, vision), sizes.hidden)
 
 
-def build_model(sizes: Sizes, form: str, device: torch.device) -> Model:
-    """In bfloat16; `form` is "bf16" or "awq"."""
+def build_model(sizes: Sizes, weights: str, device: torch.device) -> Model:
+    """In bfloat16; `weights` is "bf16" or "awq"."""
     with torch.device("meta"):
         model = Model(sizes).to(torch.bfloat16)
-        for _, linear in model.decoder.linears() if form == "awq" else ():
+        for _, linear in model.decoder.linears() if weights == "awq" else ():
             old = linear.format
             linear.format = GroupedInt4Format(
-                old.in_span, old.in_features, old.outputs, Int4Form(layout=AWQ_GEMM, group=GROUP), torch.bfloat16
+                old.in_span, old.in_features, old.outputs, Int4Storage(layout=AWQ_GEMM, group=GROUP), torch.bfloat16
             )
     model.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():

@@ -46,7 +46,7 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """A decoder in Qwen2's form and its encoder."""
+    """A decoder of Qwen2's shape and its encoder."""
 
     name: str
     hidden: int
@@ -73,9 +73,9 @@ class Sizes:
         """Numbers in the products of all layers."""
         return self.layers * sum(outputs * inputs for outputs, inputs in self.linears.values())
 
-    def step_bytes(self, form: str) -> int:
-        """Weights that a step reads: layers, norms, biases and the head, which is 16-bit in both forms ("bf16", "awq")."""
-        layers = int4_bytes(self.weights) if form == "awq" else 2 * self.weights
+    def step_bytes(self, weights: str) -> int:
+        """Weights that a step reads: layers, norms, biases and the head, which is 16-bit in both ("bf16", "awq")."""
+        layers = int4_bytes(self.weights) if weights == "awq" else 2 * self.weights
         norms = (2 * self.layers + 1) * self.hidden * 2
         biases = self.layers * self.linears["qkv_proj"][0] * 2
         return layers + norms + biases + 2 * self.vocab * self.hidden
@@ -84,19 +84,19 @@ class Sizes:
         """Keys and values of a token in 16 bits, all layers."""
         return self.layers * cache_bytes(self.kv_heads, self.dim, "auto")
 
-    def decode(self, form: str, batch: int, context: int) -> Work:
+    def decode(self, weights: str, batch: int, context: int) -> Work:
         """A step of `batch` sequences with `context` tokens each."""
         attention = 4 * batch * context * self.heads * self.dim * self.layers
         return Work(
-            self.step_bytes(form) + batch * context * self.token_bytes(),
+            self.step_bytes(weights) + batch * context * self.token_bytes(),
             2 * batch * (self.weights + self.vocab * self.hidden) + attention,
         )
 
-    def prefill(self, form: str, batch: int, tokens: int) -> Work:
+    def prefill(self, weights: str, batch: int, tokens: int) -> Work:
         """`batch` prompts of `tokens` each; the logits of the last ones."""
         attention = 4 * batch * tokens * (tokens + 1) // 2 * self.heads * self.dim * self.layers
         return Work(
-            self.step_bytes(form) + 2 * batch * tokens * self.token_bytes(),
+            self.step_bytes(weights) + 2 * batch * tokens * self.token_bytes(),
             2 * batch * (tokens * self.weights + self.vocab * self.hidden) + attention,
         )
 

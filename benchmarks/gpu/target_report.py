@@ -92,4 +92,4 @@ def _measured(target: Target, report: Report, rates: Rates, card: Card) -> tuple
 def _step_seconds(report: Report, key: tuple[str, str, str] | None) -> float | None:
     """Of a step as a graph."""
     rows = (row for row in report.models if "graph_milliseconds" in row)
-    return next((row["graph_milliseconds"] / 1e3 for row in rows if (row["model"], row["form"], row["what"]) == key), None)
+    return next((row["graph_milliseconds"] / 1e3 for row in rows if (row["model"], row["weights"], row["what"]) == key), None)

@@ -36,7 +36,7 @@ BANDWIDTH, FLOOR, STEP = "bandwidth", "floor", "step"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """`factors`: by card; one that is not there has no target. `key`: of the row that the benchmark measures, None where it has
-    none: (model, kernel, shape) of a case, or (model, form, step) of a whole step."""
+    none: (model, kernel, shape) of a case, or (model, weights, step) of a whole step."""
 
     wording: str
     shape: str

@@ -13,7 +13,7 @@ from benchmarks.gpu.cards import CARDS, floor
 from benchmarks.gpu.kernels import ERRORS, Rates, Report, first_line
 from benchmarks.gpu.models import TOLERANCE, Driver, Transformers, build_model, encode_seconds
 from benchmarks.gpu.sizes import TILES, TINY, Sizes, Work
-from benchmarks.gpu.steps import BATCHES, CONTEXT, FORMS, step_name
+from benchmarks.gpu.steps import BATCHES, CONTEXT, WEIGHTS, step_name
 
 STEP_TOKENS = 8192  # of a prefill, at most
 
@@ -22,35 +22,35 @@ def prompt_tokens(batch: int) -> int:
     return min(CONTEXT, STEP_TOKENS // batch)
 
 
-def needed_bytes(sizes: Sizes, form: str, batch: int) -> int:
+def needed_bytes(sizes: Sizes, weights: str, batch: int) -> int:
     """Weights with both tables, keys and values, logits and activations, and the encoder, roughly."""
     sight = sizes.encoder
     encoder = 2 * sight.layers * (4 * sight.hidden**2 + 2 * sight.hidden * sight.ffn) + 2 * 5 * sight.hidden * sizes.hidden
     tables = 2 * sizes.vocab * sizes.hidden  # the second one; the first is among what a step reads
     widest = STEP_TOKENS * 3 * 2 * (sizes.ffn + sizes.hidden)
-    return sizes.step_bytes(form) + tables + encoder + batch * CONTEXT * sizes.token_bytes() + widest
+    return sizes.step_bytes(weights) + tables + encoder + batch * CONTEXT * sizes.token_bytes() + widest
 
 
 def plan_models(models: list[Sizes], report: Report) -> None:
     """Floors of every step on the named cards."""
     for sizes in models:
-        for form in FORMS:
+        for weights in WEIGHTS:
             for batch in BATCHES:
-                for name, work, tokens in works(sizes, form, batch):
+                for name, work, tokens in works(sizes, weights, batch):
                     floors = {card.name: card.floor(work) for card in CARDS.values()}
                     row = {
                         "model": sizes.name,
-                        "form": form,
+                        "weights": weights,
                         "batch": batch,
                         "what": name,
                         "bytes": work.bytes,
                         "flops": work.flops,
                     }
                     row |= {"floor_ms": {card: 1e3 * seconds for card, seconds in floors.items()}}
-                    row |= {"memory_gb": needed_bytes(sizes, form, batch) / 1e9}
+                    row |= {"memory_gb": needed_bytes(sizes, weights, batch) / 1e9}
                     report.models.append(row)
                     texts = ", ".join(f"{card} {1e3 * s:.3f} ms ({tokens / s:.0f} tok/s)" for card, s in floors.items())
-                    report.say(f"{sizes.name} {form:5}{name}: {work.bytes / 1e9:.3f} GB, at least {texts}")
+                    report.say(f"{sizes.name} {weights:5}{name}: {work.bytes / 1e9:.3f} GB, at least {texts}")
         flops = TILES * sizes.encoder.flops(sizes.hidden)
         rates = {card.name: card.rate / flops for card in CARDS.values()}
         report.models.append({"model": sizes.name, "what": "encode", "flops": flops, "most_images_per_s": rates})
@@ -58,11 +58,11 @@ def plan_models(models: list[Sizes], report: Report) -> None:
         report.say(f"{sizes.name} pictures of {TILES} tiles a second at most: {texts}")
 
 
-def works(sizes: Sizes, form: str, batch: int) -> Iterator[tuple[str, Work, int]]:
+def works(sizes: Sizes, weights: str, batch: int) -> Iterator[tuple[str, Work, int]]:
     """(what, its work, tokens that it gives or takes) of a decode step and a prefill."""
-    yield step_name(batch), sizes.decode(form, batch, CONTEXT), batch
+    yield step_name(batch), sizes.decode(weights, batch, CONTEXT), batch
     tokens = prompt_tokens(batch)
-    yield f"prefill, {batch} x {tokens}", sizes.prefill(form, batch, tokens), batch * tokens
+    yield f"prefill, {batch} x {tokens}", sizes.prefill(weights, batch, tokens), batch * tokens
 
 
 def run_models(
@@ -70,21 +70,24 @@ def run_models(
 ) -> None:
     """Both forms one after the other, then transformers; each only if it fits and there is time."""
     others: dict[str, float] = {}
-    for form in ("transformers", *FORMS):
-        name = f"{sizes.name} {form}"
+    for weights in ("transformers", *WEIGHTS):
+        name = f"{sizes.name} {weights}"
         if time.monotonic() > deadline:
             report.skip(name, "the models' time is up, see --seconds")
             continue
         if device.type == "cuda":
-            free, need = torch.cuda.mem_get_info(device)[0], needed_bytes(sizes, FORMS[0] if form == "transformers" else form, 1)
+            free, need = (
+                torch.cuda.mem_get_info(device)[0],
+                needed_bytes(sizes, WEIGHTS[0] if weights == "transformers" else weights, 1),
+            )
             if need > free:
                 report.skip(name, f"it needs about {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
                 continue
         try:
-            if form == "transformers":
+            if weights == "transformers":
                 others = transformers_times(sizes, device, report, batches)
             else:
-                run_form(sizes, form, device, rates, report, batches, others)
+                run_weights(sizes, weights, device, rates, report, batches, others)
         except torch.OutOfMemoryError:
             report.skip(name, "not enough memory")
         except ImportError as error:
@@ -101,27 +104,35 @@ def release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def run_form(
+def run_weights(
     sizes: Sizes,
-    form: str,
+    weights: str,
     device: torch.device,
     rates: Rates,
     report: Report,
     batches: tuple[int, ...],
     others: dict[str, float],
 ) -> None:
-    model = build_model(sizes, form, device)
+    model = build_model(sizes, weights, device)
     for batch in batches:
         driver = Driver(model, batch, CONTEXT)
         found = driver.difference()
         if not found.within(TOLERANCE):
-            report.fail(f"{sizes.name} {form}, batch {batch}", f"a prompt at once and its last token by itself differ: {found}")
+            report.fail(
+                f"{sizes.name} {weights}, batch {batch}", f"a prompt at once and its last token by itself differ: {found}"
+            )
             return
-        for name, work, tokens in works(sizes, form, batch):
+        for name, work, tokens in works(sizes, weights, batch):
             least = floor(work, rates.bandwidth, rates.rate)
             is_decode = name.startswith("decode")
             seconds = driver.decode_seconds(CONTEXT) if is_decode else driver.prefill_seconds(prompt_tokens(batch))
-            row: dict[str, Any] = {"model": sizes.name, "form": form, "batch": batch, "what": name, "milliseconds": 1e3 * seconds}
+            row: dict[str, Any] = {
+                "model": sizes.name,
+                "weights": weights,
+                "batch": batch,
+                "what": name,
+                "milliseconds": 1e3 * seconds,
+            }
             row |= {"tokens_per_s": tokens / seconds, "share_of_floor": least / seconds}
             text = f"{1e3 * seconds:9.2f} ms {tokens / seconds:10.0f} tok/s {least / seconds:5.0%} of the floor"
             if is_decode and device.type == "cuda":
@@ -132,18 +143,24 @@ def run_form(
                 row["times_as_fast_as_transformers"] = others[name] / seconds
                 text += f"; {others[name] / seconds:.2f}x transformers in bf16"
             report.models.append(row)
-            report.say(f"{sizes.name} {form:5}{name:34}{text}")
+            report.say(f"{sizes.name} {weights:5}{name:34}{text}")
         del driver
     seconds = encode_seconds(model)
     least = TILES * sizes.encoder.flops(sizes.hidden) / rates.rate
-    row = {"model": sizes.name, "form": form, "what": "encode", "images_per_s": 1 / seconds, "share_of_floor": least / seconds}
+    row = {
+        "model": sizes.name,
+        "weights": weights,
+        "what": "encode",
+        "images_per_s": 1 / seconds,
+        "share_of_floor": least / seconds,
+    }
     text = ""
     if device.type == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         text = f"; peak memory {row['peak_gb']:.1f} GB"
     report.models.append(row)
     report.say(
-        f"{sizes.name} {form:5}{1 / seconds:.1f} pictures of {TILES} tiles a second, {least / seconds:.0%} of the rate{text}"
+        f"{sizes.name} {weights:5}{1 / seconds:.1f} pictures of {TILES} tiles a second, {least / seconds:.0%} of the rate{text}"
     )
 
 
@@ -151,7 +168,7 @@ def transformers_times(sizes: Sizes, device: torch.device, report: Report, batch
     """Seconds by what `works` calls them."""
     model, found = Transformers(sizes, device), {}
     for batch in batches:
-        (decode, _, _), (prefill, _, _) = works(sizes, FORMS[0], batch)
+        (decode, _, _), (prefill, _, _) = works(sizes, WEIGHTS[0], batch)
         try:
             found[decode] = model.decode_seconds(batch, CONTEXT)
             found[prefill] = model.prefill_seconds(batch, prompt_tokens(batch))
@@ -164,9 +181,9 @@ def transformers_times(sizes: Sizes, device: torch.device, report: Report, batch
 def rehearse(report: Report) -> None:
     """The same code once with a tiny model on the CPU: what it times there means nothing and is thrown away."""
     aside = Report(say=lambda line: None)
-    for form in FORMS:
-        run_form(TINY, form, torch.device("cpu"), Rates(bandwidth=1e9, rate=1e9), aside, (2,), {})
+    for weights in WEIGHTS:
+        run_weights(TINY, weights, torch.device("cpu"), Rates(bandwidth=1e9, rate=1e9), aside, (2,), {})
     for line in aside.failed:
         report.fail("rehearsal on the CPU", line)
     if not aside.failed:
-        report.say(f"a model of {TINY.hidden} channels decoded, prefilled and encoded on the CPU in {' and '.join(FORMS)}")
+        report.say(f"a model of {TINY.hidden} channels decoded, prefilled and encoded on the CPU in {' and '.join(WEIGHTS)}")

@@ -85,7 +85,7 @@ def test_floors_of_an_8b_decode_step_by_hand(dry: list[str]) -> None:
     context = 1024 * 28 * 2 * 4 * 128 * 2
     assert MODELS["8b"].step_bytes("awq") == layers + head + norms + biases == 4_503_446_528
     assert MODELS["8b"].decode("awq", 1, 1024).bytes == 4_503_446_528 + context == 4_562_166_784
-    rows = [row for row in json.loads(dry[-1])["models"] if row["model"] == "8b" and row.get("form") == "awq"]
+    rows = [row for row in json.loads(dry[-1])["models"] if row["model"] == "8b" and row.get("weights") == "awq"]
     row = next(row for row in rows if row["what"] == "decode, batch 1, context 1024")
     assert row["floor_ms"]["H200"] == pytest.approx(4_562_166_784 / 4.8e12 * 1e3)
     assert any(line.startswith("8b awq  decode, batch 1") and "H200 0.950 ms" in line for line in dry)

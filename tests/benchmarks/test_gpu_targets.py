@@ -44,7 +44,7 @@ def measured(**figures: float) -> Report:
     report.kernels.append(dict(zip(("model", "kernel", "shape"), CASE, strict=True)) | row)
     step = {"milliseconds": 9.0, "graph_milliseconds": figures.get("step", 2.0)}
     report.models.append({"model": "8b", "what": "encode"})
-    report.models.append(dict(zip(("model", "form", "what"), WHOLE, strict=True)) | step)
+    report.models.append(dict(zip(("model", "weights", "what"), WHOLE, strict=True)) | step)
     return report
 
 
@@ -150,6 +150,6 @@ def test_a_step_has_the_kernels_of_its_cases() -> None:
     around = 2 + 1 + 1 + 2  # embedding and angles, the last norm, the head, the likeliest token
     assert predict_step(model, "awq", 1, card).kernels == 28 * (4 * 2 + 1 + 1 + 2 + 2 + 1 + 1) + around
     assert predict_step(model, "bf16", 1, card).kernels == 28 * (4 + 2 + 2 + 1 + 1) + around
-    for form in ("bf16", "awq"):
+    for weights in ("bf16", "awq"):
         for batch in (1, 64):
-            assert card.floor(model.decode(form, batch, 1024)) < predict_step(model, form, batch, card).seconds
+            assert card.floor(model.decode(weights, batch, 1024)) < predict_step(model, weights, batch, card).seconds

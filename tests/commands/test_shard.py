@@ -29,9 +29,9 @@ from vlserve.config import EngineConfig
 from vlserve.engine.engine import Engine
 from vlserve.engine.loading import build_model, load_model
 from vlserve.engine.messages import TokenEvent
-from vlserve.llm.parallel import Split
 from vlserve.llm.shard_writer import OfflineGroup
 from vlserve.llm.shards import LIST, read_shards
+from vlserve.llm.tensor_parallel import Split
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import read_checkpoint
 

@@ -31,7 +31,7 @@ from vlserve.doctor.ranks import Size, Trial, try_ranks
 from vlserve.engine import preflight
 from vlserve.engine.messages import Stage
 from vlserve.errors import EngineError
-from vlserve.llm.parallel import Group
+from vlserve.llm.tensor_parallel import Group
 from vlserve.ranks.launch import Ranks
 
 COMMAND = [sys.executable, "-m", "vlserve", "doctor", "--device", "cpu"]

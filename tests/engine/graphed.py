@@ -1,4 +1,4 @@
-"""An engine as on CUDA, on the CPU: Triton's kernels are interpreted, and a recorder that does the work again stands for CUDA's."""
+"""An engine as on CUDA, on the CPU: Triton's kernels are interpreted, and a recorder that does the work again stands for it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import Add, MediaRef, TokenEvent
 from vlserve.models.checkpoint import read_checkpoint
-from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, Text
+from vlserve.prompt.build import Prompt, PromptBuilder
+from vlserve.prompt.conversation import Message, Picture, Text
 from vlserve.ranks.client import pack_positions
 
 TIE = 1e-4  # two best logits nearer than this may change places with the order of a sum

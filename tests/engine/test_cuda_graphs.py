@@ -25,7 +25,7 @@ from vlserve.kernels.attention import plan as attention_plan
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.attention.plan import FixedDecodes, Shape
 from vlserve.llm.kv_cache import KVCache
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.plan.cuda_graph_sizes import MOST_ROWS, decode_sizes, next_size
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.parallel import Group, Split
+from vlserve.llm.tensor_parallel import Group, Split
 
 
 class Part(Group):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlserve.llm.packing import pack_awq, pack_compressed, pack_gptq
+from vlserve.llm.int4_packing import pack_awq, pack_compressed, pack_gptq
 
 LINEAR = re.compile(r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 Tensors = dict[str, torch.Tensor]

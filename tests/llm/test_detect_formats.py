@@ -18,8 +18,8 @@ from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats_int4 import GroupedInt4Format
-from vlserve.llm.parallel import Split
 from vlserve.llm.quantisation import find_quantisation, grouped
+from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import load_weights
 from vlserve.plan import footprint
 from vlserve.plan.model_shape import read_decoder_shape
@@ -39,7 +39,7 @@ TEXT: dict[str, Any] = {
 # 7 groups of 128; 231 groups of 128, as in models of 72 thousand million parameters
 SEVEN = TEXT | {"hidden_size": 896, "num_attention_heads": 14, "head_dim": 64, "intermediate_size": 128}
 MANY = TEXT | {"hidden_size": 128, "head_dim": 16, "num_key_value_heads": 8, "intermediate_size": 29568}
-FORMS: dict[str, Recipe] = {
+FORMATS: dict[str, Recipe] = {
     "awq gemm": awq(16),
     "awq gemv": awq(16, "gemv"),
     "awq rows": awq(-1),
@@ -117,10 +117,10 @@ def check(folder: Path, text: dict[str, Any], recipe: Recipe, tp: int) -> list[D
     return ranks
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("tp", (1, 2, 4, 8))
 def test_each_rank_has_its_part(form: str, tp: int, tmp_path: Path) -> None:
-    ranks = check(tmp_path, TEXT, FORMS[form], tp)
+    ranks = check(tmp_path, TEXT, FORMATS[form], tp)
     assert len({tuple((p.shape, p.dtype) for p in decoder.parameters()) for decoder in ranks}) == 1
 
 
@@ -132,11 +132,11 @@ def test_groups_that_do_not_divide(text: dict[str, Any], tp: int, group: int, tm
     assert isinstance(form, GroupedInt4Format) and form.group == group
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_the_plan_counts_what_a_rank_holds(form: str, tmp_path: Path) -> None:
     """As it lies on a GPU: on the CPU, eight bits may be converted at the end of loading."""
-    config = FORMS[form].config
-    save(tmp_path, TEXT, FORMS[form])
+    config = FORMATS[form].config
+    save(tmp_path, TEXT, FORMATS[form])
     shape = read_decoder_shape({"text_config": TEXT, "quantization_config": config})
     for tp in (1, 2, 8):
         for split in splits(tp, replicate_kv_heads=True):
@@ -163,8 +163,8 @@ def test_reordered_inputs_are_put_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("form", ("awq gemm", "fp8 block", "int8"))
 def test_sixteen_bits(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    meant = save(tmp_path, TEXT, FORMS[form])
-    decoder = load(tmp_path, TEXT, Split(), FORMS[form].config, dtype)
+    meant = save(tmp_path, TEXT, FORMATS[form])
+    decoder = load(tmp_path, TEXT, Split(), FORMATS[form].config, dtype)
     linear = dict(decoder.linears())[f"{LAYER}mlp."]
     x = torch.randn(5, linear.format.in_features).to(dtype)
     want = x.float() @ meant[f"{LAYER}mlp.down_proj.weight"].t()
@@ -218,7 +218,7 @@ BAD: list[tuple[str, Edit, str]] = [
     ("awq gemm", put("lm_head.weight", torch.zeros(2, 2).to(torch.float8_e4m3fn)), "lm_head.weight is F8_E4M3 [2, 2]: only the"),
     ("awq gemm", put(f"{DOWN}.bias", torch.ones(64)), f"{DOWN}.bias is not zero"),
     ("gptq", say(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported; supported: gptq, gptq_v2"),
-    ("gptq", say(dynamic={"+:.*": {"bits": 8}}), "dynamic['+:.*'] sets bits; supported: one form for all quantised layers"),
+    ("gptq", say(dynamic={"+:.*": {"bits": 8}}), "dynamic['+:.*'] sets bits; supported: one format for all quantised layers"),
     ("compressed", put(f"{DOWN}.weight_shape", torch.tensor([64, 175])), f"{DOWN}.weight_shape says [64, 175]"),
     ("compressed", say(format="marlin-24"), "quantization_config.format 'marlin-24' is not supported; supported: pack-quantized"),
     ("fp8 tensor", drop("down_proj.weight_scale"), f"{DOWN}.weight is F8_E4M3 [64, 176], but weight_scale or weight_scale_inv"),
@@ -234,8 +234,8 @@ BAD: list[tuple[str, Edit, str]] = [
 
 @pytest.mark.parametrize("form,edit,message", BAD, ids=range(len(BAD)))
 def test_what_does_not_fit_is_named(form: str, edit: Edit, message: str, tmp_path: Path) -> None:
-    save(tmp_path, TEXT, FORMS[form])
-    tensors, config = load_file(tmp_path / "model.safetensors"), dict(FORMS[form].config)
+    save(tmp_path, TEXT, FORMATS[form])
+    tensors, config = load_file(tmp_path / "model.safetensors"), dict(FORMATS[form].config)
     edit(tensors, config)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -243,15 +243,15 @@ def test_what_does_not_fit_is_named(form: str, edit: Edit, message: str, tmp_pat
 
 
 def test_zero_biases_and_scales_of_activations_are_passed_over(tmp_path: Path) -> None:
-    save(tmp_path, TEXT, FORMS["fp8 tensor"])
+    save(tmp_path, TEXT, FORMATS["fp8 tensor"])
     tensors = load_file(tmp_path / "model.safetensors")
     tensors |= {f"{DOWN}.bias": torch.zeros(64), f"{LAYER}self_attn.k_scale": torch.ones(())}
     save_file(tensors, tmp_path / "model.safetensors")
-    load(tmp_path, TEXT, Split(), FORMS["fp8 tensor"].config)
+    load(tmp_path, TEXT, Split(), FORMATS["fp8 tensor"].config)
 
 
 def test_packed_weights_need_a_configuration(tmp_path: Path) -> None:
-    save(tmp_path, TEXT, FORMS["awq gemm"])
+    save(tmp_path, TEXT, FORMATS["awq gemm"])
     with pytest.raises(ValueError, match="q_proj is packed, but there is no quantization_config in config.json, its text_config"):
         with torch.device("meta"):
             decoder = Decoder(read_decoder_config(TEXT), Split())

@@ -19,8 +19,8 @@ from vlserve.engine.memory import weight_bytes
 from vlserve.errors import ConfigError
 from vlserve.kernels.head.reference import quantise_rows
 from vlserve.llm.embedding import VocabParallel
-from vlserve.llm.parallel import Split
 from vlserve.llm.shard_writer import OfflineGroup
+from vlserve.llm.tensor_parallel import Split
 from vlserve.plan.tp_plan import make_plan
 
 Make = Callable[..., Path]

@@ -24,7 +24,7 @@ Make = Callable[..., Path]
 # of four ranks, each begins within a group; 176 / 4 = 44 rows begin within a word too
 TEXT = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 TEXT |= {"num_hidden_layers": 2}
-FORMS: dict[str, Recipe] = {
+FORMATS: dict[str, Recipe] = {
     "awq": awq(16),
     "gptq": gptq(16, symmetric=False),
     "compressed": compressed(16, symmetric=True),
@@ -48,11 +48,11 @@ def same(got: dict[int, list[TokenEvent]], want: dict[int, list[TokenEvent]]) ->
     assert ties.largest_logprob_difference < 1e-3
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_answers_as_its_dequantised_weights(form: str, checkpoint: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_answers_as_its_dequantised_weights(name: str, checkpoint: Make, tmp_path: Path) -> None:
     """The configuration is at the top of config.json or in its text_config."""
-    section = "text_config" if form == "awq" else None
-    folder, meant = rewrite(checkpoint("qwen3", **TEXT), tmp_path, FORMS[form], section=section)
+    section = "text_config" if name == "awq" else None
+    folder, meant = rewrite(checkpoint("qwen3", **TEXT), tmp_path, FORMATS[name], section=section)
     want = answers(engine(meant), folder)
     for tp in (1, 2, 4):
         with tp_engine(folder, tp, replicate_kv_heads=True) as (ours, _):
@@ -60,7 +60,7 @@ def test_every_form_answers_as_its_dequantised_weights(form: str, checkpoint: Ma
 
 
 def test_a_quantised_checkpoint_is_not_sharded(checkpoint: Make, tmp_path: Path) -> None:
-    folder, _ = rewrite(checkpoint("qwen3", **TEXT), tmp_path, FORMS["awq"])
+    folder, _ = rewrite(checkpoint("qwen3", **TEXT), tmp_path, FORMATS["awq"])
     with pytest.raises(ConfigError, match="is quantised .awq int4, groups of 16., and only unquantised checkpoints are sharded"):
         shard(EngineConfig(model=str(folder), tp=2), tmp_path / "out")
 

@@ -16,10 +16,10 @@ from vlserve.kernels.attention import plan_attention
 from vlserve.llm import formats_int4
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
+from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
+from vlserve.llm.int4_packing import AWQ_GEMM
 from vlserve.llm.kv_cache import KVCache
-from vlserve.llm.packing import AWQ_GEMM
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 pytest.importorskip("triton")
 from vlserve.kernels.gate import triton as gate_triton
@@ -60,9 +60,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def quantised(group: int, order: torch.Tensor | None = None) -> Decoder:
     decoder = Decoder(read_decoder_config(TEXT), Split()).half().requires_grad_(False)
     for _, linear in decoder.linears():
-        old, form = linear.format, Int4Form(layout=AWQ_GEMM, group=group)
+        old, form = linear.format, Int4Storage(layout=AWQ_GEMM, group=group)
         if order is not None and old.in_features == len(order):
-            form = Int4Form(layout=AWQ_GEMM, group=group, order=order)
+            form = Int4Storage(layout=AWQ_GEMM, group=group, order=order)
         linear.format = GroupedInt4Format(old.in_span, old.in_features, old.outputs, form, torch.float16)
     for name, parameter in decoder.named_parameters():
         if name.endswith((".codes", ".zeros")):

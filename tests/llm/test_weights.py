@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.llm.parts import build, full_shapes, random_text_config, save_checkpoint, splits
 from vlserve.llm.formats import Slot
-from vlserve.llm.parallel import Span
+from vlserve.llm.tensor_parallel import Span
 from vlserve.llm.weights import load_weights
 
 ROOT = Path(__file__).parents[2]

@@ -118,7 +118,7 @@ def small(folder: Path, num_blocks: int, tp: int) -> dict[str, Any]:
     """Options for so many blocks of 4 tokens, too few for all requests at once, and for features of one picture."""
     checkpoint = read_checkpoint(folder)
     from vlserve.engine.loading import build_model
-    from vlserve.llm.parallel import Split
+    from vlserve.llm.tensor_parallel import Split
 
     kinds = build_model(checkpoint, Split()).decoder.cache_kinds
     gib = (num_blocks + 0.5) * block_bytes(kinds, 4, torch.float32) / tp / GIB
@@ -172,7 +172,7 @@ def test_the_plan_counts_it(folder: Path) -> None:
 
 
 def _alone() -> Any:
-    from vlserve.llm.parallel import Split
+    from vlserve.llm.tensor_parallel import Split
 
     return Split()
 

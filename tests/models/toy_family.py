@@ -25,7 +25,7 @@ from torch import nn
 from tests.checkpoints import make_tokenizer
 from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 from vlserve.models.architecture import (
     Architecture,
     Config,

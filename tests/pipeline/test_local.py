@@ -1,4 +1,4 @@
-"""`VLPipeline` from Python: every form of prompt, order, streaming, and the places people run it from."""
+"""`VLPipeline` from Python: every kind of prompt, order, streaming, and the places people run it from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.vision.test_preprocess import encoded, noise
 from vlserve import Completion, ConfigError, EngineError, ModelError, RequestError, SamplingParams, VLPipeline
 from vlserve.config import ServerConfig
 from vlserve.models.tiles import TilePreprocessor
-from vlserve.prompt.build import PromptOptions
 from vlserve.prompt.chat_messages import read_prompt
+from vlserve.prompt.conversation import PromptOptions
 
 PICTURE = Image.fromarray(noise(60, 30))
 OPTIONS: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 0.05}

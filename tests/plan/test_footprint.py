@@ -22,8 +22,8 @@ from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.kv_cache.cpu import AT_ONCE
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.kv_cache import KVCache, block_bytes
-from vlserve.llm.parallel import Split
 from vlserve.llm.shard_writer import OfflineGroup
+from vlserve.llm.tensor_parallel import Split
 from vlserve.models import internvl, registry
 from vlserve.models.base import Model
 from vlserve.models.tiles import TilePreprocessor

@@ -12,7 +12,8 @@ from PIL import Image
 from tests.checkpoints import SPECIAL, edit_json
 from vlserve.errors import ModelError, RequestError
 from vlserve.models.checkpoint import DEMO, read_checkpoint
-from vlserve.prompt.build import Message, Picture, PromptBuilder, Text
+from vlserve.prompt.build import PromptBuilder
+from vlserve.prompt.conversation import Message, Picture, Text
 
 TEXTS = [
     "What shape is it?",

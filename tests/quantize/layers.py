@@ -8,7 +8,7 @@ from vlserve.kernels.rope import RopeConfig
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.layer_kinds import LAYER_KINDS
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 
 CONFIG = DecoderConfig(
     model_type="qwen2",

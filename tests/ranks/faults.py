@@ -51,7 +51,7 @@ from vlserve.models.registry import BUILT_IN
 def build(config, preprocessor, split):
     import torch
     from vlserve.models.internvl import build
-    from vlserve.vision.internvit import InternVit
+    from vlserve.vision.internvit_tower import InternVit
 
     class Faulty(InternVit):
         num_calls = 0

@@ -1,4 +1,4 @@
-"""Log lines: what a request's line says, and the two forms of any line."""
+"""Log lines: what a request's line says, and the two formats of any line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that are bound to a form, over HTTP: JSON, schemas, regular expressions, and function calls."""
+"""Structured answers over HTTP: JSON, schemas, regular expressions, and function calls."""
 
 from __future__ import annotations
 

@@ -143,8 +143,8 @@ def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:
     import torch
 
     from vlserve.engine.loading import build_model
-    from vlserve.llm.parallel import Split
     from vlserve.llm.shard_writer import OfflineGroup, ShardWriter
+    from vlserve.llm.tensor_parallel import Split
 
     try:
         splits = [Split(group=OfflineGroup(r, config.tp), replicate_kv_heads=config.replicate_kv_heads) for r in range(config.tp)]

@@ -20,7 +20,7 @@ from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.upload import pinned, upload
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.kv_cache import KVCache
-from vlserve.llm.parallel import Group
+from vlserve.llm.tensor_parallel import Group
 from vlserve.models.base import Model
 from vlserve.plan.cuda_graph_sizes import TILE_SIZES, decode_sizes, next_size
 from vlserve.vision.pixels import Unit

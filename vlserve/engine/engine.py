@@ -22,7 +22,7 @@ from vlserve.engine.runner import Runner, Started
 from vlserve.engine.scheduler import Chunk, Scheduler
 from vlserve.engine.sequence import MediaSpan, Sequence, TokenPositions
 from vlserve.llm.block_pool import BlockPool
-from vlserve.llm.parallel import ALONE, Group, Split
+from vlserve.llm.tensor_parallel import ALONE, Group, Split
 from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.plan.tp_plan import check_tp
 

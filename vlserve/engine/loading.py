@@ -9,7 +9,7 @@ import torch
 
 from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint, check_shards
 

@@ -10,7 +10,7 @@ import torch
 
 from vlserve.engine.messages import AllReduceTime
 from vlserve.errors import EngineError
-from vlserve.llm.parallel import Group
+from vlserve.llm.tensor_parallel import Group
 
 SIZES = (2**13, 2**16, 2**19, 2**22, 2**24, 2**26)  # bytes: a decode step's sums are small, a prefill's large
 SMALL, SMALL_TIMES, LARGE_TIMES = 2**19, 20, 5  # repetitions of sizes up to SMALL, and of the others

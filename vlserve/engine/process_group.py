@@ -23,7 +23,7 @@ import torch.distributed as dist
 from vlserve.engine.one_shot_all_reduce import OneShot, can_meet
 from vlserve.engine.rank_status import RankStatusWriter
 from vlserve.errors import EngineError
-from vlserve.llm.parallel import Group
+from vlserve.llm.tensor_parallel import Group
 
 log = logging.getLogger(__name__)
 BATCH_BYTES = 8192  # of the one message that begins a step; a longer one takes a second

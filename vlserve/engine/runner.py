@@ -189,7 +189,7 @@ class Runner:
         known = self._fixed_bytes | {"vision_cache": self.features.num_bytes}
         if self.device.type != "cuda":
             return known
-        # the nested form is what memory_allocated() reads too, without sorting a hundred entries at every step
+        # the nested statistics are what memory_allocated() reads too, without sorting a hundred entries at every step
         allocated = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["current"]
         return known | {"other": allocated - sum(known.values())}
 

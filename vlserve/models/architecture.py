@@ -18,7 +18,7 @@ from vlserve.vision.pixels import Pixels
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlserve.llm.parallel import Split
+    from vlserve.llm.tensor_parallel import Split
     from vlserve.models.base import Model
     from vlserve.vision.config import EncoderConfig
 

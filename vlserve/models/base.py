@@ -13,9 +13,9 @@ from vlserve.llm.config import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats import Slot
-from vlserve.llm.parallel import Split
 from vlserve.llm.quantisation import Quantisation
 from vlserve.llm.shards import read_shards
+from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import load_weights, slot_of
 from vlserve.vision.tower import Tower
 

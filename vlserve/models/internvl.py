@@ -9,7 +9,7 @@ from vlserve.models.tiles import TilePreprocessor, image_processor_settings, ima
 from vlserve.vision.config import read_encoder_config, read_image_config
 
 if TYPE_CHECKING:
-    from vlserve.llm.parallel import Split
+    from vlserve.llm.tensor_parallel import Split
     from vlserve.models.base import Model
 
 TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
@@ -25,7 +25,7 @@ def preprocessor(config: Config, files: Files) -> TilePreprocessor:
 
 def build(config: Config, preprocessor: TilePreprocessor, split: Split) -> Model:
     from vlserve.models.base import Model, build_decoder
-    from vlserve.vision.internvit import InternVit
+    from vlserve.vision.internvit_tower import InternVit
 
     decoder = build_decoder(config, split)
     return Model(decoder, InternVit(read_encoder_config(config), preprocessor.image, decoder.config.hidden_size))

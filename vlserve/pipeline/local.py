@@ -24,8 +24,9 @@ from vlserve.pipeline.observer import AnswerClock, Observer
 from vlserve.pipeline.outputs import Delta
 from vlserve.pipeline.stop_strings import AnswerText
 from vlserve.plan.tp_plan import check_tp
-from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
+from vlserve.prompt.build import Prompt, PromptBuilder
 from vlserve.prompt.chat_messages import ImagePart, Turn
+from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
 from vlserve.ranks.client import EngineClient
 from vlserve.structured import grammar as structured
 from vlserve.timing import PreparationClock

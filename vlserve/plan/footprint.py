@@ -102,7 +102,7 @@ def vision_bytes(shape: ModelShape, config: Mapping[str, Any], itemsize: int) ->
 
 
 def internvit_bytes(encoder: EncoderConfig, out_size: int, itemsize: int) -> int:
-    """InternViT and the projector to `out_size`, as vision/encoder.py and vision/projector.py build them."""
+    """InternViT and the projector to `out_size`, as vision/internvit_encoder.py and vision/projector.py build them."""
     width, ffn = encoder.hidden_size, encoder.intermediate_size
     norm = width if encoder.norm_type == "rms_norm" else 2 * width
     embeddings = width + _positions(encoder) * width + (3 * encoder.patch_size**2 + 1) * width
@@ -178,7 +178,7 @@ def _counted_bytes(family: Architecture, config: Mapping[str, Any], preprocessor
     """All but the decoder of a model, built without memory on torch's meta device."""
     import torch  # only here: a plan of what is built in needs no torch
 
-    from vlserve.llm.parallel import Split
+    from vlserve.llm.tensor_parallel import Split
 
     with torch.device("meta"):
         model = family.build(config, preprocessor, Split())

@@ -44,7 +44,7 @@ class DecoderShape:
     qk_norm: bool
     num_experts: int = 0  # 0: no mixture
     shared_intermediate_size: int = 0  # of the expert that every token passes
-    quantisation: Quantisation | None = None  # None also where its form is not supported
+    quantisation: Quantisation | None = None  # None also where it is not supported
 
     @property
     def feed_forward_key(self) -> str:

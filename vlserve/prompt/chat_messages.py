@@ -1,4 +1,4 @@
-"""Reads OpenAI-style messages, and the shorter forms that `VLPipeline` takes, into turns with their pictures' sources.
+"""Reads OpenAI-style messages, and the shorter prompts that `VLPipeline` takes, into turns with their pictures' sources.
 
 Pictures are named here, not loaded. Raises RequestError with the field's place, e.g. messages[0].content[1].
 """

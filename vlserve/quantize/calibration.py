@@ -18,8 +18,9 @@ from vlserve.media.loader import PictureLoader
 from vlserve.media.sources import scheme_of
 from vlserve.models.architecture import Span
 from vlserve.models.checkpoint import Checkpoint
-from vlserve.prompt.build import Message, Picture, Prompt, PromptBuilder, PromptOptions, Text
+from vlserve.prompt.build import Prompt, PromptBuilder
 from vlserve.prompt.chat_messages import ImagePart, Turn, read_messages
+from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
 from vlserve.quantize.sample_conversations import make_conversation
 from vlserve.quantize.settings import GENERATED, TEXT, Settings
 from vlserve.vision.pixels import Pixels

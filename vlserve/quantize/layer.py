@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.packing import pack_awq, pack_compressed
+from vlserve.llm.int4_packing import pack_awq, pack_compressed
 from vlserve.quantize.activation_stats import Inputs, relative_error
 from vlserve.quantize.awq import round_clipped, search_scales
 from vlserve.quantize.gptq import round_gptq

@@ -18,8 +18,8 @@ from vlserve.llm.config import DecoderConfig
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.mlp import DenseMLP
-from vlserve.llm.parallel import Split
 from vlserve.llm.shards import LIST, read_shards
+from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import Target, checkpoint_files, fill, match_tensors, slot_of
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint

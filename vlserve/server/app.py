@@ -44,7 +44,7 @@ BODIES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request comes to: prompts being prepared, the parameters each is answered with, the answer's form."""
+    """What a request comes to: prompts being prepared, the parameters each is answered with, what the answer must look like."""
 
     preparing: Sequence[Coroutine[Any, Any, Prompt]]
     params: Sequence[SamplingParams]

@@ -13,11 +13,12 @@ from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
 from vlserve.pipeline.outputs import Delta, Timing, Usage
-from vlserve.prompt.build import Prompt, PromptOptions
+from vlserve.prompt.build import Prompt
+from vlserve.prompt.conversation import PromptOptions
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
+from vlserve.server.output_parser import CALL, END_CALL, THINK, Piece, ReplyParser
 from vlserve.server.protocol import Chunks, SamplingBody, Strict
-from vlserve.server.reply import CALL, END_CALL, THINK, Piece, ReplyParser
 
 MAX_TOOLS = 128
 
@@ -151,7 +152,7 @@ class ChatRequest(SamplingBody):
         )
 
     def _structured(self) -> StructuredOutput | None:
-        """What binds the answer's form; two of them at once are refused."""
+        """What the answer must look like; two of them at once are refused."""
         wanted: dict[str, StructuredOutput] = {}
         form = self.response_format
         if form is not None and form.type == "json_object":
@@ -171,7 +172,7 @@ class ChatRequest(SamplingBody):
         return next(iter(wanted.values()), None)
 
     def _tool_form(self) -> StructuredOutput | None:
-        """The form that calls must have: for a call that must come, and for functions that are strict."""
+        """What calls must look like: for a call that must come, and for functions that are strict."""
         choice, tools = self.tool_choice, self.tools or []
         if not tools:
             if choice not in (None, "none", "auto"):

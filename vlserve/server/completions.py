@@ -120,7 +120,7 @@ class CompletionAnswer(Chunks):
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
     def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        """The older form, in parallel lists."""
+        """As this older API has them, in parallel lists."""
         shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
             own = protocol.token_logprob(entry.token_id, entry.logprob, self._tokenizer)

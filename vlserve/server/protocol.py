@@ -196,7 +196,7 @@ def usage_dict(usages: Sequence[Usage]) -> dict[str, Any]:
 
 
 def logprobs_dict(entries: Sequence[TokenLogprob] | None, tokenizer: Tokenizer, *, as_ids: bool = False) -> dict[str, Any] | None:
-    """OpenAI's form of log-probabilities, None when none were asked for."""
+    """Log-probabilities as OpenAI writes them, None when none were asked for."""
     if entries is None:
         return None
 

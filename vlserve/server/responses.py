@@ -19,8 +19,8 @@ from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
 from vlserve.server.chat import ChatRequest, Function, FunctionName, is_thinking
+from vlserve.server.output_parser import Piece, ReplyParser
 from vlserve.server.protocol import AnswerBody, Strict
-from vlserve.server.reply import Piece, ReplyParser
 
 LOGPROBS = "message.output_text.logprobs"
 

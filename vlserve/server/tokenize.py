@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's form: how many tokens a text or a conversation is, without an answer."""
+"""POST /tokenize and /detokenize, as vLLM has them: how many tokens a text or a conversation is, without an answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from vlserve.errors import RequestError
-from vlserve.prompt.build import PromptOptions
+from vlserve.prompt.conversation import PromptOptions
 from vlserve.server.chat import Tool
 from vlserve.server.protocol import Body
 

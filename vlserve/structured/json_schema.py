@@ -1,4 +1,4 @@
-"""The part of JSON Schema that xgrammar turns into a grammar exactly, and a schema in the form that it reads best.
+"""The part of JSON Schema that xgrammar turns into a grammar exactly, and a schema rewritten as it reads it best.
 
 xgrammar passes over keywords that it does not know, and over some combinations. Here they are refused by name and
 place, so that an answer that is complete is valid. Objects are closed: properties that the schema does not name are

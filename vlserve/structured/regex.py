@@ -1,4 +1,4 @@
-"""Regular expressions for constrained answers: checked, bounded, and written in the few forms that mean one thing.
+"""Regular expressions for constrained answers: checked, bounded, and rewritten with the few constructs that mean one thing.
 
 xgrammar reads regular expressions, but passes over what it does not know (lookahead, anchors inside) and can let
 a quote into a JSON string. `rewrite` parses with Python's own parser and writes literals, character sets, groups and
@@ -59,7 +59,7 @@ class Budget:
 
 
 def rewrite(pattern: str, budget: Budget, *, in_json: bool = False) -> str:
-    """The same expression in plain ASCII forms, for the whole text.
+    """The same expression in plain ASCII, for the whole text.
 
     With `in_json` it is a JSON schema's pattern: it may match anywhere in the string unless it is anchored, and
     characters that JSON would have to escape are left out. Raises ValueError with the reason.

@@ -14,7 +14,7 @@ from vlserve.models.tiles import TilePreprocessor, image_processor_settings, ima
 from vlserve.vision.config import ImageConfig
 
 if TYPE_CHECKING:
-    from vlserve.llm.parallel import Split
+    from vlserve.llm.tensor_parallel import Split
     from vlserve_llava.model import Llava
 
 

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vlserve.llm.parallel import Split
+from vlserve.llm.tensor_parallel import Split
 from vlserve.models.base import Model, build_decoder
 from vlserve.vision.config import ImageConfig
 from vlserve.vision.tower import TileTower

@@ -19,10 +19,10 @@ from vlserve.kernels.int4_pairs import PairedWeights, pack_for_gpu
 from vlserve.kernels.int4_pairs.launch import Launch
 from vlserve.kernels.int4_pairs.reference import unpack_pairs
 from vlserve.llm import formats_int4
-from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Form
-from vlserve.llm.packing import AWQ_GEMM
-from vlserve.llm.parallel import Span
+from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
+from vlserve.llm.int4_packing import AWQ_GEMM
 from vlserve.llm.quantisation import INT4, Quantisation
+from vlserve.llm.tensor_parallel import Span
 
 pytest.importorskip("triton")
 pairs_triton: Any = pytest.importorskip("vlserve.kernels.int4_pairs.triton")
@@ -116,7 +116,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
 def layer(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> tuple[GroupedInt4Format, tuple[torch.Tensor, ...]]:
     """Loaded, and what was loaded."""
     given = weights(outputs, inputs, group, dtype)
-    form = Int4Form(layout=AWQ_GEMM, group=group)
+    form = Int4Storage(layout=AWQ_GEMM, group=group)
     made = GroupedInt4Format(Span(0, inputs, inputs), inputs, {"q_proj": (Span(0, outputs, outputs), outputs)}, form, dtype)
     for name, tensor in zip(("codes", "scales", "zeros"), given, strict=True):
         getattr(made, name).data.copy_(tensor)

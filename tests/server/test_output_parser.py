@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vlserve.server.reply import Piece, ReplyParser
+from vlserve.server.output_parser import Piece, ReplyParser
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris}", "days": [1, {"a": "\\"}"}]}}\n</tool_call>'
 OTHER_ORDER = '<tool_call>{"arguments": {"b": 1}, "name": "second"}</tool_call>'

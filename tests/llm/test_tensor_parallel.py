@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.llm.parts import Part, build, full_shapes, random_text_config, save_checkpoint, splits
 from vlserve.llm.embedding import VocabParallel
 from vlserve.llm.linear import ColumnParallelLinear, RowParallelLinear
-from vlserve.llm.parallel import Span, Split
+from vlserve.llm.tensor_parallel import Span, Split
 from vlserve.llm.weights import load_weights
 
 SIZES = [(size, tp) for size in (1, 2, 3, 5, 7, 8, 64, 151_677) for tp in (1, 2, 3, 4, 8)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlserve.vision.config import EncoderConfig
-from vlserve.vision.encoder import build_encoder
+from vlserve.vision.internvit_encoder import build_encoder
 
 CONFIG = EncoderConfig(
     image_size=28,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.llm import format_reference as reference
-from vlserve.llm.packing import pack_awq, pack_compressed, pack_gptq, unpack_awq, unpack_compressed, unpack_gptq
+from vlserve.llm.int4_packing import pack_awq, pack_compressed, pack_gptq, unpack_awq, unpack_compressed, unpack_gptq
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Tensors = dict[str, torch.Tensor]

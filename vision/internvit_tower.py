@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from vlserve.vision.config import EncoderConfig, ImageConfig
-from vlserve.vision.encoder import build_encoder
-from vlserve.vision.names import encoder_targets
+from vlserve.vision.internvit_encoder import build_encoder
+from vlserve.vision.internvit_names import encoder_targets
 from vlserve.vision.projector import Projector
 from vlserve.vision.tower import TileTower
 

@@ -1,6 +1,6 @@
-"""An answer's text told apart while it comes: reasoning, content, and function calls in the Hermes form.
+"""An answer's text told apart while it comes: reasoning, content, and function calls as Hermes models write them.
 
-The Hermes form is <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
+A call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ReplyParser:
         self._state = "reasoning" if thinking else "start" if reasoning else "content"
         self._text = ""
         self._depth, self._in_string, self._escaped = 0, False, False
-        self._strip = thinking  # white space at the beginning of a part is the form's, not the answer's
+        self._strip = thinking  # white space at the beginning of a part belongs to the tags, not to the answer
 
     @property
     def is_reasoning(self) -> bool:
@@ -150,7 +150,7 @@ class ReplyParser:
             return before, True
         if last:
             return self._take(len(self._text)), False
-        keep = len(self._text.rstrip("\n"))  # line ends before a tag belong to the form
+        keep = len(self._text.rstrip("\n"))  # line ends before a tag belong to the tag
         for length in range(min(len(tag) - 1, keep), 0, -1):
             if self._text[:keep].endswith(tag[:length]) and keep == len(self._text):
                 keep -= length
