@@ -132,10 +132,12 @@ def test_without_the_package_the_error_says_what_there_is(llava: Path, distribut
         VLPipeline(str(llava))
 
 
+OLDER = "import vlserve; ARCHITECTURE = vlserve.Architecture(read_image_config=None, build=None, image_tokens=None)"
 FAULTY = [
     ("raises", "raises:ARCHITECTURE", "1 / 0", "cannot be imported: ZeroDivisionError: division by zero"),
     ("nothing", "nothing_here:ARCHITECTURE", "", "cannot be imported: ModuleNotFoundError: No module named 'nothing_here'"),
     ("lacks", "lacks:ARCHITECTURE", "", "cannot be imported: AttributeError"),
+    ("older", "older:ARCHITECTURE", OLDER, "cannot be imported: TypeError: Architecture.__init__() got an unexpected keyword"),
     ("wrong", "wrong:ARCHITECTURE", "ARCHITECTURE = dict", "is 'type'; expected an instance of vlserve.Architecture"),
 ]
 
@@ -146,6 +148,7 @@ def test_a_faulty_package_is_named(name: str, value: str, code: str, message: st
     with pytest.raises(ModelError) as error:
         VLPipeline(str(llava))
     assert str(error.value).startswith(f"{name} 1.0 (entry point llava = {value}) {message}")
+    assert ("docs/adding_a_model.md" in str(error.value)) == (name == "older")
 
 
 def test_two_packages_for_one_model_are_both_named(

@@ -40,7 +40,9 @@ def _load(point: EntryPoint) -> Architecture:
     try:
         given = point.load()
     except Exception as error:  # foreign code raises what it likes
-        raise ModelError(f"{_origin(point)} cannot be imported: {type(error).__name__}: {error}") from error
+        is_older = isinstance(error, TypeError) and "Architecture" in str(error)
+        hint = ". It was written for an earlier vlserve; docs/adding_a_model.md says what has changed" if is_older else ""
+        raise ModelError(f"{_origin(point)} cannot be imported: {type(error).__name__}: {error}{hint}") from error
     if not isinstance(given, Architecture):
         raise ModelError(f"{_origin(point)} is {type(given).__name__!r}; expected an instance of vlserve.Architecture")
     return replace(given, origin=_origin(point))
