@@ -12,7 +12,7 @@ from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.kv_cache.types import Blocks
 from vlserve.kernels.rotary import rotary_store
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.kv_cache import CacheKind
+from vlserve.llm.kv_cache import KeysAndValues
 from vlserve.llm.layer import Mixer
 from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from vlserve.llm.tensor_parallel import Split
@@ -29,7 +29,7 @@ class Attention(Mixer):
         query = split.query_heads(config.num_attention_heads, dim)
         kv, kv_size = split.kv_heads(config.num_key_value_heads, dim), config.num_key_value_heads * dim
         query_size = config.num_attention_heads * dim
-        self.cache_kind = CacheKind(num_kv_heads=kv.size // dim, head_dim=dim)
+        self.cache_kind = KeysAndValues(num_kv_heads=kv.size // dim, head_dim=dim)
         self.sizes = [query.size, kv.size, kv.size]
         outputs = {"q_proj": (query, query_size), "k_proj": (kv, kv_size), "v_proj": (kv, kv_size)}
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, outputs, bias=config.qkv_bias)
@@ -45,15 +45,16 @@ class Attention(Mixer):
         x: torch.Tensor,
         sums: torch.Tensor | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[Blocks, Blocks],
+        cache: tuple[Blocks, ...],
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """x [T, C], with the sums that qkv_proj takes -> [T, C]; writes this step's keys and values to the cache."""
         projected = self.qkv_proj(x, sums).split(self.sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        query = rotary_store(query, key, value, cos_sin, cache, metadata.slots, norms, self.eps)
-        out = paged_attention(query, *cache, metadata, self.head_dim**-0.5, window=self.window)
+        keys, values = cache
+        query = rotary_store(query, key, value, cos_sin, (keys, values), metadata.slots, norms, self.eps)
+        out = paged_attention(query, keys, values, metadata, self.head_dim**-0.5, window=self.window)
         return self.o_proj(out.flatten(1))
 
     def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:

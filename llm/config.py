@@ -49,6 +49,14 @@ class DecoderConfig:
         return max(self.mrope_axes, default=0) + 1
 
 
+def read_text_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the `text_config` of a whole config.json; raises ValueError as `read_decoder_config`."""
+    text = dict(config.get("text_config") or {})
+    # transformers ties the head when either the outer or the text config says so
+    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    return read_decoder_config(text)
+
+
 def read_decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
     """Read `text_config`; raises ValueError naming the key that is missing or not supported."""
     model_type = text.get("model_type")

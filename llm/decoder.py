@@ -76,6 +76,11 @@ class Decoder(nn.Module):
         return [layer.mixer.cache_kind for layer in self.decoder_layers]
 
     @property
+    def can_record(self) -> bool:
+        """Whether decode steps may be CUDA graphs."""
+        return all(layer.mixer.can_record for layer in self.decoder_layers)
+
+    @property
     def decoder_layers(self) -> list[DecoderLayer]:
         """`layers`, with their type."""
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]

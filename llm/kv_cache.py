@@ -1,4 +1,4 @@
-"""The paged KV cache's memory: how many bytes a block takes, and the tensors themselves.
+"""The paged cache's memory by kind of layer: how many bytes a block takes, and the tensors themselves.
 
 Which block belongs to whom is kept in block_pool.py. Shapes: N blocks of S slots, HK KV heads
 of this rank, D head_dim.
@@ -6,6 +6,7 @@ of this rank, D head_dim.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,15 +16,29 @@ from vlserve.kernels.kv_cache.types import CODE_TYPES, SCALE_TYPE, Blocks, Quant
 from vlserve.kernels.upload import upload
 
 
+class CacheKind(ABC):
+    """What a kind of layers keeps of a block of tokens, on one rank. Kinds that are equal keep the same."""
+
+    @abstractmethod
+    def block_bytes(self, block_size: int, dtype: torch.dtype, kv_dtype: str) -> int:
+        """Of one block in one layer; `kv_dtype`: the option of the KV cache, auto, int8 or fp8."""
+
+    @abstractmethod
+    def make(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, kv_dtype: str, device: torch.device
+    ) -> tuple[Blocks, ...]:
+        """One layer's cache, as its mixer takes it; the first dimension of each tensor is the block's number."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheKind:
-    """What a kind of layers keeps of a token, on one rank: a key and a value for each of its KV heads."""
+class KeysAndValues(CacheKind):
+    """A key and a value of each token for each of this rank's KV heads."""
 
     num_kv_heads: int
     head_dim: int
 
     def block_bytes(self, block_size: int, dtype: torch.dtype, kv_dtype: str) -> int:
-        """Of one layer. int8 and fp8 have a scale a token and head."""
+        """int8 and fp8 have a scale a token and head."""
         per_head = self.head_dim * dtype.itemsize
         if kv_dtype != "auto":
             per_head = self.head_dim * CODE_TYPES[kv_dtype].itemsize + SCALE_TYPE.itemsize
@@ -31,8 +46,8 @@ class CacheKind:
 
     def make(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, kv_dtype: str, device: torch.device
-    ) -> tuple[Blocks, Blocks]:
-        """(keys, values) of one layer, each [N, S, HK, D], of `dtype` or quantised."""
+    ) -> tuple[Blocks, ...]:
+        """(keys, values), each [N, S, HK, D], of `dtype` or quantised."""
         shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
 
         def blocks() -> Blocks:
@@ -57,7 +72,7 @@ def block_bytes(kinds: Iterable[CacheKind], block_size: int, dtype: torch.dtype,
 class KVCache:
     """A block has the same number, and the same tokens, in every layer; each layer keeps what its kind says.
 
-    `layers[i]` is (keys, values) of layer i. `serves`: the layers of each kind.
+    `layers[i]` is the cache of layer i. `serves`: the layers of each kind.
     """
 
     def __init__(

@@ -44,6 +44,7 @@ class Mixer(Half):
     """Attention or what stands for it, with a cache of its own."""
 
     cache_kind: CacheKind  # of this rank
+    can_record: bool = True  # in a CUDA graph: a decode step is then told by tensors alone, and `metadata` has no lengths
 
     @abstractmethod
     def forward(
@@ -51,7 +52,7 @@ class Mixer(Half):
         x: torch.Tensor,
         sums: torch.Tensor | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[Blocks, Blocks],
+        cache: tuple[Blocks, ...],
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """x [T, C], with the sums that it takes -> [T, C]; writes to this layer's cache what later steps read of the tokens."""
@@ -85,7 +86,7 @@ class DecoderLayer(nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor | None,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[Blocks, Blocks],
+        cache: tuple[Blocks, ...],
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, residual), both [T, C]; their sum is the layer's result, taken by the next norm.

@@ -160,6 +160,7 @@ def defined(query: torch.Tensor, caches: list[Blocks], metadata: AttentionMetada
             context_lens=(context,),
             block_tables=torch.arange(len(table), device=table.device)[None],
             slots=metadata.slots[start : start + query_len],
+            block_size=metadata.block_size,
             decodes=(),
             prefills=(),
         )

@@ -49,6 +49,7 @@ def plan_attention(
         context_lens=context_lens,
         block_tables=block_tables,
         slots=slots,
+        block_size=block_size,
         decodes=tuple(plan_decode(group, block_tables, block_size) for group in groups),
         prefills=tuple(prefills),
     )

@@ -16,6 +16,7 @@ class AttentionMetadata:
     context_lens: tuple[int, ...]
     block_tables: torch.Tensor  # [B, M] int64, padded with a block of the same sequence
     slots: torch.Tensor  # [T] int64, where the new keys and values go
+    block_size: int  # slots in a block
     decodes: tuple[DecodeGroup, ...]  # these two for torch's operators
     prefills: tuple[Prefill, ...]
     launches: dict[tuple[int, ...], Any] = field(default_factory=dict)  # for Triton's kernels, by shape; made by the first layer

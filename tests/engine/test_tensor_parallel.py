@@ -20,7 +20,7 @@ from vlserve.engine.engine import Engine
 from vlserve.engine.memory import GIB
 from vlserve.engine.messages import TokenEvent
 from vlserve.llm.config import read_decoder_config
-from vlserve.llm.kv_cache import CacheKind, block_bytes
+from vlserve.llm.kv_cache import KeysAndValues, block_bytes
 from vlserve.models.checkpoint import DEMO, read_checkpoint
 from vlserve.prompt.build import Prompt
 
@@ -76,7 +76,7 @@ def same(got: dict[int, list[TokenEvent]], want: dict[int, list[TokenEvent]]) ->
 def small_cache(folder: Path, tp: int, num_blocks: int, block_size: int) -> float:
     """`kv_cache_gib` for so many blocks on each rank."""
     config = read_decoder_config(read_checkpoint(folder).config["text_config"])
-    kind = CacheKind(num_kv_heads=max(1, config.num_key_value_heads // tp), head_dim=config.head_dim)
+    kind = KeysAndValues(num_kv_heads=max(1, config.num_key_value_heads // tp), head_dim=config.head_dim)
     per_block = block_bytes([kind] * config.num_hidden_layers, block_size, torch.float32)
     return (num_blocks + 0.5) * per_block / GIB
 

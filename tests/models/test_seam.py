@@ -16,6 +16,7 @@ from tests.engine.graphed import Again, launch_triton
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import TIE, add, engine, prompt, run
 from tests.models.toy_family import LEVELS, TOY, Reference, make_toy
+from vlserve.commands.main import main
 from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine, Seat
 from vlserve.engine.feature_encoder import deal
@@ -77,8 +78,8 @@ def same(got: list[list[TokenEvent]], asked: Asked) -> None:
 
 
 def answers(ours: Engine, asked: Asked) -> list[list[TokenEvent]]:
-    for id, (p, _) in enumerate(asked):
-        add(ours, id, p, SamplingParams(ignore_eos=True, logprobs=1), LENGTH)
+    for id, (p, want) in enumerate(asked):
+        add(ours, id, p, SamplingParams(ignore_eos=True, logprobs=1), len(want))
     events = run(ours)
     return [events[id] for id in range(len(asked))]
 
@@ -140,19 +141,44 @@ def test_on_two_ranks(options: dict[str, Any], folder: Path, asked: Asked) -> No
         assert encoded[0] == encoded[1] > 0
 
 
-def test_as_on_a_gpu(folder: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_on_a_gpu(folder: Path, pictures: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels, interpreted, with windows; decode steps through fixed buffers with positions of three parts; overlap."""
     launch_triton(monkeypatch)
     monkeypatch.setattr(attention_plan, "INTERPRETERS", (2, 80))
+    monkeypatch.setitem(registry.BUILT_IN, "toy", TOY)
+    folder = make_toy(tmp_path, ["full_attention", "sliding_attention", "sliding_experts"])
+    reference, asked = Reference(folder), []
+    for images in ([], [pictures[3]], [pictures[0], pictures[2]]):
+        p = prompt(folder, "What?", images)
+        asked.append((p, reference.generate(p.token_ids, images, 4)))
     options = {"max_num_seqs": 3, "kv_cache_gib": 0.001, "max_model_len": 96, "dtype": "float32", "device": "cpu"}
     ours = Engine(EngineConfig(model=str(folder), **options), seat=Seat(recorder=Again()))  # type: ignore[arg-type]
     ours.overlaps = True
-    some = [(p, want[:4]) for p, want in asked[:3]]
-    for id, (p, want) in enumerate(some):
-        add(ours, id, p, SamplingParams(ignore_eos=True, logprobs=1), len(want))
-    events = run(ours)
-    same([events[id] for id in range(len(some))], some)
+    same(answers(ours, asked), asked)
     assert ours.runner.decodes is not None and ours.runner.decodes.graphs.recorded
+
+
+def test_a_layer_that_no_graph_can_hold_is_launched_as_it_is(folder: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_triton(monkeypatch)
+    monkeypatch.setattr(attention_plan, "INTERPRETERS", (2, 80))
+    options = {"max_num_seqs": 2, "kv_cache_gib": 0.001, "max_model_len": 96, "dtype": "float32", "device": "cpu"}
+    ours = Engine(EngineConfig(model=str(folder), **options), seat=Seat(recorder=Again()))  # type: ignore[arg-type]
+    assert ours.runner.decodes is None
+    some = [(p, want[:2]) for p, want in asked[:2]]
+    same(answers(ours, some), some)
+
+
+def test_each_kind_of_layer_has_its_cache(folder: Path) -> None:
+    cache = engine(folder, kv_cache_gib=0.001, max_model_len=64).runner.cache
+    assert list(cache.serves.values()) == [[0, 1, 2, 4], [3]], "keys and values, and a recurrent layer's states"
+    assert [len(layer) for layer in cache.layers] == [2, 2, 2, 1, 2]
+
+
+def test_it_is_cut_in_advance_like_any_other(folder: Path, asked: Asked, tmp_path: Path) -> None:
+    out = tmp_path / "cut"
+    assert main(["shard", str(folder), "--tp", "2", str(out)]) == 0
+    with tp_engine(out, 2) as (ours, _):
+        same(answers(ours, asked[:3]), asked[:3])
 
 
 def test_levels_are_kept_with_the_features(folder: Path, asked: Asked) -> None:
@@ -193,5 +219,6 @@ def test_units_are_dealt_by_cost() -> None:
 
 
 def test_it_is_refused_for_calibration_with_what_stands_in_the_way(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pictures' features of 2 levels, positions of 3 parts, with which vlserve quantize"):
+    levels, parts = "pictures' features of 2 levels", "positions of 3 parts"
+    with pytest.raises(ConfigError, match=f"RunningMean, TwoExperts, layers that keep different things.*{levels}, {parts}, with"):
         Source(read_checkpoint(folder))

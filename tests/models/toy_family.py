@@ -2,7 +2,8 @@
 
 Pictures keep their size: one unit a picture, a feature for each patch of 4 x 4 pixels. Placeholders have a mark at the end of
 every row of patches, positions have three parts, features two levels, of which the second enters behind the first decoder layer,
-and layers with a sliding window stand beside full ones. `reference` is the same model in plain torch, written without the seam.
+and the decoder has layers of four kinds: full attention, attention in a window before two experts, and a recurrent layer, whose
+cache is a state for each block. `Reference` is the same model in plain torch, written without the seam.
 Shapes: F features, C hidden size, T tokens, H heads, D head_dim.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,17 @@ from tokenizers import AddedToken
 from torch import nn
 
 from tests.checkpoints import make_tokenizer
-from vlserve.llm.config import read_decoder_config
+from vlserve.kernels.attention.types import AttentionMetadata
+from vlserve.kernels.kv_cache.types import Blocks
+from vlserve.llm.config import DecoderConfig, read_decoder_config
 from vlserve.llm.decoder import Decoder
+from vlserve.llm.formats import Slot
+from vlserve.llm.kv_cache import CacheKind
+from vlserve.llm.layer import FeedForward, LayerKind, Mixer
+from vlserve.llm.layer_kinds import LAYER_KINDS
+from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
+from vlserve.llm.mlp import DenseMLP
+from vlserve.llm.sliding_attention import SlidingAttention
 from vlserve.llm.tensor_parallel import Split
 from vlserve.models.architecture import (
     Architecture,
@@ -60,7 +70,7 @@ TEXT: dict[str, Any] = {
     "model_type": "qwen3",
     "hidden_size": 48,
     "intermediate_size": 50,  # divides by no degree but 1, 2, 5, ...
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -68,7 +78,7 @@ TEXT: dict[str, Any] = {
     "rope_theta": 10000.0,
     "use_sliding_window": True,
     "sliding_window": WINDOW,
-    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "layer_types": ["full_attention", "sliding_attention", "sliding_experts", "running_mean", "full_attention"],
     "tie_word_embeddings": False,
 }
 
@@ -156,26 +166,129 @@ class ToyTower(Tower):
         return {f"tower.{name}": parameter.data for name, parameter in self.named_parameters()}
 
 
+@dataclass(frozen=True)
+class States(CacheKind):
+    """Of a recurrent layer: its state behind the last token of each block that has been computed."""
+
+    width: int
+
+    def block_bytes(self, block_size: int, dtype: torch.dtype, kv_dtype: str) -> int:
+        return self.width * 4
+
+    def make(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, kv_dtype: str, device: torch.device
+    ) -> tuple[Blocks, ...]:
+        return (torch.empty(num_blocks, self.width, device=device),)
+
+
+class RunningMean(Mixer):
+    """h = a * h before + (1 - a) * in(x), then out(h), a number a for each channel; this rank's channels."""
+
+    can_record = False
+
+    def __init__(self, config: DecoderConfig, split: Split) -> None:
+        super().__init__()
+        span, width = split.query_heads(config.num_attention_heads, config.head_dim), config.num_attention_heads * config.head_dim
+        self.in_proj = ColumnParallelLinear(config.hidden_size, {"in_proj": (span, width)}, bias=False)
+        self.out_proj = RowParallelLinear("out_proj", span, width, config.hidden_size, bias=False, group=split.group)
+        self.decay, self.slot = nn.Parameter(torch.empty(span.size), requires_grad=False), {0: span}
+        self.cache_kind, self.width = States(span.size), width
+
+    def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:
+        return self.in_proj.format.empty_sums(x)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sums: torch.Tensor | None,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[Blocks, ...],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        (states,), given, size, decay = cache, self.in_proj(x, sums), metadata.block_size, self.decay.sigmoid()
+        assert isinstance(states, torch.Tensor)
+        out, row = torch.empty_like(given), 0
+        for table, number, stop in zip(metadata.block_tables, metadata.query_lens, metadata.context_lens, strict=True):
+            before = stop - number - 1
+            state = states[table[before // size]].clone() if before >= 0 else torch.zeros(len(decay))
+            for place in range(stop - number, stop):
+                state = decay * state + (1 - decay) * given[row]
+                out[row] = state
+                states[table[place // size]] = state
+                row += 1
+        return self.out_proj(out)
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        yield "mixer.", self.in_proj
+        yield "mixer.", self.out_proj
+
+    def others(self) -> Iterator[tuple[str, Slot]]:
+        yield "mixer.decay", Slot(self.decay.data, (self.width,), self.slot)
+
+
+class TwoExperts(FeedForward):
+    """Each token goes through the one of two experts that a router gives more."""
+
+    def __init__(self, config: DecoderConfig, split: Split) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(DenseMLP(config, split) for _ in range(2))
+        self.router = nn.Parameter(torch.empty(2, config.hidden_size), requires_grad=False)
+
+    def empty_sums(self, x: torch.Tensor) -> None:
+        return None
+
+    def forward(self, x: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
+        out, chosen = torch.empty_like(x), (x @ self.router.T).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):  # on every rank the same
+                out[rows] = expert(x[rows], None)
+        return out
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        for number, expert in enumerate(self.experts):
+            assert isinstance(expert, DenseMLP)
+            for names, linear in expert.linears():
+                yield f"mlp.experts.{number}.{names.removeprefix('mlp.')}", linear
+
+    def others(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "mlp.router.weight", self.router.data
+
+
+KINDS = {
+    **LAYER_KINDS,
+    "sliding_experts": LayerKind(SlidingAttention, TwoExperts),
+    "running_mean": LayerKind(RunningMean, DenseMLP),
+}
+
+
+def decoder_config(config: Config) -> DecoderConfig:
+    text = config["text_config"]
+    known = [kind if kind in LAYER_KINDS else "sliding_attention" for kind in text["layer_types"]]
+    decoder = read_decoder_config(text | {"layer_types": known})
+    return replace(decoder, mrope_axes=AXES, deep_layers=(0,), layer_types=tuple(text["layer_types"]))
+
+
 def build(config: Config, preprocessor: ToyPreprocessor, split: Split) -> Model:
-    decoder = read_decoder_config(config["text_config"])
-    decoder = replace(decoder, mrope_axes=AXES, deep_layers=(0,))
-    return Model(Decoder(decoder, split), ToyTower(decoder.hidden_size))
+    decoder = decoder_config(config)
+    return Model(Decoder(decoder, split, KINDS), ToyTower(decoder.hidden_size))
 
 
 def preprocessor(config: Config, files: Files) -> ToyPreprocessor:
     return ToyPreprocessor(int(config["image_token_id"]))
 
 
-TOY = Architecture(preprocessor=preprocessor, build=build)
+TOY = Architecture(preprocessor=preprocessor, build=build, decoder=decoder_config)
 
 
-def make_toy(folder: Path) -> Path:
+def make_toy(folder: Path, layer_types: Sequence[str] = TEXT["layer_types"]) -> Path:
     """A random checkpoint."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (PICTURE, ROW, END)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    text = TEXT | {"vocab_size": tokenizer.get_vocab_size() + 1}
+    text = TEXT | {"vocab_size": tokenizer.get_vocab_size() + 1, "layer_types": layer_types}
+    text["num_hidden_layers"] = len(layer_types)
     config = {"model_type": "toy", "text_config": text, "image_token_id": tokenizer.token_to_id(PICTURE)}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(3)
@@ -216,7 +329,7 @@ class Reference:
         x[rows] = features[:, 0]
         angles = self.angles(ids, images)
         for layer, kind in enumerate(self.text["layer_types"]):
-            x = self.layer(x, layer, angles, WINDOW if kind == "sliding_attention" else len(ids))
+            x = self.layer(x, layer, kind, angles)
             if layer == 0:
                 x[rows] += features[:, 1]
         return self("language_model.lm_head.weight") @ self.norm(x[-1], "language_model.model.norm")
@@ -252,20 +365,41 @@ class Reference:
         axis = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
         return torch.tensor(places).float()[:, axis] * frequencies
 
-    def layer(self, x: torch.Tensor, layer: int, angles: torch.Tensor, window: int) -> torch.Tensor:
+    def layer(self, x: torch.Tensor, layer: int, kind: str, angles: torch.Tensor) -> torch.Tensor:
         name = f"language_model.model.layers.{layer}"
         y = self.norm(x, f"{name}.input_layernorm")
+        if kind == "running_mean":
+            x = x + self.recurrent(y, f"{name}.mixer")
+        else:
+            x = x + self.attention(y, name, angles, WINDOW if kind.startswith("sliding") else len(x))
+        y = self.norm(x, f"{name}.post_attention_layernorm")
+        if kind != "sliding_experts":
+            return x + self.mlp(y, f"{name}.mlp")
+        chosen = (y @ self(f"{name}.mlp.router.weight").T).argmax(-1)
+        both = torch.stack([self.mlp(y, f"{name}.mlp.experts.{i}") for i in range(2)])
+        return x + both[chosen, torch.arange(len(x))]
+
+    def recurrent(self, y: torch.Tensor, name: str) -> torch.Tensor:
+        given, decay = self.linear(y, f"{name}.in_proj"), self(f"{name}.decay").sigmoid()
+        states, state = [], torch.zeros(len(decay))
+        for row in given:
+            state = decay * state + (1 - decay) * row
+            states.append(state)
+        return self.linear(torch.stack(states), f"{name}.out_proj")
+
+    def mlp(self, y: torch.Tensor, name: str) -> torch.Tensor:
+        gated = nn.functional.silu(self.linear(y, f"{name}.gate_proj")) * self.linear(y, f"{name}.up_proj")
+        return self.linear(gated, f"{name}.down_proj")
+
+    def attention(self, y: torch.Tensor, name: str, angles: torch.Tensor, window: int) -> torch.Tensor:
         q, k, v = (self.linear(y, f"{name}.self_attn.{part}_proj").unflatten(-1, (-1, 16)) for part in "qkv")
         q, k = (turn(self.norm(t, f"{name}.self_attn.{part}_norm"), angles) for part, t in (("q", q), ("k", k)))
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / 4
-        distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
+        distance = torch.arange(len(y))[:, None] - torch.arange(len(y))[None]
         scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
         mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
-        x = x + self.linear(mixed, f"{name}.self_attn.o_proj")
-        y = self.norm(x, f"{name}.post_attention_layernorm")
-        gated = nn.functional.silu(self.linear(y, f"{name}.mlp.gate_proj")) * self.linear(y, f"{name}.mlp.up_proj")
-        return x + self.linear(gated, f"{name}.mlp.down_proj")
+        return self.linear(mixed, f"{name}.self_attn.o_proj")
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x @ self(f"{name}.weight").T

@@ -19,7 +19,7 @@ from vlserve.kernels.attention.plan import FixedDecodes, read_shape
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.upload import pinned, upload
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.kv_cache import KVCache
+from vlserve.llm.kv_cache import KeysAndValues, KVCache
 from vlserve.llm.tensor_parallel import Group
 from vlserve.models.base import Model
 from vlserve.plan.cuda_graph_sizes import TILE_SIZES, decode_sizes, next_size
@@ -143,7 +143,7 @@ class DecodeGraphs:
         if buffers is None:
             fixed = self._fixed(size)
             buffers = self._buffers[size] = _Buffers(
-                size, fixed, self._tables[:size], self._device, self._decoder.num_position_axes
+                size, fixed, self._tables[:size], self._block_size, self._decoder.num_position_axes
             )
         self._fill(buffers, rows, last_tokens)
 
@@ -155,10 +155,11 @@ class DecodeGraphs:
         return self._hidden[: len(rows.ids)]
 
     def _fixed(self, size: int) -> list[FixedDecodes]:
-        """One for each shape that layers have; layers of one shape share theirs."""
+        """One for each kind of cache that is attended to; layers of one kind share theirs."""
         heads, dtype = self._decoder.num_query_heads, self._decoder.norm.dtype
-        shapes = {(shape := read_shape(heads, dtype, self._device, keys)).key: shape for keys, _ in self._cache.layers}
-        return [FixedDecodes(size, shape) for shape in shapes.values()]
+        attended = [layers[0] for kind, layers in self._cache.serves.items() if isinstance(kind, KeysAndValues)]
+        caches = [self._cache.layers[layer][0] for layer in attended]
+        return [FixedDecodes(size, read_shape(heads, dtype, self._device, keys)) for keys in caches]
 
     def _fill(self, buffers: _Buffers, rows: Rows, last_tokens: torch.Tensor) -> None:
         spare = len(buffers.ids) - len(rows.ids)
@@ -177,9 +178,8 @@ class DecodeGraphs:
 class _Buffers:
     """Of one size: ids and slots [S] and positions [A, S] int64 and attention's schedules int32, in one piece of memory."""
 
-    def __init__(
-        self, size: int, fixed: Sequence[FixedDecodes], tables: torch.Tensor, device: torch.device, num_axes: int
-    ) -> None:
+    def __init__(self, size: int, fixed: Sequence[FixedDecodes], tables: torch.Tensor, block_size: int, num_axes: int) -> None:
+        device = tables.device
         self.fixed, self.tables = fixed, tables
         self._num_integers, self._num_numbers = (2 + num_axes) * size, sum(one.num_numbers for one in fixed)
         self._num_words = self._num_integers + -(-self._num_numbers // 2)
@@ -195,6 +195,7 @@ class _Buffers:
             context_lens=(),
             block_tables=tables,
             slots=slots,
+            block_size=block_size,
             decodes=(),
             prefills=(),
             launches=dict(launches),

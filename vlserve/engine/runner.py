@@ -86,7 +86,8 @@ class Runner:
         self.cache = self._make_cache(self.num_blocks + (recorder is not None))
         if recorder is not None:
             limits = {"max_num_seqs": config.max_num_seqs, "max_model_len": max_model_len}
-            self.decodes = DecodeGraphs(model, self.cache, recorder, **limits, spare_block=self.num_blocks)
+            if model.decoder.can_record:
+                self.decodes = DecodeGraphs(model, self.cache, recorder, **limits, spare_block=self.num_blocks)
         self.encoder = self._make_encoder(config.ranks_per_node, recorder)
         self.features = FeatureCache(int(config.vision_cache_gib * GIB), in_use)
         self.sampler = Sampler(end_token_ids)

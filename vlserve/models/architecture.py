@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlserve.errors import RequestError
+from vlserve.llm.config import DecoderConfig, read_text_config
 from vlserve.vision.pixels import Pixels
 
 if TYPE_CHECKING:
@@ -159,11 +160,14 @@ class Architecture:
             is imported. Raises ValueError naming the key that is wrong.
         build: (config.json, the front half, how the language model is split) -> this rank's model without weights, on torch's
             meta device. Runs in the rank. Raises ValueError naming the key that is wrong.
+        decoder: config.json -> the decoder's sizes, for the plan and the check of degrees; `text_config` where it is one of ours.
+            Raises ValueError.
         encoder: config.json -> the sizes of the vision encoder, from which the plan computes its bytes; None where it is to be
             built on the meta device and counted. Raises ValueError.
     """
 
     preprocessor: Callable[[Config, Files], Preprocessor]
     build: Callable[[Config, Any, Split], Model]
+    decoder: Callable[[Config], DecoderConfig] = read_text_config
     encoder: Callable[[Config], EncoderConfig] | None = None
     origin: str = "vlserve"  # the package and entry point, for messages; filled in by find_architecture

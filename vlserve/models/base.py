@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlserve.llm.config import read_decoder_config
+from vlserve.llm.config import read_text_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats import Slot
@@ -82,7 +82,4 @@ class Model(nn.Module):
 
 def build_decoder(config: Mapping[str, Any], split: Split) -> Decoder:
     """This rank's part of the decoder that `text_config` of a whole config.json describes; raises ValueError naming the key."""
-    text = dict(config.get("text_config") or {})
-    # transformers ties the head when either the outer or the text config says so
-    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
-    return Decoder(read_decoder_config(text), split)
+    return Decoder(read_text_config(config), split)

@@ -81,17 +81,19 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     from vlserve.models.registry import find_architecture  # entry points; the command line's flags need none of it
 
     model_type = str(config.get("model_type"))
-    decoder, reasons = _decoder_and_reasons(config)
     notes: list[str] = []
     architecture: Architecture | None = None
     preprocessor: Preprocessor | None = None
+    unknown, faulty = tuple[str, ...](), tuple[str, ...]()
     try:
         architecture = find_architecture(config)
         preprocessor = architecture.preprocessor(config, {})
     except ModelError as error:
-        reasons = (_model_type_reason(config, error), *reasons)
+        unknown = (_model_type_reason(config, error),)
     except Exception as error:  # noqa: BLE001  (a package's code raises what it likes)
-        reasons = (*reasons, _said(error))
+        faulty = (_said(error),)
+    decoder, reasons = _decoder_and_reasons(config, architecture)
+    reasons = (*unknown, *reasons, *faulty)
     if decoder.quantisation is not None:
         notes.append(f"the decoder's linear layers are counted as {decoder.quantisation}")
         if decoder.quantisation.kind == FP8:
@@ -116,7 +118,13 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def read_decoder_shape(config: Mapping[str, Any]) -> DecoderShape:
     """Only the language model; raises ModelError naming the size that is missing or wrong."""
-    return _decoder_and_reasons(config)[0]
+    from vlserve.models.registry import find_architecture
+
+    try:
+        architecture: Architecture | None = find_architecture(config)
+    except ModelError:
+        architecture = None
+    return _decoder_and_reasons(config, architecture)[0]
 
 
 def request_tokens(shape: ModelShape, request: Request) -> tuple[int, int]:
@@ -133,14 +141,14 @@ def request_tokens(shape: ModelShape, request: Request) -> tuple[int, int]:
     return image_tokens, request.text_tokens + request.images * image_tokens + request.answer_tokens
 
 
-def _decoder_and_reasons(config: Mapping[str, Any]) -> tuple[DecoderShape, tuple[str, ...]]:
+def _decoder_and_reasons(config: Mapping[str, Any], architecture: Architecture | None) -> tuple[DecoderShape, tuple[str, ...]]:
     section = next((name for name in SECTIONS if isinstance(config.get(name), Mapping)), "")
     text = dict(config[section] if section else config)
     # transformers ties the head when either the outer or the text config says so
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     shape, reasons = _with_quantisation(_generic_shape(text, section), config)
     try:
-        return _exact_shape(shape, read_decoder_config(text)), reasons
+        return _exact_shape(shape, read_decoder_config(text) if architecture is None else architecture.decoder(config)), reasons
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         return shape, (_said(error).replace("text_config", section or "config.json"), *reasons)
 

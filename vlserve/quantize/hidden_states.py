@@ -18,7 +18,7 @@ from vlserve.kernels.norms import rms_norm
 from vlserve.kernels.rotary.table import rotary_table
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.kv_cache import CacheKind, KVCache
+from vlserve.llm.kv_cache import KeysAndValues, KVCache
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.mlp import DenseMLP
 from vlserve.models.base import Model
@@ -116,7 +116,7 @@ class LayerRunner:
         # scaled as by a server that allows the whole context
         self._rotary = rotary_table(config.rope, config.max_position_embeddings)[:longest].to(device)
         self._cache = KVCache(
-            [CacheKind(num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim)],
+            [KeysAndValues(num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim)],
             num_blocks=-(-longest // BLOCK),
             block_size=BLOCK,
             dtype=dtype,

@@ -152,7 +152,7 @@ def _refuse_other_kinds(decoder: Decoder) -> None:
     halves = [half for layer in decoder.decoder_layers for half in (layer.mixer, layer.feed_forward)]
     others = {type(half).__name__ for half in halves if not isinstance(half, (Attention, DenseMLP))}
     if len(set(decoder.cache_kinds)) > 1:
-        others.add("layers with KV heads of several sizes")
+        others.add("layers that keep different things of a token")
     if decoder.num_position_axes > 1:
         others.add(f"positions of {decoder.num_position_axes} parts")
     if decoder.num_feature_levels > 1:
