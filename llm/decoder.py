@@ -41,7 +41,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, split: Split, kinds: Mapping[str, LayerKind] = LAYER_KINDS) -> None:
         super().__init__()
-        self.config, self.split = config, split
+        self.config, self.split, self.kinds = config, split, kinds
         self.embed_tokens = VocabParallel(config.vocab_size, config.hidden_size, split)
         self.layers = nn.ModuleList(DecoderLayer(config, split, kinds[name]) for name in config.layer_types)
         self.norm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)

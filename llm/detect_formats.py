@@ -1,4 +1,4 @@
-"""Which form each linear layer of the decoder has in a checkpoint, found from its tensors' names, types and shapes.
+"""Which format each linear layer of the decoder has in a checkpoint, found from its tensors' names, types and shapes.
 
 A layer is quantised if its packed tensor is there, whatever the configuration lists; the configuration says what the tensors
 do not: group size, order of the codes, kind of zero points. Raises ValueError naming the tensor and what is supported.
@@ -85,7 +85,7 @@ def use_stored_formats(
 
 
 class Finder:
-    """Finds the form of one linear layer, which may have several projections."""
+    """Finds the format of one linear layer, which may have several projections."""
 
     def __init__(
         self, prefix: str, linear: Linear, tensors: Mapping[str, Stored], quantisation: Quantisation | None, dtype: torch.dtype

@@ -1,7 +1,7 @@
-"""How a linear layer's logical slice is stored and multiplied. Which slice a rank owns is `linear`'s business.
+"""How a linear layer's logical slice is stored and multiplied. Which slice a rank owns is decided in linear.py.
 
 A checkpoint's tensor fills a `Slot`: a part of a parameter, from a span of the tensor along one or more dimensions. What has
-another form in memory fills a `ReadSlot`. Quantised formats are in formats_int4.py and formats_8bit.py.
+another format in memory fills a `ReadSlot`. Quantised formats are in formats_int4.py and formats_8bit.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The paged KV cache's memory: how many bytes a block takes, and the tensors themselves.
 
-Which block belongs to whom is `block_pool`'s business. Shapes: N blocks of S slots, HK KV heads
+Which block belongs to whom is kept in block_pool.py. Shapes: N blocks of S slots, HK KV heads
 of this rank, D head_dim.
 """
 

@@ -1,7 +1,7 @@
 """Linear layers of the decoder, split over ranks: which slice a rank owns, and where it stands in a checkpoint.
 
 Projections that read the same input are one matrix here (query, key and value; gate and up), while a
-checkpoint stores them one by one. How a slice is stored is `formats`' business; a layer is built dense, and `stored` gives it
+checkpoint stores them one by one. How a slice is stored is in formats.py; a layer is built dense, and detect_formats.py gives it
 another format where the checkpoint has one.
 """
 

@@ -1,4 +1,4 @@
-"""Writes a checkpoint's tensors cut for tensor parallelism; shards.py says in which form.
+"""Writes a checkpoint's tensors cut for tensor parallelism; shards.py says in which format.
 
 The files are written side by side, so that each stored tensor is read once, and memory holds parts of tensors, never a file.
 safetensors' own writer wants all tensors of a file in memory, hence the header is made here.

@@ -1,17 +1,10 @@
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach for a network
-# one thread of torch's a process, here and in ranks: models are tiny, and threads that wait for one another spin
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not Path("/dev/nvidiactl").exists():  # Triton's kernels then run on the CPU, interpreted; it reads this when it is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -48,16 +41,24 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def temp() -> Iterator[Path]:
+    """A TMPDIR of this test's own. The sockets in it may have names of about a hundred characters, and `tmp_path` has most of
+    them when the user's name is long."""
+    with tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def places(temp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Folders of this test's own for what is temporary; nothing may be left there, and no rank."""
-    temporary, shared = tmp_path / "t", tmp_path / "s"
-    temporary.mkdir(), shared.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    shared = tmp_path / "s"
+    shared.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temp))
+    monkeypatch.setattr(tempfile, "tempdir", str(temp))
     monkeypatch.setattr(vlserve.ranks.shared_pixels, "SHARED", shared)
     monkeypatch.setenv(MARK, str(tmp_path))
-    yield temporary
-    nothing_left(str(tmp_path), temporary, shared)
+    yield temp
+    nothing_left(str(tmp_path), temp, shared)
 
 
 @pytest.fixture

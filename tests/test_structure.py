@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,6 +150,16 @@ def test_tests_mirror_the_tree() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
     assert folders <= {*ROOMS, "examples", "benchmarks"}
     assert sorted(path.parent.name for path in (ROOT / "tests/kernels").glob("*/__init__.py")) == OPERATIONS
+
+
+def test_the_documents_name_the_rooms_in_their_order_and_files_that_exist() -> None:
+    rooms = re.findall(r"^\| `?(\w+)/?`? \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert rooms[: len(ROOMS) + 1] == ["room", *reversed(ROOMS)]
+    bases = ROOT, ROOT / "vlserve", ROOT / "examples/plugin_model"
+    for name in ("architecture", "adding_a_model"):
+        paths = re.findall(r"(?:\w+/)+\w+\.(?:py|md|json)\b", (ROOT / f"docs/{name}.md").read_text())
+        missing = {path for path in paths if not any((base / path).exists() for base in bases)}
+        assert paths and not missing, f"docs/{name}.md names {sorted(missing)}"
 
 
 def loaded_by(statement: str) -> set[str]:

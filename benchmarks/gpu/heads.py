@@ -18,7 +18,7 @@ from vlserve.kernels.head import KERNEL_ROWS, head_matmul, int8_matmul
 from vlserve.kernels.head.reference import int8_matmul_ref, quantise_rows
 from vlserve.kernels.measure import by_outputs
 
-BLOCK_N = 64  # this and the next two are head.triton's, which only imports where Triton is
+BLOCK_N = 64  # this and the next two are kernels/head/triton.py's, which only imports where Triton is
 BLOCK_BYTES = 128  # of a row, a turn
 STAGES = {True: 3, False: 5}  # by whether weights are codes
 

@@ -231,9 +231,16 @@ def _attention_kernel(
     scale *= 1.4426950408889634
     if WINDOW:
         begin += tl.maximum(before + first + 1 - WINDOW - begin, 0) // TILE * TILE  # where the first row's window begins
-        tail = begin
-    else:
-        tail = begin + tl.maximum(tl.minimum(end, before + first + 1) - begin, 0) // TILE * TILE  # all rows see what is before
+    tail = begin + tl.maximum(tl.minimum(end, before + first + 1) - begin, 0) // TILE * TILE  # all rows see what is before
+    if WINDOW:  # up to where the last row's begins
+        inside = tl.minimum(begin + (tl.maximum(stop - WINDOW - begin, 0) + TILE - 1) // TILE * TILE, tail)
+        for at in tl.range(begin, inside, TILE):
+            highest, total, result, odd_result = _add_tile(
+                highest, total, result, odd_result, q, odd_q, seen, at, end, scale,
+                keys, key_scales, values, value_scales, table,
+                KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, WINDOW, True,
+            )  # fmt: skip
+        begin = inside
     for at in tl.range(begin, tail, TILE):
         highest, total, result, odd_result = _add_tile(
             highest, total, result, odd_result, q, odd_q, seen, at, end, scale,

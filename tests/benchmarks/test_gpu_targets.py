@@ -125,7 +125,7 @@ def test_every_target_is_printed_for_every_card(planned: tuple[Report, list[str]
 
 
 def test_the_document_has_the_table_that_the_dry_run_prints(planned: tuple[Report, list[str]]) -> None:
-    document = (ROOT / "docs/architecture.md").read_text().splitlines()
+    document = (ROOT / "docs/kernel_targets.md").read_text().splitlines()
     steps_lines: list[str] = []
     plan_steps(MODELS["8b"], Report(say=steps_lines.append))
     for line in (*planned[1], *steps_lines):

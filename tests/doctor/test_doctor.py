@@ -19,6 +19,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from tests.settling import PATIENCE_S, eventually, is_alive, wait_until
 from vlserve.config import EngineConfig
 from vlserve.doctor import probe, ranks
 from vlserve.doctor.checks import GIB, MIB, Check, check_host, check_ranks
@@ -34,12 +35,6 @@ from vlserve.llm.parallel import Group
 from vlserve.ranks.launch import Ranks
 
 COMMAND = [sys.executable, "-m", "vlserve", "doctor", "--device", "cpu"]
-
-
-@pytest.fixture
-def temp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The temporary folder of a doctor; a short name, since sockets lie in it."""
-    return tmp_path_factory.mktemp("t")
 
 
 def doctor(temp: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -86,32 +81,20 @@ def rank_processes(pid: int) -> list[psutil.Process]:
     return found
 
 
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_its_ranks(temp: Path, number: signal.Signals) -> None:
     with subprocess.Popen(
         [*COMMAND, "--tp", "2"], env=os.environ | {"TMPDIR": str(temp)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         try:
-            deadline = time.monotonic() + 60
-            while len(started := rank_processes(process.pid)) < 2:
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.05)
+            started = eventually(lambda: rank_processes(process.pid), lambda found: len(found) == 2, "two ranks start")
             process.send_signal(number)
-            process.communicate(timeout=30)
+            process.communicate(timeout=PATIENCE_S)
         finally:
             process.kill()
     assert process.returncode == 128 + number
-    deadline = time.monotonic() + 30
-    while any(map(is_alive, started)):  # one that was just being started ends when it sees that its parent is gone
-        assert time.monotonic() < deadline, started
-        time.sleep(0.05)
+    # one that was just being started ends when it sees that its parent is gone
+    wait_until(lambda: not any(map(is_alive, started)), "the ranks end")
     assert list(temp.glob("vlserve-*")) == []
 
 

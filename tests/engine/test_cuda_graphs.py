@@ -6,22 +6,21 @@ Triton's kernels are interpreted; a recorder that calls the work again stands fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.engine.graphed import Again, launch_triton
 from tests.engine.reference import add, engine, prompt, run, tokens
 from vlserve.config import EngineConfig, SamplingParams
-from vlserve.engine import runner as runner_module
 from vlserve.engine.batch import Rows
 from vlserve.engine.cuda_graphs import DecodeGraphs, Graphs, Work
 from vlserve.engine.engine import Engine, Seat
 from vlserve.engine.loading import load_model
 from vlserve.engine.process_group import DistributedGroup
-from vlserve.kernels import attention, gate, norms, rotary
 from vlserve.kernels.attention import plan as attention_plan
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.attention.plan import FixedDecodes, Shape
@@ -34,24 +33,9 @@ pytest.importorskip("triton")
 CPU = torch.device("cpu")
 
 
-class Again:
-    """Records nothing: what replays is the work itself."""
-
-    num_free_bytes = 1
-
-    def __init__(self) -> None:
-        self.num_recorded = 0
-
-    def record(self, work: Work) -> Work:
-        self.num_recorded += 1
-        return work
-
-
 @pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (attention, norms, rotary, gate, runner_module):
-        monkeypatch.setattr(module, "runs_triton", lambda x: True)
-    yield
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_triton(monkeypatch)
 
 
 def test_sizes_grow_by_eight_up_to_the_largest_step() -> None:
@@ -100,6 +84,7 @@ def decodes(contexts: list[int], first: int = 0, block_size: int = 4) -> Rows:
         positions=[context - 1 for context in contexts],
         slots=slots,
         sample_rows=list(range(len(contexts))),
+        feature_rows=[],
         partial_blocks=[],
         tables=tables,
         query_lens=(1,) * len(contexts),

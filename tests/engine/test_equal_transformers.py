@@ -24,6 +24,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
         {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     ),
     ("mistral", {}),
+    ("mistral", {"sliding_window": 9}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
 ]
 

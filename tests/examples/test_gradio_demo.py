@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +30,8 @@ import psutil
 import pytest
 
 from tests.prompt.test_build import copy_of
-from tests.server.running import running, wait_until
+from tests.server.running import running
+from tests.settling import PATIENCE_S, is_alive, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,6 @@ if CHROMIUM is None:
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright  # noqa: E402
 
 SHAPES, HEART = ROOT / "examples/pictures/shapes.png", ROOT / "examples/pictures/heart.png"
-PATIENCE_S = 120
 expect.set_options(timeout=PATIENCE_S * 1000)
 
 
@@ -160,10 +159,6 @@ class Demo:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def uploads() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("demo-uploads-*"))
 
 
 @contextmanager
@@ -413,8 +408,8 @@ def test_answers_equal_the_apis(browser: Browser, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment,number", [("the demo is on", signal.SIGINT), ("loading: ", signal.SIGTERM)])
-def test_its_own_server_ends_with_it(moment: str, number: int, tmp_path: Path) -> None:
-    before, demo = uploads(), Demo(tmp_path / "log")
+def test_its_own_server_ends_with_it(moment: str, number: int, tmp_path: Path, temp: Path) -> None:
+    demo = Demo(tmp_path / "log", TMPDIR=str(temp))
     try:
         demo.wait_for(moment)
         children = demo.process.children(recursive=True)
@@ -423,8 +418,8 @@ def test_its_own_server_ends_with_it(moment: str, number: int, tmp_path: Path) -
             demo.wait_for("demo is ready")
         demo.process.send_signal(number)
         assert demo.process.wait(PATIENCE_S) in (0, 128 + number)
-        wait_until(lambda: not any(child.is_running() for child in children))
-        assert "Traceback" not in demo.output and uploads() <= before
+        wait_until(lambda: not any(map(is_alive, children)))
+        assert "Traceback" not in demo.output and not list(temp.glob("demo-uploads-*"))
     finally:
         demo.end()
 

@@ -25,13 +25,13 @@ import httpx2
 import psutil
 import pytest
 
-from tests.server.running import chat, wait_until
+from tests.server.running import chat
+from tests.settling import PATIENCE_S, is_alive, wait_until
 
 if find_spec("ray") is None:
     pytest.skip("Ray is not installed; examples/ray_serve.py says how", allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[2] / "examples/ray_serve.py"
-PATIENCE_S = 120
 
 
 class Service:
@@ -67,7 +67,7 @@ class Service:
         everything = self.ray.children(recursive=True)
         self.process.send_signal(number)
         status = self.process.wait(PATIENCE_S)
-        wait_until(lambda: not any(alive(process) for process in everything), "Ray's processes end")
+        wait_until(lambda: not any(map(is_alive, everything)), "Ray's processes end")
         return status
 
     def kill(self) -> None:
@@ -80,13 +80,6 @@ class Service:
 def has(process: psutil.Process, word: str) -> bool:
     try:
         return word in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
@@ -253,7 +246,7 @@ def test_control_c_ends_everything(tmp_path: Path) -> None:
         everything = service.ray.children(recursive=True)
         os.killpg(service.process.pid, signal.SIGINT)  # as a terminal does
         assert service.process.wait(PATIENCE_S) == 0
-        wait_until(lambda: not any(alive(process) for process in everything))
+        wait_until(lambda: not any(map(is_alive, everything)))
         assert "Traceback" not in service.output
 
 

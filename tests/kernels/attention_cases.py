@@ -12,7 +12,10 @@ SPILLS = {  # what is left of them, for want of registers: what the loops do not
     ("attention, prefill", "bf16 int8", "dim 128, page 16, group 1", 80): 3,
     ("attention, prefill", "bf16 int8", "dim 128, page 16, group 1", 90): 18,
     ("attention, prefill", "bf16 int8", "dim 128, page 16, group 4", 90): 15,
+    ("attention, prefill", "bf16", "dim 128, page 16, group 7, window 4096", 80): 20,
+    ("attention, prefill", "bf16 int8", "dim 128, page 16, group 7, window 4096", 80): 3,
 }
+WINDOW = 4096  # tokens, of Mistral's first models
 
 
 def attention(
@@ -25,6 +28,7 @@ def attention(
     page: int = 16,
     group: int = 7,
     is_native: bool | None = None,
+    window: int = 0,
 ) -> Case:
     itemsize = 4 if dtype == "fp32" else 1 if codes else 2
     tiling = choose_tiling(longest_query, group, dim, itemsize, arch)
@@ -33,7 +37,8 @@ def attention(
     stored, scales = ("*i16", "*i16") if codes else (f"*{dtype}", None)
     constants = {
         "KV_HEADS": 4, "GROUP": group, "DIM": dim, "DIM_PADDED": power_of_2(dim), "TOKENS": tiling.tokens,
-        "PAGE": page, "ROWS": tiling.rows, "TILE": tiling.positions, "IS_CODED": bool(codes), "IS_E4M3": codes == "e4m3",
+        "WINDOW": window, "PAGE": page, "ROWS": tiling.rows, "TILE": tiling.positions,
+        "IS_CODED": bool(codes), "IS_E4M3": codes == "e4m3",
         "IS_NATIVE": is_native, "LIFT": 6 if codes and dtype == "fp16" else 0,
     }  # fmt: skip
     decodes = longest_query == 1
@@ -45,7 +50,7 @@ def attention(
     about = (
         "attention, decode" if decodes else "attention, prefill",
         f"{dtype}{kinds[codes]}",
-        f"dim {dim}, page {page}, group {group}",
+        f"dim {dim}, page {page}, group {group}" + (f", window {window}" if window else ""),
     )
     return Case(
         name=about[0],
@@ -69,14 +74,15 @@ def attention(
     )
 
 
-def merge(dtype: str, dim: int, arch: int) -> Case:
+def merge(dtype: str, dim: int, arch: int, window: int = 0) -> Case:
     constants = {
-        "KV_HEADS": 4, "GROUP": 7, "DIM": dim, "DIM_PADDED": power_of_2(dim), "TOKENS": 1, "TILE": 64, "PARTS": 16,
+        "KV_HEADS": 4, "GROUP": 7, "DIM": dim, "DIM_PADDED": power_of_2(dim), "TOKENS": 1, "WINDOW": window,
+        "TILE": 64, "PARTS": 16,
     }  # fmt: skip
     return Case(
         name="attention, merge",
         dtype=dtype,
-        setting=f"dim {dim}",
+        setting=f"dim {dim}" + (f", window {window}" if window else ""),
         module="vlserve.kernels.attention.triton",
         kernel="_merge_kernel",
         architecture=arch,

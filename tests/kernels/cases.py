@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from tests.kernels.attention_cases import attention, merge, power_of_2
+from tests.kernels.attention_cases import WINDOW, attention, merge, power_of_2
 from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.int4_pairs import launch as launching
 from vlserve.kernels.int4_pairs.launch import CARD, Launch, fitted, launches
@@ -27,7 +27,7 @@ DTYPES = (*HALF, "fp32")
 PER_WEIGHT = {16: 2.5, 32: 3.5, 64: 4.0}
 FINER = {80: ("fp16", 32), 100: ("fp16", 64)}  # inputs of a group, by architecture
 FINER_ELSEWHERE = ("bf16", 32)
-# as in sampling's triton.py and triton_filter.py, which only import where Triton is
+# as in kernels/sampling/triton.py and triton_filter.py, which only import where Triton is
 DRAWN, COLUMNS, GROUP, TURN = 1024, 8, 32, 64
 REGISTERS = {16: 170, 32: ALL, 64: ALL}
 
@@ -250,6 +250,8 @@ def every_case() -> list[Case]:
         if dtype == "bf16":
             groups = product((1, 512), (1, 4, 5, 8), (None, "int8"))
             cases += [attention(dtype, codes, 128, n, arch, group=group) for n, group, codes in groups]
+            cases += [attention(dtype, codes, 128, n, arch, window=WINDOW) for n, codes in product((1, 512), (None, "int8"))]
+            cases += [merge(dtype, 128, arch, window=WINDOW)]
         cases += [merge(dtype, 128, arch)]
         cases += [rotary_store(dtype, codes, has_norms, arch) for codes, has_norms in product(kinds, (False, True))]
         cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), widths)]
@@ -262,5 +264,6 @@ def every_case() -> list[Case]:
         attention("bf16", None, 128, 1, 90, page=32),
         *(attention("bf16", codes, 128, n, arch) for codes, n, arch in (("int8", 1, 80), ("e4m3", 1, 90), ("int8", 512, 80))),
         attention("fp16", None, 80, 1, 80),
+        *(attention("bf16", None, 128, n, 90, window=WINDOW) for n in (1, 512)),
     ]
     return [replace(case, in_suite=True) if case in shown else case for case in cases]

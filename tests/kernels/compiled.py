@@ -18,7 +18,8 @@ TEXT = """<!-- Made by `python -m tests.kernels.compiled > docs/kernels.md` with
 
 Nothing here was timed, and none of it ran on a GPU: the kernels were compiled ahead of time for A100 (sm_80), H100 and H200
 (sm_90) and B200 (sm_100), and their machine code was counted. The suite does the same for a part of the table and fails where a
-figure is over its cap, which stands behind it; so does the command above for all of it.
+figure is over its cap, which stands behind it; so does the command above for all of it. How long the kernels should take by these
+counts, and what they are to reach: [kernel_targets.md](kernel_targets.md).
 
 * **registers**: of a thread, and the cap. {most} is all that there are, so that there only spills are a limit.
 * **spills**: instructions that read or write registers' values in local memory, and the cap: 0, but for {spilling} settings,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.attention_cases import attention
+from tests.kernels.attention_cases import SPILLS, attention
 from tests.kernels.cases import every_case, four_bits
-from tests.kernels.compiled import COLUMNS
-from tests.kernels.machine_code import Case, Code, compile_all, faults
+from tests.kernels.compiled import COLUMNS, TEXT
+from tests.kernels.machine_code import ALL, Case, Code, compile_all, faults
 from vlserve.kernels.int4_pairs import launch as launching
 from vlserve.kernels.int4_pairs.launch import Launch, launches
 from vlserve.kernels.tune import write_table
@@ -23,6 +23,7 @@ pytest.importorskip(
     "triton", minversion="3.8", reason="the caps are those of 3.8's compiler; docs/kernels.md has earlier ones' figures"
 )
 
+DOCUMENT = Path(__file__).parents[2] / "docs/kernels.md"
 NATIVE_TOO_EARLY = attention("fp16", "e4m3", 128, 1, 80, is_native=True)
 CASES = [case for case in every_case() if case.in_suite]
 
@@ -82,8 +83,15 @@ def test_architectures_that_a_card_was_timed_for_compile(tmp_path: Path, monkeyp
     assert isinstance(refused, str) and refused
 
 
+def test_the_document_begins_as_it_is_printed() -> None:
+    written = re.search(r"with triton (\S+)\. -->", DOCUMENT.read_text())
+    assert written
+    begins = TEXT.split("{types}")[0].format(version=written[1], most=ALL, spilling=len(SPILLS))
+    assert DOCUMENT.read_text().startswith(begins), "change both: the text in tests/kernels/compiled.py is printed"
+
+
 def test_the_document_has_every_case() -> None:
-    text = (Path(__file__).parents[2] / "docs/kernels.md").read_text()
+    text = DOCUMENT.read_text()
     rows = [re.split(r" ?\| ?", line)[1:-1] for line in text.split("## All kernels")[1].splitlines() if line.startswith("|")]
     assert tuple(rows[0]) == COLUMNS
     cases = [[c.name, c.dtype, c.setting, f"sm_{c.architecture}"] for c in every_case()]

@@ -15,11 +15,11 @@ import psutil
 
 from tests.checkpoints import edit_json
 from tests.prompt.test_build import copy_of
-from tests.server.running import wait_until
+from tests.settling import is_alive, wait_until
 from vlserve import EngineConfig, VLPipeline
 from vlserve.ranks.supervisor import Supervisor
 
-GRACE_S = 10  # beyond its deadline, for a fault to be noticed and everything to end
+GRACE_S = 60  # beyond its deadline, for a fault to be noticed and everything to end
 MARK = "VLSERVE_TEST"  # in the environment of all processes of one test
 PAIR: dict[str, Any] = {"tp": 2, "device": "cpu", "dtype": "float32", "kv_cache_gib": 0.05, "threads": 1}
 
@@ -182,7 +182,7 @@ def add_path(set_variable: Callable[[str, str], None], folder: Path) -> None:
 
 def _is_rank(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()[-1:] == ["vlserve.rank"] and process.status() != psutil.STATUS_ZOMBIE
+        return process.cmdline()[-1:] == ["vlserve.rank"] and is_alive(process)
     except psutil.Error:
         return False
 

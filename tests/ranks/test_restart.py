@@ -15,8 +15,9 @@ from PIL import Image
 
 import vlserve.ranks.supervisor
 from tests.ranks.faults import MARK, Clock, add_path, nothing_left, own_folders, pipeline, ranks_of, write_plugin
-from tests.server.running import RunningServer, chat, running, tiny, wait_until
+from tests.server.running import RunningServer, chat, running, tiny
 from tests.server.test_life import InFlight
+from tests.settling import wait_until
 from tests.vision.test_preprocess import noise
 from vlserve import EngineError
 

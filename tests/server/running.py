@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import httpx2
 import psutil
 from PIL import Image
 
-START_S = 120  # generous: these tests are about behaviour, not speed
+from tests.settling import PATIENCE_S, wait_until
 
 
 class RunningServer:
@@ -50,7 +50,7 @@ class RunningServer:
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """The first line with `pattern`; fails when the server ends first."""
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             line = self._new.get(timeout=max(0.1, deadline - time.monotonic()))
             assert line is not None, f"the server ended before {pattern!r}: {''.join(self.lines)}"
@@ -65,14 +65,14 @@ class RunningServer:
 
     def wait_ready(self) -> None:
         base = self.base
-        with httpx2.Client() as client:  # one for all tries: making one reads all certificates of the system
+        with httpx2.Client(timeout=PATIENCE_S) as client:  # one for all tries: making one reads all certificates of the system
             wait_until(lambda: client.get(base + "/health").status_code == 200)
 
     def ranks(self) -> list[psutil.Process]:
         return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "vlserve.rank" in " ".join(p.cmdline())]
 
     def wait(self) -> int:
-        return self.process.wait(timeout=START_S)
+        return self.process.wait(timeout=PATIENCE_S)
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -88,13 +88,6 @@ def running(*arguments: str) -> Iterator[RunningServer]:
         yield server
     finally:
         server.kill()
-
-
-def wait_until(condition: Callable[[], bool], what: str = "") -> None:
-    deadline = time.monotonic() + START_S
-    while not condition():
-        assert time.monotonic() < deadline, f"did not happen: {what or condition}"
-        time.sleep(0.05)
 
 
 def data_url(image: Image.Image) -> str:

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from tests.ranks.faults import Clock, own_folders, ranks_of
-from tests.server.running import RunningServer, running, tiny, wait_until
+from tests.server.running import RunningServer, running, tiny
 from tests.server.test_life import InFlight
+from tests.settling import is_alive, wait_until
 from vlserve.engine.messages import STAGES
 
 pytestmark = pytest.mark.usefixtures("places")
@@ -70,8 +71,7 @@ def test_the_front_killed(command: tuple[str, ...], places: Path) -> None:
         ranks[1].suspend()  # a rank that cannot end by itself
         clock = Clock("kill -9 of the front")
         os.kill(server.process.pid, signal.SIGKILL)
-        psutil.wait_procs(ranks, timeout=30)
-        assert not any(rank.is_running() for rank in ranks)
+        wait_until(lambda: not any(map(is_alive, ranks)), "the ranks end")
         clock.stop("the ranks are gone; " + client.last(), limit_s=0)
     assert len(folders) == 2 and places in folders[0].parents and folders[0].exists()  # the other: any start may remove it
     with running(*command) as server:

@@ -15,7 +15,8 @@ import pytest
 
 from tests.checkpoints import edit_json
 from tests.prompt.test_build import copy_of
-from tests.server.running import RunningServer, chat, running, tiny, wait_until
+from tests.server.running import RunningServer, chat, running, tiny
+from tests.settling import is_alive, wait_until
 
 
 class InFlight(threading.Thread):
@@ -43,7 +44,7 @@ class InFlight(threading.Thread):
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+    return not any(map(is_alive, processes))
 
 
 @pytest.fixture
@@ -54,9 +55,9 @@ def slow(checkpoint: Callable[..., Path]) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_ends_everything_and_tells_the_client(
-    slow: tuple[str, ...], number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slow: tuple[str, ...], number: int, status: int, temp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(temp))
     with running(*slow, "--drain-seconds", "0") as server:
         server.wait_ready()
         ranks = server.ranks()
@@ -71,7 +72,7 @@ def test_a_signal_ends_everything_and_tells_the_client(
     for line in told:
         finished = line == "data: [DONE]"
         assert finished or json.loads(line.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
-    assert not list(tmp_path.iterdir()), "the private folder is gone"
+    assert not list(temp.iterdir()), "the private folder is gone"
 
 
 def test_killing_the_rank_tells_the_client_and_ends_the_server_with_an_error(slow: tuple[str, ...]) -> None:

@@ -21,8 +21,9 @@ from pydantic import BaseModel
 
 import vlserve
 from tests.pipeline.test_local import OPTIONS
-from tests.server.running import START_S, chat, wait_until
+from tests.server.running import chat
 from tests.server.test_api import BAD, events
+from tests.settling import PATIENCE_S, wait_until
 from vlserve import VLPipeline
 from vlserve.config import ServerConfig
 
@@ -151,11 +152,11 @@ def test_the_example_runs() -> None:
         wait_until(lambda: httpx2.get(base + "/ai/health").status_code == 200)
         assert [model["id"] for model in httpx2.get(base + "/ai/v1/models").json()["data"]] == ["demo"]
         picture = (EXAMPLES / "pictures/shapes.png").read_bytes()
-        assert httpx2.post(base + "/caption", content=picture, timeout=START_S).json()["caption"]
+        assert httpx2.post(base + "/caption", content=picture, timeout=PATIENCE_S).json()["caption"]
         refused = httpx2.post(base + "/caption", content=b"no picture")
         assert refused.status_code == 400 and "problem" in refused.json()
     finally:
         process.terminate()
-        process.wait(START_S)
-    reader.join(START_S)
+        process.wait(PATIENCE_S)
+    reader.join(PATIENCE_S)
     process.stderr.close()

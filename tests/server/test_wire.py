@@ -13,8 +13,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.server.running import RunningServer, chat, running, tiny, wait_until
+from tests.server.running import RunningServer, chat, running, tiny
 from tests.server.test_api import PICTURE
+from tests.settling import wait_until
 
 
 def curl(server: RunningServer, path: str, body: Any) -> tuple[list[str], bytes]:

@@ -1,7 +1,7 @@
 """What a step computes, as every rank must know it, and the tensors made from it.
 
 Rank 0 describes a step from its sequences (`describe`) and tells the others what they do not know yet (`Announcer`, `Listener`);
-each then lays out the same numbers (`lay_out`) and makes the same tensors (`make_batch`, or `graphs`). Shapes: T tokens of
+each then lays out the same numbers (`lay_out`) and makes the same tensors (`make_batch`, or cuda_graphs.py). Shapes: T tokens of
 all chunks, A axes of a position, B chunks, M blocks at most, R rows that sample, F that take features.
 """
 

@@ -142,7 +142,9 @@ class DecodeGraphs:
         buffers = self._buffers.get(size)
         if buffers is None:
             fixed = self._fixed(size)
-            buffers = self._buffers[size] = _Buffers(fixed, self._tables[:size], self._device, self._decoder.num_position_axes)
+            buffers = self._buffers[size] = _Buffers(
+                size, fixed, self._tables[:size], self._device, self._decoder.num_position_axes
+            )
         self._fill(buffers, rows, last_tokens)
 
         def work() -> None:
@@ -152,13 +154,14 @@ class DecodeGraphs:
         self.graphs.run(size, work)
         return self._hidden[: len(rows.ids)]
 
-    def _fixed(self, size: int) -> FixedDecodes:
-        decoder = self._decoder
-        heads = decoder.num_query_heads
-        return FixedDecodes(size, read_shape(heads, decoder.norm.dtype, self._device, self._cache.layers[0][0]))
+    def _fixed(self, size: int) -> list[FixedDecodes]:
+        """One for each shape that layers have; layers of one shape share theirs."""
+        heads, dtype = self._decoder.num_query_heads, self._decoder.norm.dtype
+        shapes = {(shape := read_shape(heads, dtype, self._device, keys)).key: shape for keys, _ in self._cache.layers}
+        return [FixedDecodes(size, shape) for shape in shapes.values()]
 
     def _fill(self, buffers: _Buffers, rows: Rows, last_tokens: torch.Tensor) -> None:
-        spare = buffers.fixed.size - len(rows.ids)
+        spare = len(buffers.ids) - len(rows.ids)
         slot, lens = self._spare_block * self._block_size, (*rows.context_lens, *[1] * spare)
         number = len(rows.ids)
         axes = [rows.positions[first : first + number] for first in range(0, len(rows.positions), number)]
@@ -172,16 +175,21 @@ class DecodeGraphs:
 
 
 class _Buffers:
-    """Of one size: ids and slots [S] and positions [A, S] int64 and attention's schedule int32, in one piece of memory."""
+    """Of one size: ids and slots [S] and positions [A, S] int64 and attention's schedules int32, in one piece of memory."""
 
-    def __init__(self, fixed: FixedDecodes, tables: torch.Tensor, device: torch.device, num_axes: int) -> None:
+    def __init__(
+        self, size: int, fixed: Sequence[FixedDecodes], tables: torch.Tensor, device: torch.device, num_axes: int
+    ) -> None:
         self.fixed, self.tables = fixed, tables
-        self._num_words = (2 + num_axes) * fixed.size + -(-fixed.num_numbers // 2)
+        self._num_integers, self._num_numbers = (2 + num_axes) * size, sum(one.num_numbers for one in fixed)
+        self._num_words = self._num_integers + -(-self._num_numbers // 2)
         self._words = torch.zeros(self._num_words, dtype=torch.int64, device=device)
-        self._num_integers = (2 + num_axes) * fixed.size
-        self.ids, slots, positions = self._words[: self._num_integers].split([fixed.size, fixed.size, num_axes * fixed.size])
-        self.positions = positions.view(num_axes, fixed.size)
-        schedule = self._words[self._num_integers :].view(torch.int32)[: fixed.num_numbers]
+        self.ids, slots, positions = self._words[: self._num_integers].split([size, size, num_axes * size])
+        self.positions = positions.view(num_axes, size)
+        numbers = self._words[self._num_integers :].view(torch.int32)[: self._num_numbers]
+        launches = {}
+        for one, schedule in zip(fixed, numbers.split([one.num_numbers for one in fixed]), strict=True):
+            launches.update(one.launches(schedule, tables))
         self.metadata = AttentionMetadata(
             query_lens=(),  # the schedule has them
             context_lens=(),
@@ -189,16 +197,15 @@ class _Buffers:
             slots=slots,
             decodes=(),
             prefills=(),
-            launches=dict(fixed.launches(schedule, tables)),
+            launches=dict(launches),
         )
 
     def put(self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], context_lens: Sequence[int]) -> None:
         """In one copy."""
         words = pinned((self._num_words,), torch.int64, self._words.device)
         words[: self._num_integers] = torch.tensor([*ids, *slots, *positions])
-        words[self._num_integers :].view(torch.int32)[: self.fixed.num_numbers] = torch.tensor(
-            self.fixed.numbers(context_lens), dtype=torch.int32
-        )
+        numbers = [number for one in self.fixed for number in one.numbers(context_lens)]
+        words[self._num_integers :].view(torch.int32)[: self._num_numbers] = torch.tensor(numbers, dtype=torch.int32)
         self._words.copy_(words, non_blocking=True)
 
 

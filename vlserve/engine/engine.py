@@ -32,7 +32,7 @@ COMPILING_PAUSE_S = 0.005  # when grammars are compiled and there is nothing els
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """Where a rank sits: the ranks it shares the model with, its place on its machine, where it finds pictures' tiles, and what
+    """Where a rank sits: the ranks it shares the model with, its place on its machine, where it finds pictures' units, and what
     makes graphs for it where that is not CUDA."""
 
     group: Group = ALONE
@@ -105,6 +105,8 @@ class Engine:
         if pixels is None:
             open_pixels = self.runner.pixels.open
             pixels = [open_pixels(ref.digest, sum(unit.num_bytes for unit in ref.units)) for ref in request.media]
+        decoder = self.runner.model.decoder
+        positions = None if request.positions is None else _positions(request.positions, decoder.num_position_axes)
         media = [
             MediaSpan(digest=ref.digest, units=ref.units, runs=ref.runs, pixels=numbers)
             for ref, numbers in zip(request.media, pixels, strict=True)
@@ -114,7 +116,7 @@ class Engine:
                 id=request.id,
                 token_ids=list(request.token_ids),
                 media=media,
-                positions=None if request.positions is None else _positions(request.positions),
+                positions=positions,
                 sampling=request.sampling,
                 max_tokens=request.max_tokens,
                 cache_salt=request.cache_salt.encode(),
@@ -193,7 +195,8 @@ class Engine:
         return {media.digest for s in self.scheduler.running for media in s.media if s.num_computed < media.stop}
 
 
-def _positions(given: PromptPositions) -> TokenPositions:
+def _positions(given: PromptPositions, num_axes: int) -> TokenPositions:
+    assert given.num_axes == num_axes, f"the front gives positions of {given.num_axes} parts, and the decoder takes {num_axes}"
     numbers = array("i", given.numbers)
     length = len(numbers) // given.num_axes
     return TokenPositions([numbers[axis * length : (axis + 1) * length] for axis in range(given.num_axes)], given.next)

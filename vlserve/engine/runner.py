@@ -47,7 +47,7 @@ class Started:
 
 
 class Runner:
-    """Built once. `in_use` tells which pictures' features must stay; `pixels` gives the tiles of those to encode.
+    """Built once. `in_use` tells which pictures' features must stay; `pixels` gives the units of those to encode.
 
     Args:
         graph_bytes: memory for CUDA graphs; with 0 there are none.

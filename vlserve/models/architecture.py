@@ -92,6 +92,11 @@ class Positions:
     axes: tuple[list[int], ...]
     next: int
 
+    @property
+    def furthest(self) -> int:
+        """Of the prompt's tokens."""
+        return max(map(max, self.axes))
+
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:

@@ -65,7 +65,7 @@ class TilePreprocessor(Preprocessor):
         """`max_dynamic_patch`: tiles of one picture at most, the thumbnail not counted; the checkpoint's own limit stays."""
         options = dict(options)
         most = options.pop("max_dynamic_patch", None)
-        Preprocessor.configured(self, options)  # a class with slots has no super() before Python 3.14
+        Preprocessor.configured(self, options)  # super() knows another class where there are slots
         if most is None:
             return self
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:

@@ -165,6 +165,15 @@ class LocalPipeline(PipelineCalls):
                 param="messages",
                 code="context_length_exceeded",
             )
+        if prompt.positions is not None:
+            room = min(room, ready.max_model_len - prompt.positions.next)
+            if room < 1 or prompt.positions.furthest >= ready.max_model_len:
+                raise RequestError(
+                    f"the prompt's pictures reach position {max(prompt.positions.furthest, prompt.positions.next)}, "
+                    f"which leaves no room for an answer in max_model_len {ready.max_model_len}",
+                    param="messages",
+                    code="context_length_exceeded",
+                )
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise RequestError(
                 f"max_tokens {sampling.max_tokens} and the prompt's {len(prompt.token_ids)} tokens are more than "

@@ -1,7 +1,7 @@
 """How many bytes a rank of a tensor-parallel group holds: weights, a token's keys and values, and a step's activations.
 
 Vision encoder and projector are whole on every rank; the decoder is cut by heads, by feed-forward width and by
-vocabulary. The activations are what the code holds at its fullest moment, tensor by tensor; tests/test_footprint.py
+vocabulary. The activations are what the code holds at its fullest moment, tensor by tensor; tests/plan/test_footprint.py
 measures the same on the CPU. Letters: T tokens of a step, L tokens of context, R rows to sample, C hidden size,
 Q and K widths of this rank's query and KV heads, F feed-forward width of this rank, V vocabulary, N tiles, P patches
 of a tile with the class token, W encoder width, b bytes of a number.

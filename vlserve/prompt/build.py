@@ -170,9 +170,9 @@ class PromptBuilder:
             placeholders = self._preprocessor.placeholders()
         except ValueError as error:
             raise ModelError(str(error)) from error
-        for placeholder in placeholders.values():
+        for kind, placeholder in placeholders.items():
             if self.tokenizer.token_id(placeholder.token) != placeholder.id:
-                raise ModelError(f"config.json's image_token_id {placeholder.id} is not the id of {placeholder.token}")
+                raise ModelError(f"config.json's {kind}_token_id {placeholder.id} is not the id of {placeholder.token}")
         return {placeholder.token: kind for kind, placeholder in placeholders.items()}
 
     def _span(self, start: int, pixels: Pixels) -> Span:

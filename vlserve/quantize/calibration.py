@@ -1,4 +1,4 @@
-"""Calibration samples: conversations from a JSONL file, or made up, as the token ids and tiles that the model is served with.
+"""Calibration samples: conversations from a JSONL file, or made up, as the token ids and pixels that the model is served with.
 
 Shapes: T tokens.
 """

@@ -152,7 +152,7 @@ class LayerRunner:
 def watch_inputs(layer: DecoderLayer, device: torch.device) -> Iterator[dict[str, Inputs]]:
     """What the layer's linear layers read while it runs, by the names of layer.READERS; finished at the end."""
     attention, mlp = layer.mixer, layer.feed_forward
-    assert isinstance(attention, Attention) and isinstance(mlp, DenseMLP), "run.py refuses decoders of other kinds"
+    assert isinstance(attention, Attention) and isinstance(mlp, DenseMLP), "source_checkpoint.py refuses decoders of other kinds"
     modules: dict[str, nn.Module] = {
         "qkv": attention.qkv_proj,
         "output": attention.o_proj,

@@ -13,9 +13,11 @@ from safetensors import safe_open
 
 from vlserve.engine.loading import build_model
 from vlserve.errors import ConfigError, ModelError
+from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
+from vlserve.llm.decoder import Decoder
 from vlserve.llm.layer import DecoderLayer
-from vlserve.llm.layer_kinds import LAYER_KINDS
+from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.parallel import Split
 from vlserve.llm.shards import LIST, read_shards
 from vlserve.llm.weights import Target, checkpoint_files, fill, match_tensors, slot_of
@@ -40,6 +42,7 @@ class Source:
             files = checkpoint_files(checkpoint.folder)
             self._refuse_quantised(files)
             self._model = build_model(checkpoint, Split())
+            _refuse_other_kinds(self._model.decoder)
             targets = self._model.targets()
             for _ in match_tensors(checkpoint.folder, targets, rename=self._model.rename):
                 pass
@@ -107,7 +110,7 @@ class Source:
     def layer(self, index: int, dtype: torch.dtype, device: torch.device) -> DecoderLayer:
         """One decoder layer with its weights, in memory of its own."""
         with torch.device("meta"):
-            layer = DecoderLayer(self.config, Split(), LAYER_KINDS[self.config.layer_types[index]])
+            layer = DecoderLayer(self.config, Split(), self._model.decoder.kinds[self.config.layer_types[index]])
         layer = layer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for own, target in layer.targets(""):
             self._fill(self._names[index][own], target)
@@ -141,3 +144,18 @@ class Source:
     def _read(self, path: Path, name: str) -> torch.Tensor:
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
+
+
+def _refuse_other_kinds(decoder: Decoder) -> None:
+    """What calibration cannot run yet: other layers than attention with a dense MLP, positions of several parts, and features
+    that enter deeper layers."""
+    halves = [half for layer in decoder.decoder_layers for half in (layer.mixer, layer.feed_forward)]
+    others = {type(half).__name__ for half in halves if not isinstance(half, (Attention, DenseMLP))}
+    if len(set(decoder.cache_kinds)) > 1:
+        others.add("layers with KV heads of several sizes")
+    if decoder.num_position_axes > 1:
+        others.add(f"positions of {decoder.num_position_axes} parts")
+    if decoder.num_feature_levels > 1:
+        others.add(f"pictures' features of {decoder.num_feature_levels} levels")
+    if others:
+        raise ConfigError(f"this model has {', '.join(sorted(others))}, with which vlserve quantize cannot calibrate yet")

@@ -1,7 +1,7 @@
 """Keeps the ranks of this machine running: starts them, watches them, ends them all when one fails, perhaps starts them again.
 
 One thread owns the processes and the sockets. What is said to the ranks and done with their events is the subclass's business
-(client.py); on machines without an HTTP server nothing is (follow.py).
+(client.py); on machines without an HTTP server nothing is (worker_node.py).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Supervisor:
     # what the subclass has to say, all called in the thread
 
     def _pixel_folders(self) -> Sequence[Path]:
-        """Where ranks find pictures' tiles."""
+        """Where ranks find the units of pictures."""
         return []
 
     def _open_requests(self) -> Iterable[Add]:

@@ -1,7 +1,7 @@
 """The routes. `router(pipeline)` plugs into any FastAPI app and is complete by itself: error shapes, keys,
 admission, request ids and disconnects come with it.
 
-No request logic lives here: reading is protocol's and its neighbours', answering the pipeline's.
+No request logic lives here: bodies are read by protocol.py and a file for each API, and the pipeline answers.
 """
 
 from __future__ import annotations

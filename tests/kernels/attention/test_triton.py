@@ -41,12 +41,19 @@ def poison_what_is_past_the_end(blocks: Blocks) -> None:
 
 
 def attend(
-    query: torch.Tensor, keys: Blocks, values: Blocks, metadata: AttentionMetadata, *, num_sms: int = 16
+    query: torch.Tensor,
+    keys: Blocks,
+    values: Blocks,
+    metadata: AttentionMetadata,
+    *,
+    num_sms: int = 16,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, AttentionMetadata]:
     """The result, and the metadata with its launches."""
     there = replace(metadata, block_tables=metadata.block_tables.to(DEVICE), launches={})
     caches = moved(keys), moved(values)
-    got = attention_triton.paged_attention_triton(query.to(DEVICE), *caches, there, query.shape[-1] ** -0.5, num_sms=num_sms)
+    options = {"num_sms": num_sms, "window": window}
+    got = attention_triton.paged_attention_triton(query.to(DEVICE), *caches, there, query.shape[-1] ** -0.5, **options)
     return got.cpu(), there
 
 
