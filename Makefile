@@ -1,4 +1,4 @@
-# Every target sets itself up: a virtual environment in .venv with the pinned versions of what it needs, then the job.
+# Every target but bench-gpu sets itself up: a virtual environment in .venv with the pinned versions of what it needs, then the job.
 PYTHON ?= python3
 MODEL ?= demo
 BIN := .venv/bin
@@ -33,7 +33,7 @@ bench: $(READY)-test ## time the server on this machine: concurrency and start-u
 bench-gpu: ## check and time kernels and whole models on an NVIDIA GPU (ARGS="--dry-run" without one, "--help" for more)
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(ARGS)
 
-clean: ## remove the virtual environment and caches
+clean: ## remove the virtual environments and caches
 	rm -rf .venv .venv-demo .venv-ray build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import runpy
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,22 @@ def test_the_readmes_question(pipe: VLPipeline) -> None:
     question = json.loads(readme.split('{"type": "text", "text": ')[1].split("}]}]}'")[0])
     answer = readme.split("`content` is `")[1].split("`")[0]
     assert pipe((question, ROOT / "examples/pictures/shapes.png"), max_tokens=16).text == answer
+
+
+def test_the_answers_that_the_readme_lists(pipe: VLPipeline) -> None:
+    rows = re.findall(r"^\| \[\w+\.png\]\((.+)\) \| (.+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    for picture, question, answer in rows:
+        assert pipe((question, ROOT / picture), max_tokens=24).text == answer
+
+
+def test_the_conversation_that_is_printed(
+    pipe: VLPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vlserve.VLPipeline", lambda: nullcontext(pipe), raising=False)
+    runpy.run_path(str(ROOT / "examples/conversation.py"), run_name="__main__")
+    _, _, printed = (ROOT / "docs/conversation.md").read_text().split("\n\n", 2)
+    assert capsys.readouterr().out.strip() == printed.strip()
 
 
 def test_the_question_may_come_before_the_picture(pipe: VLPipeline) -> None:
