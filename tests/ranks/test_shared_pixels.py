@@ -203,12 +203,12 @@ def test_a_client_that_leaves_while_its_tiles_are_written_leaves_none(fallback: 
     client = _Sharing(PixelFiles(fallback))
     pixels = Pixels(data=TILES.numpy(), units=(Unit((TILES.nbytes,), 1),), digest=RED)
     span = Span(0, Layout([0], [(0, 1)]), pixels)
-    prompt: Any = type("Prompt", (), {"spans": [span], "token_ids": [1], "cache_salt": ""})
+    prompt: Any = type("Prompt", (), {"spans": [span], "token_ids": [1], "cache_salt": "", "positions": None})
 
     async def leave() -> None:
         events = client.generate(prompt, None, 1)  # type: ignore[arg-type]
         task = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
-        while not client.is_writing.is_set():
+        while not client.is_writing.is_set() and not task.done():
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
