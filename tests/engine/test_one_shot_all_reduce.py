@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from tests.engine.test_process_group import together
-from vlserve.engine import group as group_module
-from vlserve.engine import one_shot
+from vlserve.engine import one_shot_all_reduce as one_shot
+from vlserve.engine import process_group as group_module
 from vlserve.engine.one_shot_all_reduce import MOST_BYTES, OneShot, can_meet
 from vlserve.engine.process_group import DistributedGroup, Traffic
 
