@@ -36,7 +36,7 @@ class Attention(Mixer):
         self.o_proj = RowParallelLinear(
             "o_proj", query, query_size, config.hidden_size, bias=config.output_bias, group=split.group
         )
-        self.eps = config.rms_norm_eps
+        self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
         self.q_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None
 
@@ -54,7 +54,7 @@ class Attention(Mixer):
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         keys, values = cache
         query = rotary_store(query, key, value, cos_sin, (keys, values), metadata.slots, norms, self.eps)
-        out = paged_attention(query, keys, values, metadata, self.head_dim**-0.5, window=self.window)
+        out = paged_attention(query, keys, values, metadata, self.scale, window=self.window)
         return self.o_proj(out.flatten(1))
 
     def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:

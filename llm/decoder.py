@@ -41,6 +41,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, split: Split, kinds: Mapping[str, LayerKind] = LAYER_KINDS) -> None:
         super().__init__()
+        unknown = sorted(set(config.layer_types) - set(kinds))
+        if unknown:
+            raise ValueError(f"layer_types has {', '.join(unknown)}; this decoder has {', '.join(kinds)}")
         self.config, self.split, self.kinds = config, split, kinds
         self.embed_tokens = VocabParallel(config.vocab_size, config.hidden_size, split)
         self.layers = nn.ModuleList(DecoderLayer(config, split, kinds[name]) for name in config.layer_types)
@@ -86,7 +89,7 @@ class Decoder(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [T] int64 -> [T, C]."""
+        """ids [T] int64 -> [T, C]; pictures' features then take the places of their rows, before `forward`."""
         return self.embed_tokens.embed(ids)
 
     def forward(
@@ -97,14 +100,22 @@ class Decoder(nn.Module):
         metadata: AttentionMetadata,
         deep: DeepFeatures | None = None,
     ) -> torch.Tensor:
-        """x [T, C], positions [A, T] int64, or [T] -> hidden states [T, C], normed."""
+        """x [T, C] with pictures' features in place, positions [A, T] int64, or [T] -> hidden states [T, C], normed."""
         cos_sin = self._cos_sin(positions.view(self.num_position_axes, len(x)))
-        residual = None
+        x, residual = self.enter(x), None
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
             x, residual = layer(x, residual, cos_sin, layer_cache, metadata)
             if deep is not None and index in self.config.deep_layers:
                 residual.index_add_(0, deep.rows, deep.levels[self.config.deep_layers.index(index)])
         assert residual is not None
+        return self.leave(x, residual)
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """What the first layer reads of x [T, C]."""
+        return x
+
+    def leave(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """From the last layer's result and residual [T, C] to what `logits` takes."""
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     def _cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

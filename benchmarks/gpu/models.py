@@ -17,7 +17,7 @@ from benchmarks.gpu.sizes import GROUP, TILES, Sizes
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.measure import Difference, difference, recorded
-from vlserve.llm.config import read_decoder_config
+from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
 from vlserve.llm.int4_packing import AWQ_GEMM

@@ -297,7 +297,7 @@ def test_a_grammar_that_takes_ever_longer_is_ended(folder: Path, monkeypatch: py
 def test_the_vocabulary_of_a_byte_level_tokenizer(folder: Path) -> None:
     whole = HFTokenizer.from_file(str(folder / "tokenizer.json"))
     size = read_checkpoint(folder).config["text_config"]["vocab_size"]
-    tokens = read_vocabulary(folder, size, 0)
+    tokens = read_vocabulary(folder, size, frozenset([0]))
     assert len(tokens) == size > whole.get_vocab_size()
     for id, token in enumerate(tokens):
         name = whole.id_to_token(id)
@@ -318,7 +318,7 @@ def test_the_vocabulary_of_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     whole.add_tokens(["<call>", "<eos> "])
     whole.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos> "}')
-    tokens = read_vocabulary(tmp_path, 300, 0)
+    tokens = read_vocabulary(tmp_path, 300, frozenset([0]))
     assert tokens[0] == b"" and tokens[1 : 1 + 256] == [bytes([byte]) for byte in range(256)]
     assert tokens[257:261] == [b" ", b"a", b" a", "é".encode()]
     assert tokens[261:264] == [b"", b"<call>", b""] and set(tokens[264:]) == {b""}

@@ -112,13 +112,15 @@ def test_features_stay_within_their_bytes_and_are_computed_once(folder: Path) ->
     encoded: list[int] = []
 
     def count(ours: Engine) -> Engine:
-        encode = ours.runner.model.encode
+        tower = ours.runner.model.tower
+        assert tower is not None
+        encode = tower.encode
 
-        def counting(pixels: Any) -> Any:
-            encoded.append(len(pixels))
-            return encode(pixels)
+        def counting(pixels: Any, units: Any) -> Any:
+            encoded.append(len(units))
+            return encode(pixels, units)
 
-        ours.runner.model.encode = counting  # type: ignore[method-assign]
+        tower.encode = counting  # type: ignore[method-assign]
         return ours
 
     p = prompt(folder, "What?", [picture(1)])
@@ -147,13 +149,15 @@ def test_aborting_in_any_state_frees_everything(folder: Path) -> None:
 def test_a_step_that_breaks_ends_its_requests_and_not_the_engine(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours = engine(folder)
     p = prompt(folder, "What?", [picture(1)])
-    whole = ours.runner.model.encode
+    tower = ours.runner.model.tower
+    assert tower is not None
+    whole = tower.encode
 
-    def broken(pixels: Any) -> Any:
+    def broken(pixels: Any, units: Any) -> Any:
         raise RuntimeError("no memory at /secret/path")
 
-    ours.runner.model.encode = broken  # type: ignore[method-assign]
+    tower.encode = broken  # type: ignore[method-assign]
     (event,) = answer(ours, p)
     assert event.finish_reason == "error" and event.error and "secret" not in event.error
-    ours.runner.model.encode = whole  # type: ignore[method-assign]
+    tower.encode = whole  # type: ignore[method-assign]
     assert answer(ours, p)[-1].finish_reason in ("length", "stop")

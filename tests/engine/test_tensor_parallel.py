@@ -19,7 +19,7 @@ from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.memory import GIB
 from vlserve.engine.messages import TokenEvent
-from vlserve.llm.config import read_decoder_config
+from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.kv_cache import KeysAndValues, block_bytes
 from vlserve.models.checkpoint import DEMO, read_checkpoint
 from vlserve.prompt.build import Prompt

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vlserve.llm.config import read_decoder_config
+from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.tensor_parallel import Group, Split
 

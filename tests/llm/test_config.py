@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vlserve.llm.config import read_decoder_config
+from vlserve.llm.config_readers import read_decoder_config
 
 BASE: dict[str, Any] = {
     "model_type": "qwen2",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.llm.parts import build, full_shapes, splits
 from tests.llm.quantised import Recipe, Tensors, awq, compressed, fp8, gptq, int8
 from vlserve.kernels.int4.reference import awq_dequantize_ref
-from vlserve.llm.config import read_decoder_config
+from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats_int4 import GroupedInt4Format

@@ -14,7 +14,7 @@ import torch
 from vlserve.kernels import gate, group_sums, int4_pairs, norms
 from vlserve.kernels.attention import plan_attention
 from vlserve.llm import formats_int4
-from vlserve.llm.config import read_decoder_config
+from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
 from vlserve.llm.int4_packing import AWQ_GEMM

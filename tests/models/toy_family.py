@@ -26,7 +26,8 @@ from torch import nn
 from tests.checkpoints import make_tokenizer
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.kv_cache.types import Blocks
-from vlserve.llm.config import DecoderConfig, read_decoder_config
+from vlserve.llm.config import DecoderConfig
+from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.formats import Slot
 from vlserve.llm.kv_cache import CacheKind

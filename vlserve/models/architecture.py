@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlserve.errors import RequestError
-from vlserve.llm.config import DecoderConfig, read_text_config
+from vlserve.llm.config import DecoderConfig
+from vlserve.llm.config_readers import read_text_config
 from vlserve.vision.pixels import Pixels
 
 if TYPE_CHECKING:

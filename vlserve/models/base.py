@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlserve.llm.config import read_text_config
+from vlserve.llm.config_readers import read_text_config
 from vlserve.llm.decoder import Decoder
+from vlserve.llm.decoders import make_decoder
 from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats import Slot
 from vlserve.llm.quantisation import Quantisation
@@ -82,4 +83,4 @@ class Model(nn.Module):
 
 def build_decoder(config: Mapping[str, Any], split: Split) -> Decoder:
     """This rank's part of the decoder that `text_config` of a whole config.json describes; raises ValueError naming the key."""
-    return Decoder(read_text_config(config), split)
+    return make_decoder(read_text_config(config), split)

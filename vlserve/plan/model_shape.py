@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.config import DecoderConfig, read_decoder_config
+from vlserve.llm.config import DecoderConfig
+from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.quantisation import FP8, Quantisation, find_quantisation
 from vlserve.vision.config import EncoderConfig, read_encoder_config
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from vlserve.kernels.attention import plan_attention
-from vlserve.kernels.norms import rms_norm
 from vlserve.kernels.rotary.table import rotary_table
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
@@ -77,7 +76,7 @@ def embed_samples(model: Model, samples: Sequence[Sample], progress: Callable[[]
             features = model.tower.encode(torch.from_numpy(span.pixels.data), span.pixels.units)[:, 0]
             places = [features_of(run) for run in span.runs]
             x[torch.cat(places).to(x.device)] = features
-        parts[is_held_out(index, len(samples))].append(x.cpu())
+        parts[is_held_out(index, len(samples))].append(model.decoder.enter(x).cpu())
         progress()
     original = torch.cat(parts[True])
     scores_answers = any(any(sample.is_answer) for sample in held_out)
@@ -191,7 +190,8 @@ def score(model: Model, x: torch.Tensor, next_ids: torch.Tensor, rows_at_once: i
     decoder, rows = model.decoder, (next_ids != NOT_SCORED).nonzero().flatten()
     total, right = torch.zeros((), dtype=torch.float64), []
     for part in rows.split(rows_at_once):
-        hidden = rms_norm(x[part].to(decoder.norm.device, decoder.norm.dtype), decoder.norm, decoder.config.rms_norm_eps)
+        whole = x[part].to(decoder.norm.device, decoder.norm.dtype)
+        hidden = decoder.leave(whole, torch.zeros_like(whole))
         logits = decoder.logits(hidden)
         assert logits is not None
         ids = next_ids[part].to(logits.device)

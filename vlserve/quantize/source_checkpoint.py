@@ -19,6 +19,7 @@ from vlserve.llm.decoder import Decoder
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.shards import LIST, read_shards
+from vlserve.llm.sliding_attention import SlidingAttention
 from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import Target, checkpoint_files, fill, match_tensors, slot_of
 from vlserve.models.base import Model
@@ -150,7 +151,9 @@ def _refuse_other_kinds(decoder: Decoder) -> None:
     """What calibration cannot run yet: other layers than attention with a dense MLP, positions of several parts, and features
     that enter deeper layers."""
     halves = [half for layer in decoder.decoder_layers for half in (layer.mixer, layer.feed_forward)]
-    others = {type(half).__name__ for half in halves if not isinstance(half, (Attention, DenseMLP))}
+    others = {type(half).__name__ for half in halves if type(half) not in (Attention, SlidingAttention, DenseMLP)}
+    if type(decoder) is not Decoder:
+        others.add(f"the decoder {type(decoder).__name__}")
     if len(set(decoder.cache_kinds)) > 1:
         others.add("layers that keep different things of a token")
     if decoder.num_position_axes > 1:
