@@ -118,7 +118,7 @@ def test_types_are_converted_and_numbers_without_dimensions_read(tmp_path: Path)
 @pytest.mark.parametrize("extra,megabytes", [((), 150), (("--awq",), 100)], ids=["dense", "awq"])
 def test_loading_takes_little_more_than_the_shard(extra: tuple[str, ...], megabytes: int, tmp_path: Path) -> None:
     """Memory of a process's own (RssAnon), at its highest while a rank of two loads it; pages of the mapped files are the
-    system's and not counted. How soon the C library gives memory back depends on the machine's load, so the lowest of three counts.
+    system's and not counted. How soon the C library gives memory back depends on the load, so the lowest of three counts.
     """
     growths: list[tuple[int, ...]] = []
     for _ in range(3):
