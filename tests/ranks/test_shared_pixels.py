@@ -60,7 +60,7 @@ def test_a_rank_reads_what_the_front_wrote_even_when_it_is_removed(fallback: Pat
     files.release(RED)
     assert held(files) == [[], []] and torch.equal(pixels, TILES)
     with pytest.raises(FileNotFoundError, match="pixels of a picture are gone"):
-        PixelStore(files.folders).open(RED, 2, 4)
+        PixelStore(files.folders).open(RED, TILES.nbytes)
     with pytest.raises(RuntimeError):
         files.put(RED, CONTENT)
         PixelStore(files.folders).open(RED, TILES.nbytes + 48)  # more than there is must not become a fault of the bus
@@ -90,7 +90,7 @@ def test_many_threads_count_right(fallback: Path) -> None:
     def work(digest: bytes) -> None:
         for _ in range(50):
             files.put(digest, CONTENT)
-            assert torch.equal(PixelStore(files.folders).open(digest, 2, 4).flatten(), TILES)
+            assert torch.equal(PixelStore(files.folders).open(digest, TILES.nbytes), TILES)
             files.release(digest)
 
     with ThreadPoolExecutor(6) as threads:
@@ -121,7 +121,7 @@ def test_an_ordinary_folder_serves_when_shared_memory_is_full(fallback: Path, fu
     full(files.folders[:1])
     files.put(RED, CONTENT)
     assert held(files) == [[], [pixel_file(RED)]]
-    assert torch.equal(PixelStore(files.folders).open(RED, 2, 4).flatten(), TILES)
+    assert torch.equal(PixelStore(files.folders).open(RED, TILES.nbytes), TILES)
     full([])
     files.put(RED, CONTENT)
     files.put(BLUE, CONTENT)
