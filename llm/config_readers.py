@@ -95,20 +95,23 @@ READERS: Mapping[str, Callable[[Text], DecoderConfig]] = {
 
 def _qwen_layers(text: Text) -> dict[str, Any]:
     window = text.get("sliding_window") if text.get("use_sliding_window", False) else None
-    return _layers(text, given=text.get("layer_types"), window=window, first=int(text.get("max_window_layers", 28)))
+    first = text.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise ValueError(f"text_config.max_window_layers is {first!r}; expected a whole number")
+    return _layers(text, given=text.get("layer_types"), window=window, first=first)
 
 
 def _layers(text: Text, *, given: Any, window: Any, first: int) -> dict[str, Any]:
     """`layer_types` and `sliding_window`: kinds that are `given`, or a window, where there is one, from layer `first` on."""
     number = _integer(text, "num_hidden_layers")
-    types = (
-        tuple(FULL if window is None or layer < first else SLIDING for layer in range(number)) if given is None else tuple(given)
-    )
-    if len(types) != number or not set(types) <= {FULL, SLIDING}:
+    types = [FULL if window is None or layer < first else SLIDING for layer in range(number)] if given is None else given
+    if not isinstance(types, (list, tuple)) or len(types) != number or any(kind not in (FULL, SLIDING) for kind in types):
         raise ValueError(f"text_config.layer_types {given!r} is not supported; expected {number} of {FULL}, {SLIDING}")
-    if SLIDING in types and (not isinstance(window, int) or window < 1):
+    if SLIDING not in types:
+        return {"layer_types": tuple(types), "sliding_window": None}
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"text_config.sliding_window is {window!r}, and layer_types has {SLIDING}; expected a positive integer")
-    return {"layer_types": types, "sliding_window": window if SLIDING in types else None}
+    return {"layer_types": tuple(types), "sliding_window": window}
 
 
 def _integer(text: Text, key: str) -> int:
