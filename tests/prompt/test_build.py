@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,33 @@ def test_a_picture_without_a_place_is_refused(checkpoint: Callable[..., Path], t
     read = read_checkpoint(folder)
     with pytest.raises(RequestError, match="place for 0 of 1 pictures"):
         PromptBuilder(read).build([Message("user", [Picture(read.preprocessor.prepare(image(), "auto"))])])
+
+
+def test_pictures_keep_their_places_behind_a_token_that_begins_every_text(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A tokenizer may put a BOS token in front of what the template writes, as Llama's does."""
+    folder = copy_of(checkpoint(), tmp_path)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    first = next(token for token in description["added_tokens"] if token["content"] == "<|endoftext|>")
+    begins = {"SpecialToken": {"id": first["content"], "type_id": 0}}
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begins, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begins, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            first["content"]: {"id": first["content"], "ids": [first["id"]], "tokens": [first["content"]]},
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    read = read_checkpoint(folder)
+    parts = [Text("two: "), *[Picture(read.preprocessor.prepare(image(), "auto"))] * 2, Text("which?")]
+    prompt = PromptBuilder(read).build([Message("user", parts)])
+    assert prompt.token_ids[0] == first["id"] and len(prompt.spans) == 2
+    for span in prompt.spans:
+        [(place, number)] = span.runs
+        assert set(prompt.token_ids[place : place + number]) == read.feature_token_ids
+        assert not read.feature_token_ids & {prompt.token_ids[place - 1], prompt.token_ids[place + number]}
 
 
 def test_templates_run_in_a_sandbox(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
