@@ -23,7 +23,10 @@ _OPTIONAL_ROPE_KEYS = (
 
 def read_text_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the `text_config` of a whole config.json; raises ValueError as `read_decoder_config`."""
-    text = dict(config.get("text_config") or {})
+    stored = config.get("text_config") or {}
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"text_config is {stored!r}; expected an object")
+    text = dict(stored)
     # transformers ties the head when either the outer or the text config says so
     text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     return read_decoder_config(text)
@@ -116,14 +119,17 @@ def _layers(text: Text, *, given: Any, window: Any, first: int) -> dict[str, Any
 
 def _integer(text: Text, key: str) -> int:
     value = text.get(key)
-    if not isinstance(value, int) or value <= 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"text_config.{key} is {value!r}; expected a positive integer")
     return value
 
 
 def _read_rope(text: Text, head_dim: int, max_positions: int) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    given: dict[str, Any] = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    stored = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(stored, Mapping) or any(isinstance(value, Mapping) for value in stored.values()):
+        raise ValueError(f"text_config.rope_parameters {stored!r} is not supported; expected one setting for all layers")
+    given: dict[str, Any] = dict(stored)
     rope_type = str(given.get("rope_type") or given.get("type") or "default")
     partial = given.get("partial_rotary_factor", text.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):

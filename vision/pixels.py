@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+DIGEST_BYTES = 32
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What an encoder takes as one: a tile [3, S, S], a whole resized picture [3, H, W], a pair of frames [2, 3, H, W].
@@ -41,6 +44,11 @@ class Pixels:
     kind: str = "image"
 
     def __post_init__(self) -> None:
+        numbers = [number for unit in self.units for number in (unit.num_features, *unit.shape)]
+        if not self.units or any(type(number) is not int or number < 1 for number in numbers):
+            raise ValueError(f"units {self.units[:3]}; expected one or more, of whole numbers above 0")
+        if len(self.digest) != DIGEST_BYTES:
+            raise ValueError(f"the digest has {len(self.digest)} bytes; expected {DIGEST_BYTES}")
         expected = sum(unit.num_bytes for unit in self.units)
         if self.data.nbytes != expected:
             raise ValueError(f"the units have {expected} bytes, and the data {self.data.nbytes}")

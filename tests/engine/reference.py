@@ -30,7 +30,7 @@ def prompt(folder: Path, text: str, images: list[Any] = ()) -> Prompt:  # type: 
 
 
 def add(engine: Engine, id: int, prompt: Prompt, sampling: SamplingParams, max_tokens: int) -> None:
-    media = [MediaRef(digest=s.pixels.digest, units=list(s.pixels.units), runs=s.runs) for s in prompt.spans]
+    media = [MediaRef(digest=s.pixels.digest, units=list(s.pixels.units), runs=s.runs, start=s.start) for s in prompt.spans]
     request = Add(
         id=id,
         token_ids=prompt.token_ids,

@@ -123,7 +123,7 @@ def sequence(rng: random.Random, id: int) -> Sequence:
     ids = [50 + i % 3 for i in range(start)] + [0] * num_tokens + [rng.randrange(100, 104) for _ in range(rng.randint(1, 30))]
     units = [Unit((3, 2, 2), 4)] * (num_tokens // 4)
     runs = [(start, num_tokens)] if rng.random() < 0.5 else [(start + i, 2) for i in range(0, num_tokens, 4)]  # with gaps
-    media = [MediaSpan(digest=bytes([rng.randrange(4)]), units=units, runs=runs, pixels=None)]
+    media = [MediaSpan(digest=bytes([rng.randrange(4)]), units=units, runs=runs, layout_start=start, pixels=None)]
     sampling = SamplingParams(ignore_eos=rng.random() < 0.7)
     axes = [[2 * place + axis for place in range(len(ids))] for axis in range(AXES)]
     return Sequence(

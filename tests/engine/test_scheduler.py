@@ -111,7 +111,9 @@ def test_every_request_ends_exactly_once_whatever_happens(seed: int, overlaps: b
         if added < 25 and rng.random() < 0.5:
             q = sequence(added, rng.randint(1, 60), rng.randint(1, 30))
             if rng.random() < 0.4:
-                q.media.append(MediaSpan(digest=bytes([rng.randint(0, 3)]) * 32, units=[], runs=[(0, 1)], pixels=None))
+                q.media.append(
+                    MediaSpan(digest=bytes([rng.randint(0, 3)]) * 32, units=[], runs=[(0, 1)], layout_start=0, pixels=None)
+                )
             s.add(q)
             added += 1
         events: list[TokenEvent] = []

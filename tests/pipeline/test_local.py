@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,20 @@ def test_one_lazy_picture_in_many_prompts(pipe: VLPipeline, tmp_path: Path) -> N
         with Image.open(path) as lazy:
             answers = pipe([("x", lazy) for _ in range(8)], max_tokens=2)
         assert len({a.token_ids for a in answers}) == 1
+
+
+@pytest.mark.parametrize("salt", ("\ud800", 5), ids=("cannot be encoded", "of a wrong type"))
+def test_a_request_that_no_rank_can_read_ends_alone(salt: Any, pipe: VLPipeline) -> None:
+    async def answer() -> None:
+        prompt = await pipe.prepare(read_prompt("What?"))
+        async for _ in pipe.answer(replace(prompt, cache_salt=salt), SamplingParams(max_tokens=2)):
+            pass
+
+    with pytest.raises((UnicodeEncodeError, EngineError), match=r"surrogates|Expected `str`, got `int`"):
+        asyncio.run(answer())
+    assert not pipe.client._streams
+    assert len(pipe("What?", max_tokens=3, ignore_eos=True).token_ids) == 3
+    assert not pipe.client._is_owed, "nobody waits for an answer that will not come"
 
 
 def test_tiles_of_a_picture_can_be_fewer_and_never_more(pipe: VLPipeline) -> None:

@@ -100,7 +100,7 @@ class Engine:
     def add(self, request: Add, pixels: list[torch.Tensor] | None = None) -> None:
         """Queue a request; `pixels` are its pictures' units [bytes] uint8, in order, and are looked for where they are not given.
 
-        Raises FileNotFoundError when they are gone.
+        Raises FileNotFoundError when they are gone, ValueError for positions that the decoder does not take.
         """
         if pixels is None:
             open_pixels = self.runner.pixels.open
@@ -108,7 +108,7 @@ class Engine:
         decoder = self.runner.model.decoder
         positions = None if request.positions is None else _positions(request.positions, decoder.num_position_axes)
         media = [
-            MediaSpan(digest=ref.digest, units=ref.units, runs=ref.runs, pixels=numbers)
+            MediaSpan(digest=ref.digest, units=ref.units, runs=ref.runs, layout_start=ref.start, pixels=numbers)
             for ref, numbers in zip(request.media, pixels, strict=True)
         ]
         self.scheduler.add(
@@ -160,7 +160,7 @@ class Engine:
         parted in the middle."""
         try:
             yield
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        except Exception as error:  # a family's code raises what it likes
             if self.runner.group.size > 1:
                 raise
             log.exception("a step of %d requests failed", len(chunks))
@@ -196,7 +196,8 @@ class Engine:
 
 
 def _positions(given: PromptPositions, num_axes: int) -> TokenPositions:
-    assert given.num_axes == num_axes, f"the front gives positions of {given.num_axes} parts, and the decoder takes {num_axes}"
+    if given.num_axes != num_axes:
+        raise ValueError(f"the prompt has positions of {given.num_axes} parts, and the decoder takes {num_axes}")
     numbers = array("i", given.numbers)
     length = len(numbers) // given.num_axes
     return TokenPositions([numbers[axis * length : (axis + 1) * length] for axis in range(given.num_axes)], given.next)

@@ -56,7 +56,12 @@ class FeatureEncoder:
         room = self._decoder.norm.new_zeros(shape)
         if mine:
             encode = self._tower.encode if self.graphs is None else self.graphs.encode
-            room[: sum(numbers[self._group.rank])] = encode(pixels, [units[i] for i in mine])
+            number = sum(numbers[self._group.rank])
+            found = encode(pixels, [units[i] for i in mine])
+            if found.shape != (number, *shape[1:]):
+                kind = type(self._tower).__name__
+                raise ValueError(f"{kind}.encode gave {tuple(found.shape)}; expected {(number, *shape[1:])}")
+            room[:number] = found
         gathered = self._group.all_gather(room, "features")  # [rank, F, L, C]
         of_unit: dict[int, torch.Tensor] = {}
         for share, given, of_rank in zip(shares, numbers, gathered, strict=True):

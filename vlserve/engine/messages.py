@@ -25,12 +25,14 @@ def pixel_file(digest: bytes) -> str:
 class MediaRef(msgspec.Struct, frozen=True):
     """A picture of a request; its units' numbers, one after another, are in the file that `pixel_file` names.
 
-    `runs`: (first token, number) of the tokens that its features take the place of, in order.
+    `runs`: (first token, number) of the tokens that its features take the place of, in order. `start`: its layout's first token,
+    from which on positions may depend on the picture.
     """
 
     digest: bytes
     units: list[Unit]
     runs: list[tuple[int, int]]
+    start: int
 
 
 class PromptPositions(msgspec.Struct, frozen=True):

@@ -16,11 +16,13 @@ UNKNOWN = -1  # stands for a token until the step that samples it has been read
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MediaSpan:
-    """One picture in the sequence. `runs`: (first token, number) of the tokens that its features take the place of, in order."""
+    """One picture in the sequence. `runs`: (first token, number) of the tokens that its features take the place of, in order.
+    `layout_start`: the first of all tokens that stand for it."""
 
     digest: bytes
     units: Seq[Unit]
     runs: Seq[tuple[int, int]]
+    layout_start: int
     pixels: Any  # [bytes] uint8, opaque here
 
     @property
@@ -123,6 +125,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def _decides(self, media: MediaSpan, start: int, stop: int) -> bool:
+        """Whether a picture decides what a block of tokens start..stop holds: by its features, or by where its tokens stand."""
+        first = media.start if self.positions is None else media.layout_start
+        return first < stop and start < media.stop
+
     def digest_blocks(self, number: int, block_size: int) -> list[Digest]:
         """Digests of the first `number` full blocks, computed once each."""
         while len(self.digests) < number:
@@ -132,7 +139,7 @@ class Sequence:
             extra = [
                 media.digest + (media.start - start).to_bytes(8, "little", signed=True)
                 for media in self.media
-                if media.overlaps(start, stop)
+                if self._decides(media, start, stop)
             ]
             previous = self.digests[-1] if self.digests else self.cache_salt
             self.digests.append(block_digest(previous, self.token_ids[start:stop], extra))

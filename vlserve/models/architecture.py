@@ -147,7 +147,7 @@ class Preprocessor(ABC):
     def configured(self, options: Mapping[str, Any]) -> Preprocessor:
         """With a request's `mm_processor_kwargs`; raises RequestError naming the one that is wrong."""
         for name in options:
-            param = f"mm_processor_kwargs.{name}"
+            param = f"mm_processor_kwargs.{str(name)[:100]}"
             raise RequestError(f"{param} is not supported by this model", param=param, code="unsupported_parameter")
         return self
 

@@ -86,8 +86,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files = {name: _read_json(folder / name, optional=True) for name in FILES}
     try:
         preprocessor = architecture.preprocessor(config, files)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder.name}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else error
+        raise ModelError(f"{folder.name}: {reason}") from error
     return Checkpoint(
         folder=folder,
         config=config,

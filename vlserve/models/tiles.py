@@ -70,7 +70,7 @@ class TilePreprocessor(Preprocessor):
             return self
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             param = "mm_processor_kwargs.max_dynamic_patch"
-            raise RequestError(f"{param} is {most!r}; expected a whole number of 1 or more", param=param)
+            raise RequestError(f"{param} is {repr(most)[:100]}; expected a whole number of 1 or more", param=param)
         image = self.image
         return replace(
             self,

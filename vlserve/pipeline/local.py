@@ -43,6 +43,7 @@ class LocalPipeline(PipelineCalls):
 
     def __init__(self, model: str = "demo", *, wait: bool = True, **options: Any) -> None:
         super().__init__()
+        model = os.fspath(model)
         self.config, self.media = read_options({"model": model, **options})
         if self.config.node_rank > 0:
             raise ConfigError(
@@ -186,7 +187,7 @@ class LocalPipeline(PipelineCalls):
             for id in ids:
                 if not 0 <= id < ready.vocab_size:
                     raise RequestError(f"{name} names token {id}; the vocabulary has 0 to {ready.vocab_size - 1}", param=name)
-        if max(prompt.token_ids) >= ready.vocab_size:
+        if max(prompt.token_ids) >= ready.vocab_size or min(prompt.token_ids) < 0:
             raise RequestError(f"the prompt has a token outside the model's vocabulary of {ready.vocab_size}", param="messages")
         return sampling.max_tokens or room
 

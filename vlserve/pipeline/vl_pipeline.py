@@ -27,7 +27,7 @@ class VLPipeline(LocalPipeline):
     """
 
     def __new__(cls, model: str = "demo", **options: Any) -> VLPipeline:
-        if cls is VLPipeline and str(model).startswith(("http://", "https://")):
+        if cls is VLPipeline and str(model).lower().startswith(("http://", "https://")):
             return RemotePipeline(model, **options)  # type: ignore[return-value]  # registered below
         return object.__new__(cls)
 

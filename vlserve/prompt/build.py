@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from vlserve.errors import ModelError, RequestError
-from vlserve.models.architecture import Positions, Span
+from vlserve.models.architecture import Positions, Preprocessor, Span
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.prompt.chat_template import ChatTemplate
 from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
@@ -39,11 +39,13 @@ class PromptBuilder:
         self._preprocessor = checkpoint.preprocessor
         self.tokenizer = Tokenizer(checkpoint.folder, self._preprocessor.control_tokens())
         self._kinds = self._read_placeholders()
+        self._num_axes = _num_axes(checkpoint)
         self.template = ChatTemplate(checkpoint.folder, self.tokenizer)
 
     def build(self, messages: Sequence[Message], options: PromptOptions | None = None) -> Prompt:
         """Token ids of a conversation, with the answer's opening; raises RequestError when the template refuses it."""
         options = options or PromptOptions()
+        preprocessor = self._preprocessor.configured(options.mm_processor_kwargs)
         pictures = [part.pixels for message in messages for part in message.parts if isinstance(part, Picture)]
         ids: list[int] = []
         spans: list[Span] = []
@@ -62,7 +64,7 @@ class PromptBuilder:
                 continue
             if len(spans) == len(pictures):
                 raise ModelError("the chat template has a place for more pictures than the messages have")
-            spans.append(self._span(len(ids), pictures[len(spans)]))
+            spans.append(self._span(preprocessor, len(ids), pictures[len(spans)]))
             ids += spans[-1].layout.token_ids
         ids += self.tokenizer.encode_plain(pending)
         if len(spans) != len(pictures):
@@ -77,7 +79,7 @@ class PromptBuilder:
             spans = [replace(span, start=span.start + len(beginning)) for span in spans]
         if not ids:
             raise RequestError("the prompt is empty", param="messages")
-        return Prompt(ids, spans, options.cache_salt, positions=self._preprocessor.positions(ids, spans))
+        return Prompt(ids, spans, options.cache_salt, positions=self._positions(preprocessor, ids, spans))
 
     def encode_plain(self, text: str, beginning: bool) -> Prompt:
         """A raw text as a prompt, without the template; special tokens in it are ordinary characters."""
@@ -94,8 +96,35 @@ class PromptBuilder:
                 raise ModelError(f"config.json's {kind}_token_id {placeholder.id} is not the id of {placeholder.token}")
         return {placeholder.token: kind for kind, placeholder in placeholders.items()}
 
-    def _span(self, start: int, pixels: Pixels) -> Span:
-        layout = self._preprocessor.layout(pixels, self.tokenizer)
+    def _span(self, preprocessor: Preprocessor, start: int, pixels: Pixels) -> Span:
+        layout = preprocessor.layout(pixels, self.tokenizer)
         if layout.num_features != pixels.num_features:
             raise ModelError(f"a picture of {pixels.num_features} features was given {layout.num_features} places")
+        stop = 0
+        for first, number in layout.runs:
+            if first < stop or number < 1 or first + number > len(layout.token_ids):
+                raise ModelError(f"a picture's layout of {len(layout.token_ids)} tokens has runs {layout.runs[:9]}")
+            stop = first + number
+        if min(layout.token_ids) < 0:
+            raise ModelError(f"a picture's layout has token {min(layout.token_ids)}")
         return Span(start, layout, pixels)
+
+    def _positions(self, preprocessor: Preprocessor, ids: Sequence[int], spans: Sequence[Span]) -> Positions | None:
+        positions = preprocessor.positions(ids, spans)
+        if positions is None:
+            return None
+        if len(positions.axes) != self._num_axes or any(len(axis) != len(ids) for axis in positions.axes):
+            sizes = [len(axis) for axis in positions.axes]
+            raise ModelError(f"positions of {sizes} numbers for {len(ids)} tokens; expected {self._num_axes} axes of as many")
+        kinds = {type(positions.next), *(type(place) for axis in positions.axes for place in axis)}
+        if kinds != {int} or min(positions.next, *map(min, positions.axes)) < 0:
+            raise ModelError("positions are no whole numbers from 0 on")
+        return positions
+
+
+def _num_axes(checkpoint: Checkpoint) -> int:
+    """Numbers that a token's position has in this model's decoder."""
+    try:
+        return checkpoint.architecture.decoder(checkpoint.config).num_position_axes
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{checkpoint.folder.name}: {error}") from error

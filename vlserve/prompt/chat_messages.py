@@ -152,7 +152,8 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
     value = part.get("image_url")
     if isinstance(value, Mapping):
         _refuse_others(value, ("url", "detail"), param)
-    url, detail = (value.get("url"), value.get("detail")) if isinstance(value, Mapping) else (value, part.get("detail"))
+    url, detail = (value.get("url"), value.get("detail")) if isinstance(value, Mapping) else (value, None)
+    detail = part.get("detail") if detail is None else detail  # OpenAI has it inside; some clients put it beside
     if not isinstance(url, str):
         raise RequestError(f'{param} must be {{"url": "..."}}', param=param)
     if detail not in (None, "auto", "low", "high"):

@@ -66,7 +66,7 @@ class EngineClient(Supervisor):
             id=id,
             token_ids=prompt.token_ids,
             media=[
-                MediaRef(digest=digest, units=list(span.pixels.units), runs=span.runs)
+                MediaRef(digest=digest, units=list(span.pixels.units), runs=span.runs, start=span.start)
                 for span, digest in zip(prompt.spans, digests, strict=True)
             ],
             sampling=sampling,
@@ -91,6 +91,8 @@ class EngineClient(Supervisor):
                 self._streams[id] = stream
                 self._tell(request)
         except BaseException:
+            with self._lock:
+                self._streams.pop(id, None)
             self._release_pixels([id])
             raise
         late = TokenEvent(id=id, token_id=None, finish_reason="error", error=f"no answer within {timeout_s} s", is_overdue=True)

@@ -217,13 +217,17 @@ class _Rank:
                 engine.runner.idle()
                 continue
             for frame in received:
-                message = decoder.decode(frame)
-                if isinstance(message, Shutdown):
-                    return
-                if isinstance(message, Abort):
-                    ended += engine.abort(message.ids)
-                elif isinstance(message, Add):
-                    engine.add(message)
+                try:
+                    message = decoder.decode(frame)
+                    if isinstance(message, Shutdown):
+                        return
+                    if isinstance(message, Abort):
+                        ended += engine.abort(message.ids)
+                    elif isinstance(message, Add):
+                        engine.add(message)
+                except (msgspec.ValidationError, ValueError, FileNotFoundError) as error:  # one request's, not the others'
+                    id = msgspec.msgpack.decode(frame)["id"]
+                    ended.append(TokenEvent(id=id, token_id=None, finish_reason="error", error=f"the request is wrong: {error}"))
             ended += engine.step()
             engine.runner.keep_alive(TICK_S)
             self._send(Step(events=ended, stats=engine.stats()))

@@ -154,9 +154,10 @@ class Supervisor:
     def _tell(self, message: Add | Abort) -> None:
         """Send to rank 0; call with the lock held. The watch on a step begins with the first message that it has not answered:
         requests whose clients left do not hide that the ranks hang."""
+        frame = self._encoder.encode(message)  # first: what cannot be encoded is owed no answer
         if not self._is_owed:
             self._is_owed, self._last_sign = True, time.monotonic()
-        self._outbox.send(self._encoder.encode(message))
+        self._outbox.send(frame)
 
     def _run(self) -> None:
         """The thread: starts the ranks, moves messages until they end, perhaps starts them again."""
