@@ -39,13 +39,13 @@ clean: ## remove the virtual environments and caches
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlserve needs Python 3.10 or newer; this is %s. Set PYTHON=/path/to/python3" % sys.version.split()[0]'
 	@echo "setting up .venv with $$($(PYTHON) --version); torch is large, so the first time takes a few minutes"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(INSTALL) -e .
 	@touch $@
 
 # the browser page's own, since gradio does not take the Pillow that vlserve is tested with
 $(DEMO)/.ready: $(READY) examples/gradio_constraints.txt
-	@test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
+	@$(DEMO)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(DEMO)
 	$(DEMO)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c examples/gradio_constraints.txt gradio openai httpx2
 	@touch $@
 
