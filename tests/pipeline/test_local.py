@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import vlserve
+from tests.settling import wait_until
 from tests.vision.test_preprocess import encoded, noise
 from vlserve import Completion, ConfigError, EngineError, ModelError, RequestError, SamplingParams, VLPipeline
 from vlserve.config import ServerConfig
@@ -260,7 +261,7 @@ def test_a_request_that_no_rank_can_read_ends_alone(salt: Any, pipe: VLPipeline)
         asyncio.run(answer())
     assert not pipe.client._streams
     assert len(pipe("What?", max_tokens=3, ignore_eos=True).token_ids) == 3
-    assert not pipe.client._is_owed, "nobody waits for an answer that will not come"
+    wait_until(lambda: not pipe.client._is_owed, "nobody waits for an answer that will not come")
 
 
 def test_tiles_of_a_picture_can_be_fewer_and_never_more(pipe: VLPipeline) -> None:
