@@ -6,6 +6,8 @@ waits once, when it reads the tokens.
 
 from __future__ import annotations
 
+import logging
+import math
 import secrets
 from collections import Counter
 
@@ -21,12 +23,15 @@ from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.upload import Download, upload
 
 GREEDY_BELOW = 1e-5  # a smaller temperature leaves nothing of the noise beside float32's logits
+log = logging.getLogger(__name__)
 _NOBODY = Sequence(id=-1, token_ids=[0], media=[], sampling=SamplingParams(), max_tokens=1)
 
 
 class Sampler:
-    def __init__(self, end_token_ids: frozenset[int]) -> None:
-        self._end_token_ids = end_token_ids
+    """`dtype` is the model's, which an error names where its numbers were not finite."""
+
+    def __init__(self, end_token_ids: frozenset[int], dtype: torch.dtype = torch.float32) -> None:
+        self._end_token_ids, self._dtype = end_token_ids, dtype
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Drawn:
         """logits [R, V] float32, one row a sequence -> its next token (and log-probabilities when asked for).
@@ -40,10 +45,11 @@ class Sampler:
         failed = {i: reason for i, reason in allowed.items() if isinstance(reason, str)}
         masks = {i: mask for i, mask in allowed.items() if isinstance(mask, torch.Tensor)}
         adjusted = self._adjust(logits, sequences, masks)
-        tokens = adjusted.argmax(dim=-1)  # [R]
+        tokens = adjusted.argmax(dim=-1)  # [R]; where a row has a NaN, that is the largest
+        is_finite = adjusted.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
         drawn = [(i, s) for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
         draw_tokens(adjusted, tokens, [_asked(i, s) for i, s in drawn])
-        return Drawn(tokens, _logprobs(logits, sequences, tokens), failed)
+        return Drawn(tokens, is_finite, _logprobs(logits, sequences, tokens), failed, _not_finite(self._dtype))
 
     def _adjust(self, logits: torch.Tensor, sequences: list[Sequence], masks: dict[int, torch.Tensor]) -> torch.Tensor:
         """What is drawn from, [R, V]: `logits` itself where no row asks for anything else."""
@@ -102,26 +108,50 @@ def _logprobs(
 
 
 class Drawn:
-    """`tokens` [R] int64 on their device, and on their way to the host, with what `_logprobs` found and why rows have none."""
+    """`tokens` [R] int64 on their device, and on their way to the host, with what `_logprobs` found and why rows have none.
+
+    Rows that are not `is_finite` [R] have none for the reason `not_finite`: for the host their tokens are negative.
+    """
 
     def __init__(
-        self, tokens: torch.Tensor, logprobs: dict[int, tuple[torch.Tensor, torch.Tensor]], errors: dict[int, str]
+        self,
+        tokens: torch.Tensor,
+        is_finite: torch.Tensor,
+        logprobs: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        errors: dict[int, str],
+        not_finite: str,
     ) -> None:
-        self.tokens, self._errors = tokens, errors
+        self.tokens, self._errors, self._not_finite = tokens, errors, not_finite
         self._sizes = {row: len(ids) for row, (_, ids) in logprobs.items()}
-        parts = [tokens, *(part for pair in logprobs.values() for part in pair)]
+        parts = [torch.where(is_finite, tokens, -1), *(part for pair in logprobs.values() for part in pair)]
         # one copy: float64 has every id and every float32
-        self._download = Download(torch.cat([part.double() for part in parts]) if logprobs else tokens)
+        self._download = Download(torch.cat([part.double() for part in parts]) if logprobs else parts[0])
 
     def read(self) -> list[Sampled]:
         """Waits for them."""
         numbers = iter(self._download.read())
-        ids, chosen = [int(next(numbers)) for _ in range(len(self.tokens))], {}
+        ids, chosen = [int(next(numbers)) for _ in range(len(self.tokens))], dict[int, TokenLogprob]()
+        overflowed = {row for row, id in enumerate(ids) if id < 0}
         for row, size in self._sizes.items():
             own = next(numbers)
             values, best = ([next(numbers) for _ in range(size)] for _ in range(2))
+            if not math.isfinite(own):  # what a grammar forbids can be NaN alone
+                overflowed.add(row)
             chosen[row] = TokenLogprob(token_id=ids[row], logprob=own, top=list(zip(map(int, best), values, strict=True)))
-        return [Sampled(token_id=id, logprob=chosen.get(row), error=self._errors.get(row)) for row, id in enumerate(ids)]
+        if overflowed:
+            log.warning("%d of %d answers end: %s", len(overflowed), len(ids), self._not_finite)
+        errors = dict.fromkeys(overflowed, self._not_finite) | self._errors
+        return [Sampled(token_id=id, logprob=chosen.get(row), error=errors.get(row)) for row, id in enumerate(ids)]
+
+
+def _not_finite(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    way_out = (
+        "bfloat16 and float32 have a wider range: serve the model with --dtype bfloat16"
+        if dtype == torch.float16
+        else "its weights may be damaged"
+    )
+    return f"the model computed numbers in {name} that are not finite, so there is no next token; {way_out}"
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
