@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 import torch
@@ -142,7 +143,7 @@ def lay_out(step: StepInput, block_size: int, num_axes: int = 1) -> Rows:
             sample_rows.append(num_rows - 1)
     return Rows(
         ids=step.ids,
-        positions=[position for axis in axes for position in axis],
+        positions=list(chain.from_iterable(axes)),
         feature_rows=[row for piece in step.pieces for first, number in piece.runs for row in range(first, first + number)],
         slots=slots,
         sample_rows=sample_rows,
