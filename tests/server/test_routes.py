@@ -58,7 +58,7 @@ BAD_RAW: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": []}, "prompt", "empty"),
     ({"prompt": [[]]}, "prompt", "empty"),
     ({"prompt": ["x"] * 17}, "prompt", "more than 16"),
-    ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "not supported"),
+    ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "leave out echo, or logprobs"),
     ({"prompt": "x", "best_of": 3}, "best_of", "3"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix"),
     ({"prompt": [10**9]}, "prompt", "vocabulary"),
