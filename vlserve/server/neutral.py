@@ -110,6 +110,5 @@ def refusal(key: str, known: Collection[str]) -> RequestError:
 def _reason(key: str, shown: str, known: Collection[str]) -> str:
     values = NEUTRAL.get(key, ())
     what = "only supported as " + " or ".join(map(json.dumps, values)) if values else "not a field that is supported"
-    if key in INSTEAD:
-        return f"{what}; {INSTEAD[key]}"
-    return what + (explain_sampling(shown, known) or "; leave it out")
+    hint = "" if key in NEUTRAL or key in INSTEAD else explain_sampling(shown, known)
+    return what + (hint or "; " + INSTEAD.get(key, "leave it out"))
