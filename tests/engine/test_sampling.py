@@ -44,7 +44,17 @@ def test_filters_keep_what_they_say() -> None:
     probabilities = LOGITS.softmax(0)
     assert set(frequencies(300, temperature=1.0, top_p=float(probabilities[4]) + 0.01)) == {4, 0}
     assert set(frequencies(300, temperature=1.0, top_p=1e-6)) == {4}
+    assert set(frequencies(300, temperature=2.0, top_p=0)) == {4}, "the likeliest"
+    assert set(frequencies(300, temperature=2.0, top_p=0.0, min_p=0.1, top_k=3)) == {4}
+    assert frequencies(300, temperature=1.0, top_k=-1) == frequencies(300, temperature=1.0, top_k=0)
     assert set(frequencies(300, temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
+
+
+def test_a_top_p_of_nothing_needs_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("vlserve.engine.sampling.draw_tokens", lambda logits, tokens, draws: drawn.extend(draws))
+    assert pick(LOGITS, sequence(temperature=2.0, top_p=0.0, seed=1)) == 4 and not drawn
+    assert pick(LOGITS, sequence(temperature=2.0, top_p=0.1, seed=1)) == 4 and len(drawn) == 1
 
 
 def test_penalties_bias_and_minimum_are_applied() -> None:

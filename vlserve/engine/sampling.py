@@ -47,7 +47,7 @@ class Sampler:
         adjusted = self._adjust(logits, sequences, masks)
         tokens = adjusted.argmax(dim=-1)  # [R]; where a row has a NaN, that is the largest
         is_finite = adjusted.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
-        drawn = [(i, s) for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
+        drawn = [(i, s) for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW and s.sampling.top_p > 0]
         draw_tokens(adjusted, tokens, [_asked(i, s) for i, s in drawn])
         return Drawn(tokens, is_finite, _logprobs(logits, sequences, tokens), failed, _not_finite(self._dtype))
 
