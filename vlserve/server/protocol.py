@@ -139,7 +139,8 @@ def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     for name in required:
         if values.get(name) is None:
             raise RequestError(f"{name} is missing", param=name)
-    values = {key: value for key, value in values.items() if value is not None and key not in HARMLESS}
+    harmless = HARMLESS.difference(kind.model_fields)
+    values = {key: value for key, value in values.items() if value is not None and key not in harmless}
     for key in sorted(set(values) - set(kind.model_fields)):
         if values.pop(key) not in NEUTRAL.get(key, ()):
             what = "only supported as " + json.dumps(NEUTRAL[key][0]) if key in NEUTRAL else "not a field that is supported"
@@ -172,7 +173,8 @@ def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """An id that begins as OpenAI's do, e.g. with call_ or chatcmpl-."""
+    return prefix + uuid.uuid4().hex
 
 
 def envelope(id: str, kind: str, model: str, created: int) -> dict[str, Any]:
