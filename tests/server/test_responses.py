@@ -19,7 +19,8 @@ from vlserve.errors import RequestError
 from vlserve.server.responses_input import Conversation, Item
 from vlserve.server.responses_request import HOSTED, Includable, ResponsesRequest
 
-LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"enum": ["Rome"]}}}}
+PARAMETERS = {"type": "object", "properties": {"at": {"enum": ["Rome"]}}}
+LOOK: dict[str, Any] = {"type": "function", "name": "look", "parameters": PARAMETERS}
 # of the Open Responses schema (openresponses.org), which requires every one; None stands for null
 NUMBER, TEXT = (int, float), (str,)
 REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -83,11 +84,7 @@ def test_the_object_has_every_field_with_the_values_that_were_used(server: Runni
     used = {name: plain[name] for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "top_logprobs")}
     assert used == {"temperature": 0, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": 0}
     assert (plain["status"], plain["completed_at"], plain["metadata"], plain["store"]) == ("incomplete", None, {}, False)
-    form = {
-        "type": "json_schema",
-        "name": "a",
-        "schema": {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]},
-    }
+    form = {"type": "json_schema", "name": "a", "schema": LOOK["parameters"]}
     done = ask(server, {"input": "hi", "text": {"format": form}, "reasoning": {"effort": "low", "summary": "auto"}})
     assert done["status"] == "completed" and done["completed_at"] >= done["created_at"] and done["incomplete_details"] is None
     assert done["text"]["format"] == form and done["reasoning"] == {"effort": None, "summary": None}, "as it was, not as asked"
@@ -244,10 +241,11 @@ def user(*parts: Any) -> dict[str, Any]:
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 0.3}}}
+FORM = {"type": "json_schema", "name": "a", "schema": SCHEMA}
 TEXT_PART = {"type": "input_text", "text": "x"}
 BAD: list[tuple[dict[str, Any], str, str]] = [
     (
-        {"input": "x", "text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}},
+        {"input": "x", "text": {"format": FORM}},
         "text.format.schema",
         "multipleOf",
     ),
@@ -328,9 +326,8 @@ def test_sampling_is_chats(server: RunningServer) -> None:
 def test_effort_reaches_a_template_that_reads_it() -> None:
     asked = ResponsesRequest.model_validate({"input": "hi", "reasoning": {"effort": "low"}})
     assert asked.to_chat(asked.own_items, has_effort=True).reasoning_effort == "low"
-    error = asked.renamed(
-        RequestError("chat_template_kwargs.reasoning_effort: no", param="chat_template_kwargs.reasoning_effort")
-    )
+    place = "chat_template_kwargs.reasoning_effort"
+    error = asked.renamed(RequestError(f"{place}: no", param=place))
     assert (error.param, str(error)) == ("reasoning.effort", "reasoning.effort: no")
 
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag, Validat
 
 from vlserve.errors import RequestError
 from vlserve.server.chat import ChatRequest, Function, FunctionName, StructuredBody
-from vlserve.server.protocol import SamplingBody, Strict
+from vlserve.server.protocol import AnswerBody, SamplingBody, Strict
 from vlserve.server.responses_input import Conversation, Item
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ HOSTED = (
     "web_search_preview",
     "web_search_preview_2025_03_11",
 )
-MetadataKey, MetadataValue = Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
 Includable = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -50,6 +51,7 @@ Includable = Literal[
 ]
 REFUSED = {  # fields with something else to send in their place
     "max_tokens": "here it is max_output_tokens",
+    "max_completion_tokens": "here it is max_output_tokens",
     "return_token_ids": "token ids come from /v1/chat/completions",
     "conversation": "conversations are not kept; send the whole input, or previous_response_id",
     "prompt": "prompt templates are not kept; send instructions and input",
@@ -189,7 +191,7 @@ class ResponsesRequest(SamplingBody):
     def check(self) -> None:
         """Raises RequestError for what cannot be had, with what to send instead."""
         for name, instead in REFUSED.items():
-            if getattr(self, name) not in (None, [], False):
+            if getattr(self, name, None) not in (None, [], False):
                 raise RequestError(f"{name} is not supported; {instead}", param=name, code="unsupported_parameter")
         if self.num_choices != 1:
             raise RequestError(f"n is {self.n}; a response is one answer, so leave n out", param="n")
@@ -295,8 +297,9 @@ class ResponsesRequest(SamplingBody):
 
 
 # fields that mean the same on both routes
-SHARED = {*SamplingBody.model_fields, "top_logprobs", "structured_outputs", "parallel_tool_calls"} - {"stream_options", "n"}
+SHARED = {*SamplingBody.model_fields, "top_logprobs", "structured_outputs", "parallel_tool_calls"}
 SHARED |= {"chat_template_kwargs", "mm_processor_kwargs"}
+SHARED -= {*AnswerBody.model_fields, "stream_options", "n", *REFUSED}
 _said: set[str] = set()
 
 

@@ -98,8 +98,8 @@ class ResponseStore:
     def check_on(self, param: str, what: str | None = None) -> None:
         if not self.is_on:
             raise RequestError(
-                f"{what or param} needs kept responses, and this server keeps none; start it with --store-responses, or send the whole "
-                "conversation as input",
+                f"{what or param} needs a server that keeps responses, and this one does not; start it with --store-responses, "
+                "or send the whole conversation as input",
                 param=param,
                 code="unsupported_parameter",
             )
