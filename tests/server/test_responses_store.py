@@ -115,6 +115,16 @@ def test_another_key_sees_nothing_of_it(server: RunningServer, client: openai.Op
     assert raw(server, f"/{made.id}", key="no-key-at-all").status_code == 401
 
 
+def test_effort_is_taken_where_the_model_has_no_dial_for_it(server: RunningServer, client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "tiny", "input": "hi", "max_output_tokens": 4}
+    plain = client.responses.create(**fields)
+    for _ in range(2):
+        asked = client.responses.create(reasoning={"effort": "low", "summary": "auto"}, **fields)
+        assert asked.output_text == plain.output_text
+        assert asked.reasoning and asked.reasoning.effort is None, "as it was, not as it was asked for"
+    assert len([line for line in server.lines if "reasoning_effort makes no difference" in line]) == 1
+
+
 def test_a_background_answer_is_polled(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"model": "tiny", "input": "hi", "max_output_tokens": 6}
     begun = client.responses.create(background=True, **fields)

@@ -173,7 +173,8 @@ class _Api:
 
         def plan(asked: CompletionRequest) -> Plan:
             params = asked.params(self._defaults)
-            prompts = [self._raw_prompt(prompt, asked.cache_salt or "") for prompt in asked.prompts]
+            beginning, salt = asked.add_special_tokens is not False, asked.cache_salt or ""
+            prompts = [self._raw_prompt(prompt, salt, beginning) for prompt in asked.prompts]
             return Plan(prompts, params, lambda prompts: CompletionAnswer(asked, prompts, self.pipeline.tokenizer, self.name))
 
         return await self._answer(request, CompletionRequest, "prompt", plan)
@@ -277,9 +278,9 @@ class _Api:
         await self.pipeline.check_structured(plan.params[0])
         return prompts
 
-    async def _raw_prompt(self, prompt: str | list[int], salt: str) -> Prompt:
+    async def _raw_prompt(self, prompt: str | list[int], salt: str, beginning: bool) -> Prompt:
         if isinstance(prompt, str):
-            ids = (await self.pipeline.prepare_text(prompt)).token_ids
+            ids = (await self.pipeline.prepare_text(prompt, beginning=beginning)).token_ids
         else:
             ids = prompt
             self.pipeline.check_ids(ids)

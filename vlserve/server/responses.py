@@ -42,20 +42,21 @@ class Responses:
         asked.check()
         owner = self._owner(request)
         items = self._store.conversation(asked, owner)
-        has_effort = self._pipeline.uses_variable("reasoning_effort")
-        chat = asked.to_chat(items, has_effort=has_effort)
+        chat = asked.to_chat(items)
+        has_dial = any(map(self._pipeline.uses_variable, chat.prompt_options().wishes))
         params = chat.params(defaults)
         kept = kept_items(items) if self._store.keeps(asked) else None
 
         async def prepare(some: Items) -> Prompt:
-            chat = asked.to_chat(some, has_effort=has_effort)
+            chat = asked.to_chat(some)
             prompt = await self._pipeline.prepare(read_messages(chat.messages, local=False), chat.prompt_options())
             self._pipeline.check(prompt, params[0])
             return prompt
 
         def make(prompts: Sequence[Prompt]) -> ResponsesAnswer:
             keep = None if kept is None else lambda body: self._store.put(owner, kept, body)
-            return ResponsesAnswer(asked, chat, params[0], prompts[0], self._pipeline.tokenizer, self._model, keep)
+            effort = asked.effort if has_dial else None
+            return ResponsesAnswer(asked, chat.calls, effort, params[0], prompts[0], self._pipeline.tokenizer, self._model, keep)
 
         def run(answer: ResponsesAnswer, deltas: Any, held: ExitStack) -> Response:
             begun = BackgroundRun(answer, deltas, held, keeps_events=bool(asked.stream))

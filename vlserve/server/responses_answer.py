@@ -12,7 +12,7 @@ from vlserve.pipeline.outputs import Delta, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
-from vlserve.server.chat import ChatRequest, is_thinking
+from vlserve.server.chat import is_thinking
 from vlserve.server.output_parser import Piece, ReplyParser
 from vlserve.server.responses_request import ResponsesRequest
 
@@ -22,6 +22,7 @@ DONE = ("completed", "incomplete", "failed", "cancelled")
 class ResponsesAnswer:
     """Grows with every delta; `whole` is the response as it is now.
 
+    `calls`: function calls are looked for. `effort`: of reasoning, where the model has a dial for it.
     `keep` is called once with the finished response, before its last event goes out.
     """
 
@@ -30,16 +31,17 @@ class ResponsesAnswer:
     def __init__(
         self,
         asked: ResponsesRequest,
-        chat: ChatRequest,
+        calls: bool,
+        effort: str | None,
         params: SamplingParams,
         prompt: Prompt,
         tokenizer: Tokenizer,
         model: str,
         keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self._asked, self._chat, self._params, self._tokenizer, self._model = asked, chat, params, tokenizer, model
+        self._asked, self._effort, self._params, self._tokenizer, self._model = asked, effort, params, tokenizer, model
         self._keep = keep
-        self._parser = ReplyParser(calls=chat.calls, thinking=is_thinking(prompt, tokenizer))
+        self._parser = ReplyParser(calls=calls, thinking=is_thinking(prompt, tokenizer))
         self.id, self._created = protocol.new_id("resp_"), protocol.now()
         self._completed: int | None = None
         self.status = "queued" if asked.background else "in_progress"
@@ -75,7 +77,7 @@ class ResponsesAnswer:
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
             "prompt_cache_key": asked.prompt_cache_key,
-            "reasoning": {"effort": self._chat.reasoning_effort, "summary": None},
+            "reasoning": {"effort": self._effort, "summary": None},
             "safety_identifier": asked.safety_identifier,
             "service_tier": "default",
             "store": self._keep is not None,

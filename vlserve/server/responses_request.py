@@ -37,8 +37,6 @@ HOSTED = (
     "web_search_preview",
     "web_search_preview_2025_03_11",
 )
-MetadataKey = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
 Includable = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -150,13 +148,7 @@ class ResponsesRequest(SamplingBody):
     store: bool | None = Field(None, description="keep the response, which needs --store-responses; true where it is given")
     previous_response_id: str | None = Field(None, description="needs --store-responses")
     background: bool | None = Field(None, description="answer at once and be asked again; needs --store-responses")
-    # without influence on the answer; most of them are given back
-    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=16)
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    # without influence on the answer, as user, metadata and others that every route takes; most are given back
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     client_metadata: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
@@ -197,16 +189,12 @@ class ResponsesRequest(SamplingBody):
             raise RequestError(f"n is {self.n}; a response is one answer, so leave n out", param="n")
         self._check_tools()
 
-    def to_chat(self, items: Sequence[tuple[Item, str]], *, has_effort: bool) -> ChatRequest:
+    def to_chat(self, items: Sequence[tuple[Item, str]]) -> ChatRequest:
         """The same request for the chat route; raises RequestError naming this API's field.
 
-        Args:
-            items: the whole conversation, each item with its place in this request.
-            has_effort: whether the model's chat template reads reasoning_effort.
+        `items` are the whole conversation, each item with its place in this request.
         """
         self._items = items
-        if self.effort and not has_effort:
-            say_once("reasoning.effort changes nothing: the model's chat template has no variable reasoning_effort")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             say_once("text.verbosity changes nothing: the model has no dial for it")
         shared = {name: getattr(self, name) for name in ResponsesRequest.model_fields if name in ChatRequest.model_fields}
@@ -215,7 +203,7 @@ class ResponsesRequest(SamplingBody):
             "messages": Conversation(items, self.instructions).messages,
             "max_completion_tokens": self.max_output_tokens,
             "logprobs": True if self.wants_logprobs else None,
-            "reasoning_effort": self.effort if has_effort else None,
+            "reasoning_effort": self.effort,
             "tools": [_chat_tool(tool) for tool in self.functions] or None,
             "tool_choice": self._chat_choice(),
             "response_format": self._response_format(),
