@@ -142,6 +142,13 @@ class ServerConfig:
     request_timeout_s: float | None = _option(None, "seconds that one request may take; default: no limit")
     drain_seconds: float = _option(30.0, "on SIGTERM, seconds for open requests to end; a second signal ends at once")
     max_body_mib: int = _option(64, "size of one request's body, pictures included, in MiB")
+    store_responses: bool = _option(
+        False,
+        "keep responses of /v1/responses in memory, each for its API key: for previous_response_id, for GET and DELETE, and for "
+        "background; they end with the server",
+    )
+    max_stored_responses: int = _option(1000, "responses kept at once; the least recently used make room")
+    max_stored_mib: int = _option(256, "memory of kept responses with their conversations, in MiB")
     cors_origins: tuple[str, ...] = _option(
         (), "web origins that may call from a browser, e.g. https://app.example; default: none"
     )
@@ -157,6 +164,9 @@ class ServerConfig:
             raise ConfigError(f"max_queue is {self.max_queue!r}; expected 0 or more")
         if self.max_body_mib < 1:
             raise ConfigError(f"max_body_mib is {self.max_body_mib!r}; expected 1 or more")
+        for name in ("max_stored_responses", "max_stored_mib"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected 1 or more")
         if self.request_timeout_s is not None and not (self.request_timeout_s > 0 and math.isfinite(self.request_timeout_s)):
             raise ConfigError(f"request_timeout_s is {self.request_timeout_s!r}; expected a number above 0")
         if not (self.drain_seconds >= 0 and math.isfinite(self.drain_seconds)):

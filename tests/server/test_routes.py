@@ -258,11 +258,8 @@ BAD_RESPONSES: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "input[0].role is 'robot'"),
     ({"input": [{"role": "user", "content": [{"type": "input_file"}]}], "instructions": "x"}, "input[0].content[0].type", "file"),
     ({"input": [{"type": "computer_call"}]}, "input[0].type", "computer_call"),
-    ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id", "not a field"),
     ({"input": "x", "max_output_tokens": 100_000}, "max_output_tokens", "100000"),
     ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.schema", "missing"),
-    ({"input": "x", "top_logprobs": 2}, "top_logprobs", "include"),
-    ({"input": "x", "background": True}, "background", "false"),
 ]
 
 

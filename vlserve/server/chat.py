@@ -265,7 +265,7 @@ class Choice:
             return {"content": piece.text}
         if piece.name is not None:
             function = {"name": piece.name, "arguments": piece.text}
-            self.calls.append({"id": protocol.new_id("call"), "type": "function", "function": dict(function)})
+            self.calls.append({"id": protocol.new_id("call_"), "type": "function", "function": dict(function)})
             return {"tool_calls": [{"index": piece.call} | self.calls[-1] | {"function": function}]}
         self.calls[piece.call]["function"]["arguments"] += piece.text
         return {"tool_calls": [{"index": piece.call, "function": {"arguments": piece.text}}]}
@@ -276,7 +276,7 @@ class ChatAnswer(Chunks):
 
     def __init__(self, asked: ChatRequest, prompt: Prompt, tokenizer: Tokenizer, model: str) -> None:
         self._asked, self._prompt, self._tokenizer, self._model = asked, prompt, tokenizer, model
-        self._id, self._created = protocol.new_id("chatcmpl"), protocol.now()
+        self._id, self._created = protocol.new_id("chatcmpl-"), protocol.now()
         thinking = is_thinking(prompt, tokenizer)
         separate = asked.separate_reasoning is not False
         self._choices = [

@@ -89,7 +89,7 @@ class CompletionAnswer(Chunks):
 
     def __init__(self, asked: CompletionRequest, prompts: Sequence[Prompt], tokenizer: Tokenizer, model: str) -> None:
         self._asked, self._tokenizer, self._model = asked, tokenizer, model
-        self._id, self._created = protocol.new_id("cmpl"), protocol.now()
+        self._id, self._created = protocol.new_id("cmpl-"), protocol.now()
         self._choices = [
             _Choice(prompt, tokenizer.decode(prompt.token_ids) if asked.echo else "")
             for prompt in prompts

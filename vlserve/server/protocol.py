@@ -191,7 +191,8 @@ def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """An id that begins as OpenAI's do, e.g. with call_ or chatcmpl-."""
+    return prefix + uuid.uuid4().hex
 
 
 def envelope(id: str, kind: str, model: str, created: int) -> dict[str, Any]:
