@@ -1,7 +1,7 @@
 """Text to tokens: the checkpoint's tokenizer.json, read without transformers. The way back is detokenizer.py's.
 
-What a chat template wrote gets the ids that the tokenizer gives for the whole text. Text from outside never gives a special token,
-whatever it says.
+What a chat template wrote gets the ids that the tokenizer gives for the whole text. Text from outside never gives a special
+token, whatever it says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Tokenizer:
         if not cuts:
             return encoding.ids[bool(front) :]
         bounds = [0, *cuts, len(text)]
-        parts = [text[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+        parts = [text[start:stop] for start, stop in pairwise(bounds)]
         return [id for i, part in enumerate(parts) for id in self.encode_plain(part, at_beginning=at_beginning and not i)]
 
     def encode_rendered(self, pieces: Sequence[Text | str]) -> list[int]:
@@ -128,12 +128,17 @@ class Tokenizer:
                     spans.append((start, stop, id))
         return spans
 
+    def special_tokens_in(self, texts: Sequence[str]) -> dict[int, str]:
+        """The special tokens that are named somewhere in `texts`, by id."""
+        together = "\0".join(texts)
+        return {id: name for id, name in self._special.items() if name in together} if together else {}
+
     def has_beginning(self, ids: Sequence[int]) -> bool:
         """Whether a text begins with the BOS token, so that the tokenizer's own has no place in front of it."""
         return bool(ids) and ids[0] in self._openings
 
     def _read_beginning(self) -> list[int]:
-        """Tokens that the tokenizer puts in front of any text (a BOS token, or nothing). What it puts behind has no place here."""
+        """Tokens that the tokenizer puts in front of any text (BOS, or nothing). What it puts behind has no place here."""
         encoding = self._whole.encode("a", add_special_tokens=True)
         added = takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
         return [id for id, _ in added]
