@@ -209,9 +209,10 @@ def logprobs_dict(entries: Sequence[TokenLogprob] | None, tokenizer: Tokenizer, 
 
 
 def token_logprob(id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    text = tokenizer.decode([id], skip_special_tokens=False)
+    own = tokenizer.bytes_of(id)
+    text = own.decode(errors="replace")
     # JSON has no -Infinity; OpenAI uses -9999 for what cannot be
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(own)}
 
 
 def check_top_logprobs(number: int | None, name: str = "top_logprobs") -> None:
