@@ -22,7 +22,9 @@ def find_end_tokens(folder: Path, config: Mapping[str, Any], generation: Mapping
         "config.json: text_config.eos_token_id": text if isinstance(text, Mapping) else {},
     }
     ids = {id for place, values in places.items() for id in _read_ids(values.get("eos_token_id"), f"{folder.name}: {place}")}
-    names = {_content(_read_json(folder / name).get("eos_token")) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+    names = {
+        _content(_read_json(folder / name).get("eos_token")) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    }
     return frozenset({id for id in ids if id >= 0} | _ids_of(folder, {name for name in names if isinstance(name, str)}))
 
 
