@@ -320,14 +320,14 @@ class SamplingParams:
     presence_penalty: float = _option(0.0, "subtracted once from tokens already in the answer")
     frequency_penalty: float = _option(0.0, "subtracted for each time a token is already in the answer")
     seed: int | None = _option(None, "makes the draws repeatable; -1: as without")
-    stop: tuple[str, ...] = _option((), "texts that end the answer")
+    stop: tuple[str, ...] = _option((), "texts that end the answer; one that is a token, as <|im_end|>, stops at that token too")
     stop_token_ids: tuple[int, ...] = _option((), "token ids that end the answer")
-    ignore_eos: bool = _option(False, "go on after the end-of-text token")
+    ignore_eos: bool = _option(False, "go on after the tokens that the checkpoint calls its end")
     min_tokens: int = _option(0, "tokens of the answer at least")
     logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "added to the logits, by token id"})
     logprobs: int | None = _option(None, "log-probabilities of this many likeliest tokens at each step")
     skip_special_tokens: bool = _option(True, "leave special tokens out of the text")
-    include_stop_str_in_output: bool = _option(False, "keep the stop text at the answer's end")
+    include_stop_str_in_output: bool = _option(False, "keep the stop text, or the token that ended the answer, at its end")
     structured: StructuredOutput | None = field(
         default=None, metadata={"help": "what the answer must look like; also as a dictionary"}
     )

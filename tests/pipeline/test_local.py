@@ -89,6 +89,19 @@ def test_the_ending_token_is_in_the_ids_and_not_in_the_text(pipe: VLPipeline) ->
     assert answer.token_ids == (end,) and answer.text == "" and answer.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("included", [False, True])
+def test_a_stop_text_that_is_a_special_token_ends_the_answer(pipe: VLPipeline, included: bool) -> None:
+    """It is no end of the checkpoint's, and is left out of texts."""
+    token = pipe.tokenizer.token_id("<|im_start|>")
+    options: dict[str, Any] = {"max_tokens": 6, "logit_bias": {token: 1000.0}, "include_stop_str_in_output": included}
+    answer = pipe("hi", stop=["<|im_start|>"], ignore_eos=True, **options)
+    assert answer.token_ids == (token,) and answer.finish_reason == "stop"
+    assert answer.text == ("<|im_start|>" if included else "")
+    later = pipe("hi", stop=["<|im_start|>"], min_tokens=3, **options)
+    assert len(later.token_ids) == 4 and later.token_ids.index(token) == 3 and later.finish_reason == "stop"
+    assert pipe("hi", **options).finish_reason == "length"
+
+
 def test_streamed_equals_whole(pipe: VLPipeline) -> None:
     for prompt in ("hi", ("What?", PICTURE)):
         deltas = list(pipe.stream(prompt, max_tokens=30, temperature=1.0, seed=4))

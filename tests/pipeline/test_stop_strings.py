@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from tests.checkpoints import make_tokenizer
 from vlserve.config import SamplingParams
-from vlserve.pipeline.stop_strings import AnswerText
+from vlserve.pipeline.stop_strings import AnswerText, with_stop_tokens
 from vlserve.prompt.tokenizer import Tokenizer
 
 
@@ -64,6 +65,46 @@ def test_the_first_of_several_stop_texts_counts(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_plain("one two three")
     assert "".join(pieces(tokenizer, ids, stop=("three", "two"))) == "one "
     assert "".join(pieces(tokenizer, ids, stop=("twofold",))) == "one two three"
+
+
+def test_a_stop_text_may_name_special_tokens_that_are_left_out(tokenizer: Tokenizer) -> None:
+    end, start = tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<|im_start|>")
+    ids = [*tokenizer.encode_plain("one"), end, *tokenizer.encode_plain("\n"), start, *tokenizer.encode_plain("user two")]
+    for stop in ("<|im_end|>\n<|im_start|>user", "\n<|im_start|>", "<|im_start|>us"):
+        before = "one" if stop.startswith("<|im_end|>") else "one\n" if stop.endswith("us") else "one"
+        assert "".join(pieces(tokenizer, ids, stop=stop)) == before
+        assert "".join(pieces(tokenizer, ids, stop=stop, include_stop_str_in_output=True)) == before + stop
+        shown = before if stop.startswith("<|im_end|>") else before.replace("one", "one<|im_end|>")
+        assert "".join(pieces(tokenizer, ids, stop=stop, skip_special_tokens=False)) == shown
+    # without a match they stay left out, whole or in part
+    for stop in ("<|im_end|>x", "\n<|im_start|>x", "m_end|>\n<|im_start|>user tx"):
+        assert "".join(pieces(tokenizer, ids, stop=stop)) == "one\nuser two"
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({}, "one"),
+        ({"skip_special_tokens": False}, "one"),
+        ({"include_stop_str_in_output": True}, "one<|im_end|>"),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, "one<|im_end|>"),
+        ({"include_stop_str_in_output": True, "stop": ()}, "one"),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False, "stop": ()}, "one<|im_end|>"),
+    ],
+)
+def test_the_token_that_ended_an_answer(tokenizer: Tokenizer, params: dict[str, Any], text: str) -> None:
+    """In the text only where the request wants to see what ended it, and then as the request wants special tokens."""
+    sampling = SamplingParams(**{"stop": "<|im_end|>", **params})
+    answer = AnswerText(tokenizer, sampling)
+    ids = tokenizer.encode_plain("one")
+    assert "".join([*map(answer.add, ids), answer.end(tokenizer.token_id("<|im_end|>"))]) == text
+
+
+def test_stop_texts_that_are_tokens_are_stop_tokens(tokenizer: Tokenizer) -> None:
+    end, video = tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<video>")
+    sampling = SamplingParams(stop=("<|im_end|>", "one", "<video>"), stop_token_ids=[3])
+    assert with_stop_tokens(sampling, tokenizer, tokenizer.num_tokens).stop_token_ids == (3, end, video)
+    assert with_stop_tokens(sampling, tokenizer, video).stop_token_ids == (3, end)  # beyond the model's vocabulary
 
 
 def test_stop_texts_wait_for_the_minimum(tokenizer: Tokenizer) -> None:

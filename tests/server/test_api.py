@@ -44,6 +44,29 @@ def events(response: httpx2.Response) -> list[Any]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def test_a_stop_text_that_is_a_special_token_stops(server: RunningServer, checkpoint: Callable[..., Path]) -> None:
+    added = json.loads((checkpoint("qwen2") / "tokenizer.json").read_text())["added_tokens"]
+    token = next(token["id"] for token in added if token["content"] == "<|im_start|>")
+    options = {"stop": ["<|im_start|>"], "logit_bias": {str(token): 1000}, "max_tokens": 4}
+    for include, text in ((False, ""), (True, "<|im_start|>")):
+        asked = options | {"include_stop_str_in_output": include}
+        choice = post(server, chat("x", **asked)).json()["choices"][0]
+        assert (choice["message"]["content"] or "", choice["finish_reason"]) == (text, "stop")
+        raw = httpx2.post(server.base + "/v1/completions", json={"prompt": "x", **asked}, timeout=60).json()["choices"][0]
+        assert (raw["text"], raw["finish_reason"]) == (text, "stop")
+        *pieces, last = events(post(server, chat("x", stream=True, **asked)))
+        assert "".join(piece["choices"][0]["delta"].get("content") or "" for piece in [*pieces, last]) == text
+        assert last["choices"][0]["finish_reason"] == "stop"
+
+
+def test_bytes_of_half_a_character_are_its_own(server: RunningServer, checkpoint: Callable[..., Path]) -> None:
+    """A client puts the bytes of several tokens together to a character."""
+    id = json.loads((checkpoint("qwen2") / "tokenizer.json").read_text())["model"]["vocab"]["ð"]
+    body = post(server, chat("x", logprobs=True, logit_bias={str(id): 1000}, max_tokens=2)).json()
+    for entry in body["choices"][0]["logprobs"]["content"]:
+        assert (entry["token"], entry["bytes"]) == ("\ufffd", [0xF0])
+
+
 def test_openai_client_gets_the_pipelines_answer(client: openai.OpenAI, checkpoint: Callable[..., Path]) -> None:
     messages: Any = chat("What shape is it?", PICTURE)["messages"]
     got = client.chat.completions.create(

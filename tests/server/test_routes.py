@@ -140,6 +140,8 @@ def test_the_picture_token_cannot_be_smuggled_into_raw_prompts(server: RunningSe
 def test_tokenize_and_back(server: RunningServer) -> None:
     body = post(server, "/tokenize", {"prompt": "It is a circle 🙂", "return_token_strs": True})
     assert body["count"] == len(body["tokens"]) == len(body["token_strs"]) and body["max_model_len"] == 512
+    # as the vocabulary writes them: a blank and the bytes of a character have signs of their own
+    assert "".join(body["token_strs"]) == "ItĠisĠaĠcircleĠðŁĻĤ"
     assert post(server, "/detokenize", {"tokens": body["tokens"]}) == {"prompt": "It is a circle 🙂"}
     messages = chat("hi", PICTURE)["messages"]
     count = post(server, "/tokenize", {"messages": messages})["count"]

@@ -55,7 +55,7 @@ def build_runner(
         model,
         config=config,
         max_model_len=max_model_len,
-        end_token_ids=checkpoint.end_token_ids,
+        end_token_ids=frozenset(id for id in checkpoint.end_token_ids if id < model.decoder.config.vocab_size),
         in_use=in_use,
         pixels=seat.pixels,
         graph_bytes=graph_budget(checkpoint, config, model, max_model_len),
@@ -82,12 +82,12 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
-            end_token_ids=checkpoint.end_token_ids,
+            end_token_ids=self.runner.end_token_ids,
         )
         self.grammars = GrammarCompiler(
             checkpoint.folder,
             vocab_size=self.runner.model.decoder.config.vocab_size,
-            end_token_ids=checkpoint.end_token_ids,
+            end_token_ids=self.runner.end_token_ids,
             feature_token_ids=checkpoint.feature_token_ids,
         )
         self.overlaps = config.overlap and self.runner.device.type == "cuda"

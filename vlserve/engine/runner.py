@@ -90,6 +90,7 @@ class Runner:
                 self.decodes = DecodeGraphs(model, self.cache, recorder, **limits, spare_block=self.num_blocks)
         self.encoder = self._make_encoder(config.ranks_per_node, recorder)
         self.features = FeatureCache(int(config.vision_cache_gib * GIB), in_use)
+        self.end_token_ids = end_token_ids
         self.sampler = Sampler(end_token_ids, self.dtype)
         self.image_queries = self.image_hits = 0  # pictures
         self.encode_s = self.step_s = self.comm_s = 0.0  # seconds in `_encode`, in steps, and there in collectives

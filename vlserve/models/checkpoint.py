@@ -16,6 +16,7 @@ from vlserve.llm.quantisation import FILES as QUANTISATION_FILES
 from vlserve.llm.quantisation import Quantisation, find_quantisation
 from vlserve.llm.shards import read_shards
 from vlserve.models.architecture import FILES, Architecture, Preprocessor
+from vlserve.models.end_tokens import find_end_tokens
 from vlserve.models.registry import find_architecture
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -31,14 +32,7 @@ class Checkpoint:
     generation: dict[str, Any]
     preprocessor: Preprocessor
     architecture: Architecture
-
-    @property
-    def end_token_ids(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        text = self.config.get("text_config") or {}
-        places = (self.generation, text, self.config)
-        given: int | list[int] = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
-        return frozenset([given] if isinstance(given, int) else given)
+    end_token_ids: frozenset[int]  # tokens that end an answer
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -89,10 +83,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else error
         raise ModelError(f"{folder.name}: {reason}") from error
+    generation = _read_json(folder / "generation_config.json", optional=True)
     return Checkpoint(
         folder=folder,
         config=config,
-        generation=_read_json(folder / "generation_config.json", optional=True),
+        generation=generation,
+        end_token_ids=find_end_tokens(folder, config, generation),
         preprocessor=preprocessor,
         architecture=architecture,
     )

@@ -22,7 +22,7 @@ from vlserve.models.checkpoint import check_shards, find_folder, read_checkpoint
 from vlserve.pipeline.calls import PipelineCalls
 from vlserve.pipeline.observer import AnswerClock, Observer
 from vlserve.pipeline.outputs import Delta
-from vlserve.pipeline.stop_strings import AnswerText
+from vlserve.pipeline.stop_strings import AnswerText, with_stop_tokens
 from vlserve.plan.tp_plan import check_tp
 from vlserve.prompt.build import Prompt, PromptBuilder
 from vlserve.prompt.chat_messages import ImagePart, Turn
@@ -120,6 +120,8 @@ class LocalPipeline(PipelineCalls):
         max_tokens = self.check(prompt, sampling)
         await self.check_structured(sampling)
         clock = AnswerClock(prompt, self.observers)
+        if self.client.ready is not None:
+            sampling = with_stop_tokens(sampling, self._builder.tokenizer, self.client.ready.vocab_size)
         text = AnswerText(self._builder.tokenizer, sampling)
         events = self.client.generate(prompt, sampling, max_tokens, timeout_s)
         try:
@@ -128,10 +130,12 @@ class LocalPipeline(PipelineCalls):
                 if event.finish_reason == "error":
                     kind = DeadlineError if event.is_overdue else EngineError
                     raise kind(event.error or "the engine failed")
-                ended_by_token = event.finish_reason == "stop"
-                piece = text.add(event.token_id) if event.token_id is not None and not ended_by_token else ""
-                if event.finish_reason is not None and not text.stopped:
-                    piece += text.finish()
+                if event.token_id is not None and event.finish_reason == "stop":
+                    piece = text.end(event.token_id)
+                else:
+                    piece = text.add(event.token_id) if event.token_id is not None else ""
+                    if event.finish_reason is not None and not text.stopped:
+                        piece += text.finish()
                 reason = "stop" if text.stopped else event.finish_reason
                 delta = Delta(
                     text=piece,

@@ -43,7 +43,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A whole answer. `text` is without the token that ended it, `token_ids` with it."""
+    """A whole answer. `text` is without what ended it (but see `include_stop_str_in_output`), `token_ids` with it."""
 
     text: str
     token_ids: tuple[int, ...]

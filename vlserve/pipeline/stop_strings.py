@@ -1,29 +1,58 @@
-"""One answer's text as it grows: detokenised, cut at stop texts, and held back where a stop text may have begun."""
+"""One answer's text as it grows: detokenised, cut at stop texts, and held back where a stop text may have begun.
+
+A stop text that is one token of the vocabulary, such as <|im_end|>, is a stop token too: special tokens are not in the text.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from vlserve.config import SamplingParams
 from vlserve.prompt.tokenizer import Tokenizer
 
 
+def with_stop_tokens(sampling: SamplingParams, tokenizer: Tokenizer, vocab_size: int) -> SamplingParams:
+    """`sampling` whose stop texts that are special or added tokens are stop tokens as well."""
+    ids = {tokenizer.added[stop]["id"] for stop in sampling.stop if stop in tokenizer.added} - {*sampling.stop_token_ids}
+    known = sorted(id for id in ids if id < vocab_size)
+    return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *known)) if known else sampling
+
+
 class AnswerText:
-    """`add` gives the text that is certain so far; `finish` the rest. `stopped` once a stop text was met."""
+    """`add` gives the text that is certain so far; `finish` or `end` the rest. `stopped` once a stop text was met."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=sampling.skip_special_tokens)
         self._sampling = sampling
+        self._names = {tokenizer.added[stop]["id"]: stop for stop in sampling.stop if stop in tokenizer.added}
+        self._unseen = tokenizer.special_tokens_in(sampling.stop) if sampling.skip_special_tokens else {}
         self._held = ""
+        self._hidden: list[range] = []  # places in `_held` of special tokens that are left out, since a stop text names them
         self._num_tokens = 0
         self.stopped = False
 
     def add(self, token_id: int) -> str:
         self._num_tokens += 1
-        return self._pass_on(self._detokenizer.add(token_id))
+        text = self._detokenizer.add(token_id)
+        name = self._unseen.get(token_id)
+        if name is None:
+            return self._pass_on(text)
+        self._hidden.append(range(len(self._held), len(self._held) + len(name)))
+        return self._pass_on(name)
 
     def finish(self) -> str:
         text = self._pass_on(self._detokenizer.finish())
-        rest, self._held = ("" if self.stopped else self._held), ""
-        return text + rest
+        return text if self.stopped else text + self._let_go(len(self._held))
+
+    def end(self, token_id: int) -> str:
+        """The rest of an answer that a token ended, and with `include_stop_str_in_output` that token's text."""
+        if not self._sampling.include_stop_str_in_output:
+            return self.finish()
+        if token_id not in self._names:
+            text = self.add(token_id)
+            return text if self.stopped else text + self.finish()
+        text = self.finish()
+        return text if self.stopped else text + self._names[token_id]
 
     def _pass_on(self, text: str) -> str:
         stops = self._sampling.stop
@@ -35,13 +64,15 @@ class AnswerText:
             if found:
                 place, stop = min(found)
                 self.stopped = True
-                end = place + (len(stop) if self._sampling.include_stop_str_in_output else 0)
-                text, self._held = self._held[:end], ""
-                return text
-        keep = max(_overlap(self._held, stop) for stop in stops)
-        certain = len(self._held) - keep
-        text, self._held = self._held[:certain], self._held[certain:]
-        return text
+                return self._let_go(place) + (stop if self._sampling.include_stop_str_in_output else "")
+        return self._let_go(len(self._held) - max(_overlap(self._held, stop) for stop in stops))
+
+    def _let_go(self, length: int) -> str:
+        """The first `length` characters of what is held, without special tokens that are left out."""
+        text, self._held = self._held[:length], self._held[length:]
+        hidden = {i for places in self._hidden for i in places}
+        self._hidden = [range(r.start - length, r.stop - length) for r in self._hidden if r.stop > length]
+        return "".join(character for i, character in enumerate(text) if i not in hidden) if hidden else text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,19 +1,19 @@
 """From a conversation to token ids with the pictures' places. What the chat template writes is chat_template.py's.
 
-Special tokens are looked for in the template's own parts only; user text between them is encoded with special tokens switched
-off. So no message can become a turn, a picture or an end, and on ordinary text the result is the tokenizer's own.
+Special tokens are those of the template's own parts only (tokenizer.py). So no message can become a turn, a picture or an end,
+and on ordinary text the result is the tokenizer's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vlserve.errors import ModelError, RequestError
-from vlserve.models.architecture import Positions, Preprocessor, Span
+from vlserve.models.architecture import Placeholder, Positions, Preprocessor, Span
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.prompt.chat_template import ChatTemplate
-from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
+from vlserve.prompt.conversation import Message, Picture, PromptOptions
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.timing import Preparation
 from vlserve.vision.pixels import Pixels
@@ -37,8 +37,13 @@ class PromptBuilder:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._preprocessor = checkpoint.preprocessor
-        self.tokenizer = Tokenizer(checkpoint.folder, self._preprocessor.control_tokens())
-        self._kinds = self._read_placeholders()
+        placeholders = self._read_placeholders()
+        tokens = [placeholder.token for placeholder in placeholders.values()]
+        self.tokenizer = Tokenizer(checkpoint.folder, [*self._preprocessor.control_tokens(), *tokens])
+        for kind, placeholder in placeholders.items():
+            if self.tokenizer.token_id(placeholder.token) != placeholder.id:
+                raise ModelError(f"config.json's {kind}_token_id {placeholder.id} is not the id of {placeholder.token}")
+        self._places = {placeholder.id for placeholder in placeholders.values()}
         self._num_axes = _num_axes(checkpoint)
         self.template = ChatTemplate(checkpoint.folder, self.tokenizer)
 
@@ -49,24 +54,14 @@ class PromptBuilder:
         pictures = [part.pixels for message in messages for part in message.parts if isinstance(part, Picture)]
         ids: list[int] = []
         spans: list[Span] = []
-        pending = ""  # ordinary text, of the template and of messages, up to the next special token
-        strip = False
-        for piece in self.template.pieces(messages, options):
-            if isinstance(piece, Text):
-                text = piece.text.lstrip() if strip and not pending else piece.text
-                pending += text
-                continue
-            added = self.tokenizer.added[piece]
-            ids += self.tokenizer.encode_plain(pending.rstrip() if added.get("lstrip") else pending)
-            pending, strip = "", bool(added.get("rstrip"))
-            if piece not in self._kinds:
-                ids.append(self.tokenizer.token_id(piece))
+        for id in self.tokenizer.encode_rendered(self.template.pieces(messages, options)):
+            if id not in self._places:
+                ids.append(id)
                 continue
             if len(spans) == len(pictures):
                 raise ModelError("the chat template has a place for more pictures than the messages have")
             spans.append(self._span(preprocessor, len(ids), pictures[len(spans)]))
             ids += spans[-1].layout.token_ids
-        ids += self.tokenizer.encode_plain(pending)
         if len(spans) != len(pictures):
             raise RequestError(
                 f"the model's chat template has a place for {len(spans)} of {len(pictures)} pictures; "
@@ -74,7 +69,7 @@ class PromptBuilder:
                 param="messages",
             )
         beginning = self.tokenizer.beginning
-        if beginning and ids[:1] != beginning:
+        if beginning and not self.tokenizer.has_beginning(ids):
             ids = beginning + ids
             spans = [replace(span, start=span.start + len(beginning)) for span in spans]
         if not ids:
@@ -83,18 +78,16 @@ class PromptBuilder:
 
     def encode_plain(self, text: str, beginning: bool) -> Prompt:
         """A raw text as a prompt, without the template; special tokens in it are ordinary characters."""
-        return Prompt([*(self.tokenizer.beginning if beginning else ()), *self.tokenizer.encode_plain(text)], [])
+        return Prompt(
+            [*(self.tokenizer.beginning if beginning else ()), *self.tokenizer.encode_plain(text, at_beginning=True)], []
+        )
 
-    def _read_placeholders(self) -> dict[str, str]:
-        """The kind of media by the token that the template writes for it."""
+    def _read_placeholders(self) -> Mapping[str, Placeholder]:
+        """The token that the template writes for each kind of media."""
         try:
-            placeholders = self._preprocessor.placeholders()
+            return self._preprocessor.placeholders()
         except ValueError as error:
             raise ModelError(str(error)) from error
-        for kind, placeholder in placeholders.items():
-            if self.tokenizer.token_id(placeholder.token) != placeholder.id:
-                raise ModelError(f"config.json's {kind}_token_id {placeholder.id} is not the id of {placeholder.token}")
-        return {placeholder.token: kind for kind, placeholder in placeholders.items()}
 
     def _span(self, preprocessor: Preprocessor, start: int, pixels: Pixels) -> Span:
         layout = preprocessor.layout(pixels, self.tokenizer)

@@ -10,55 +10,52 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import meta
-from jinja2.ext import loopcontrols
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlserve.errors import ModelError, RequestError
 from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
-from vlserve.prompt.tokenizer import Tokenizer
+from vlserve.prompt.template_files import read_templates
+from vlserve.prompt.tokenizer import Tokenizer, token_text
 
 log = logging.getLogger(__name__)
 THINKING = ("<think>", "</think>")
 SWITCHES = ("enable_thinking", "thinking")  # variables with which templates of the field switch thinking on and off
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 GUARD = "\u205f"  # white space that templates strip but never write
-_MARK = re.compile(f"({GUARD}?)(\ue000[0-9a-f]{{16}}:[0-9]+\ue001)({GUARD}?)")
+_NAME = "\ue000[0-9a-f]{16}:[0-9]+"
+_MARK = re.compile(f"({GUARD}?)({_NAME})([aj]*)\ue001({GUARD}?)")
+_IN_JSON = re.compile(f"({_NAME}[aj]*)\ue001")
+_IN_ASCII = re.compile(r"\\ue000([0-9a-f]{16}:[0-9]+[aj]*)\\ue001")
 
 
 class ChatTemplate:
     """Read and compiled once; raises ModelError when there is none or it is no Jinja."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        source = _read_template(folder, tokenizer.settings)
-        self._template, self._known = _compile(source)
-        self._shows_calls = "tool_calls" in source
-        self._variables = {
-            name: _content(value) for name, value in tokenizer.settings.items() if name.endswith("_token") and value
-        }
+        templates = {name: _Template(source) for name, source in read_templates(folder, tokenizer.settings).items()}
+        self._default = templates["default"]
+        self._with_tools = templates.get("tool_use", self._default)
+        named = {name: token_text(value) for name, value in tokenizer.settings.items() if name.endswith("_token")}
+        self._variables = {name: token for name, token in named.items() if token}
         names = sorted((t for t in tokenizer.added if tokenizer.added[t]["special"]), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
-
         self._said: set[str] = set()
         words = (t for t in tokenizer.added if not tokenizer.added[t]["special"])
         self._markup = re.compile("(" + "|".join(map(re.escape, [*words, *THINKING])) + ")")
 
-    @property
-    def _settable(self) -> frozenset[str]:
-        """Variables that the template reads and a request may set."""
-        given = {*RESERVED, *self._variables, *self._template.globals}
-        return frozenset(name for name in self._known - given if not name.endswith("_token"))
-
     def uses(self, variable: str) -> bool:
-        """Whether the chat template reads a variable, e.g. tools."""
-        return variable in self._known
+        """Whether the chat template, or the one for tools, reads a variable."""
+        return any(variable in template.variables for template in (self._default, self._with_tools))
 
     def pieces(self, messages: Sequence[Message], options: PromptOptions) -> list[Text | str]:
         """What it writes: ordinary text as Text, its special tokens as str; raises RequestError when it refuses the messages."""
@@ -75,35 +72,45 @@ class ChatTemplate:
             rendered = self._render(others, options, variables, marks)
         return self._split(rendered, marks)
 
+    def _template(self, options: PromptOptions) -> _Template:
+        """The one called tool_use for requests with tools, where there is one."""
+        return self._with_tools if options.tools else self._default
+
     def _check(self, options: PromptOptions, messages: Sequence[Message]) -> None:
         last = messages[-1]
         if options.continue_final and (set(last.fields) - {"name"} or not any(isinstance(p, Text) for p in last.parts)):
             raise RequestError("only a last message of text can be continued", param="continue_final_message")
+        template = self._template(options)
         for i, message in enumerate(messages):
-            if "tool_calls" in message.fields and not self._shows_calls:
+            if "tool_calls" in message.fields and not template.shows_calls:
                 place = f"messages[{i}].tool_calls"
                 raise RequestError(f"{place}: the model's chat template has no place for it", param=place)
-        if options.tools and not self.uses("tools"):
+        if options.tools and "tools" not in template.variables:
             raise RequestError("the model's chat template has no place for tools", param="tools", code="unsupported_parameter")
+
+    def _settable(self, template: _Template) -> set[str]:
+        """Variables that the template reads and a request may set."""
+        given = {*RESERVED, *self._variables, *template.jinja.globals}
+        return {name for name in template.variables - given if not name.endswith("_token")}
 
     def _read_variables(self, options: PromptOptions) -> dict[str, Any]:
         """Those that the template reads; raises RequestError for one that it does not, unless that asks for what is so."""
-        found: dict[str, Any] = {}
+        template, found = self._template(options), dict[str, Any]()
         for name, value in options.variables.items():
             place = f"chat_template_kwargs.{name}"
             if value is None:
                 continue
-            if name in SWITCHES and value is False and not any(map(self.uses, SWITCHES)):
+            if name in SWITCHES and value is False and template.variables.isdisjoint(SWITCHES):
                 self._say_once(name)
                 continue
-            if name not in self._settable:
-                names = ", ".join(sorted(self._settable)) or "none"
+            if name not in self._settable(template):
+                names = ", ".join(sorted(self._settable(template))) or "none"
                 message = f"{place}: the model's chat template has no such variable; those that can be set: {names}"
                 raise RequestError(message, param=place)
             if not isinstance(value, (bool, int, float, str)) or self._special.search(str(value)) or len(str(value)) > 1024:
                 raise RequestError(f"{place} must be a number, true, false or a short plain text", param=place)
             found[name] = value
-        wishes = {name: value for name, value in options.wishes.items() if self.uses(name)}
+        wishes = {name: value for name, value in options.wishes.items() if name in template.variables}
         if options.wishes and not wishes:
             self._say_once(next(iter(options.wishes)))
         return wishes | found
@@ -120,9 +127,9 @@ class ChatTemplate:
         key = secrets.token_hex(8)
 
         def mark(text: str) -> str:
-            name = f"\ue000{key}:{len(marks)}\ue001"
+            name = f"\ue000{key}:{len(marks)}"
             marks[name] = Text(text)
-            return f"{GUARD}{name}{GUARD}"
+            return f"{GUARD}{name}\ue001{GUARD}"
 
         def content(message: Message) -> str | list[dict[str, Any]]:
             if message.is_string:
@@ -139,21 +146,22 @@ class ChatTemplate:
             ]
 
         def guarded(value: Any) -> Any:
-            """JSON from outside with marks for texts that hold a special token; written as JSON has them inside quotes."""
+            """JSON from outside with marks for texts that hold a special token."""
             if isinstance(value, Mapping):
                 return {guarded(name): guarded(inner) for name, inner in value.items()}
             if isinstance(value, (list, tuple)):
                 return [guarded(inner) for inner in value]
             if isinstance(value, str) and self._special.search(value):
-                return mark(json.dumps(value, ensure_ascii=False)[1:-1])
+                return mark(value)
             return value
 
         try:
             conversation = [{"role": m.role, **guarded(m.fields), "content": content(m)} for m in messages]
             last = f"\ue000{key}:{len(marks) - 1}\ue001"  # of the last text of the last message
-            rendered = self._template.render(
+            rendered = self._template(options).jinja.render(
                 messages=conversation,
                 tools=guarded(options.tools) or None,
+                documents=None,
                 add_generation_prompt=options.add_generation_prompt and not options.continue_final,
                 **self._variables,
                 **variables,
@@ -185,7 +193,10 @@ class ChatTemplate:
             template_part(rendered[last : match.start()])
             text = marks[match[2]].text
             text = text if match[1] else text.lstrip()
-            pieces.append(Text(text if match[3] else text.rstrip()))
+            text = text if match[4] else text.rstrip()
+            for way in match[3]:
+                text = json.dumps(text, ensure_ascii=way == "a")[1:-1]
+            pieces.append(Text(text))
             last = match.end()
         template_part(rendered[last:])
         return pieces
@@ -209,40 +220,52 @@ def _cut_after(rendered: str, mark: str) -> str:
     return rendered[: place + len(mark)] + GUARD
 
 
-def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, Mapping) else token
+class _Template:
+    """A compiled template: the variables that it reads, and whether it shows earlier function calls."""
+
+    def __init__(self, source: str) -> None:
+        environment = _environment()
+        try:
+            self.jinja = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+        except jinja2.TemplateError as error:
+            raise ModelError(f"the chat template is not valid Jinja: {error}") from error
+        self.shows_calls = "tool_calls" in source
 
 
-def _read_template(folder: Path, settings: Mapping[str, Any]) -> str:
-    """chat_template.jinja, chat_template.json or tokenizer_config.json, in transformers' order."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if (folder / "chat_template.json").exists():
-        template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str):
-        raise ModelError(
-            f"{folder}: checkpoint file missing: chat_template.jinja (and no chat_template in tokenizer_config.json)"
-        )
-    return template
+class _Generation(Extension):
+    """transformers' {% generation %}, which marks what the assistant said for training; here it is just shown."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_show"), [], [], body).set_lineno(line)
+
+    def _show(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
-def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """The template, and the variables that it reads."""
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What transformers gives a template."""
 
     def refuse(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = to_json
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source), frozenset(meta.find_undeclared_variables(environment.parse(source)))
-    except jinja2.TemplateError as error:
-        raise ModelError(f"the chat template is not valid Jinja: {error}") from error
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment
+
+
+def _to_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    """transformers' filter. A mark in it notes that its text stands in JSON, `a` where that is ASCII."""
+    written = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if ensure_ascii:
+        written = _IN_ASCII.sub("\ue000\\1a\ue001", written)
+        return written.replace(f"\\u{ord(GUARD):04x}\ue000", f"{GUARD}\ue000").replace(
+            f"\ue001\\u{ord(GUARD):04x}", f"\ue001{GUARD}"
+        )
+    return _IN_JSON.sub("\\1j\ue001", written)

@@ -197,13 +197,9 @@ class _Api:
                 prompt = await self.pipeline.prepare_text(asked.prompt, beginning=asked.add_special_tokens is not False)
             else:
                 prompt = await self.pipeline.prepare(read_messages(asked.messages, local=False), asked.prompt_options())
-        ids, decode = prompt.token_ids, self.pipeline.tokenizer.decode
-
-        def each() -> list[str]:
-            return [decode([id], skip_special_tokens=False) for id in ids]
-
-        texts = await asyncio.to_thread(each) if asked.return_token_strs else None
-        return {"count": len(ids), "max_model_len": self._max_model_len(), "tokens": ids, "token_strs": texts}
+        ids = prompt.token_ids
+        tokens = [self.pipeline.tokenizer.raw_token(id) for id in ids] if asked.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self._max_model_len(), "tokens": ids, "token_strs": tokens}
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """The text of tokens."""

@@ -55,7 +55,7 @@ class Body(Strict):
     user: str | None = None
     store: bool | None = None
     metadata: Annotated[dict[str, str], AfterValidator(_check_metadata)] | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
@@ -228,9 +228,10 @@ def logprobs_dict(entries: Sequence[TokenLogprob] | None, tokenizer: Tokenizer, 
 
 
 def token_logprob(id: int, logprob: float, tokenizer: Tokenizer, *, as_ids: bool = False) -> dict[str, Any]:
-    text = tokenizer.decode([id], skip_special_tokens=False)
+    own = tokenizer.bytes_of(id)
+    text = f"token_id:{id}" if as_ids else own.decode(errors="replace")
     # JSON has no -Infinity; OpenAI uses -9999 for what cannot be
-    return {"token": f"token_id:{id}" if as_ids else text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(own)}
 
 
 def check_top_logprobs(number: int | None, name: str = "top_logprobs") -> None:

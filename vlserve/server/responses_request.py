@@ -149,7 +149,6 @@ class ResponsesRequest(SamplingBody):
     previous_response_id: str | None = Field(None, description="needs --store-responses")
     background: bool | None = Field(None, description="answer at once and be asked again; needs --store-responses")
     # without influence on the answer, as user, metadata and others that every route takes; most are given back
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     client_metadata: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
     # refused with a way out

@@ -22,7 +22,7 @@ class TokenizeRequest(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
-    return_token_strs: bool | None = None
+    return_token_strs: bool | None = Field(None, description="also give token_strs, the tokens as the vocabulary writes them")
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
