@@ -37,6 +37,7 @@ def read(part: dict[str, Any], *, local: bool = False) -> ImagePart:
         ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": URL}}, URL, "source"),
         ({"type": "image", "source": {"type": "url", "url": "https://example.com/a"}}, "https://example.com/a", "source"),
         ({"type": "file", "file": {"file_data": URL, "filename": "a.png"}}, URL, "file.file_data"),
+        ({"type": "input_file", "file_data": URL, "filename": "a.png"}, URL, "file_data"),
         (
             {"type": "file", "file": {"file_data": " DATA:image/webp;base64,AAAA"}},
             " DATA:image/webp;base64,AAAA",
@@ -70,6 +71,7 @@ def test_pictures_of_every_api(part: dict[str, Any], source: str, param: str) ->
         ({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}, "file.file_data", "other files"),
         ({"type": "file", "file": {"file_id": "file-1"}}, "file.file_id", "not supported"),
         ({"type": "file"}, "file", "file_data"),
+        ({"type": "input_file", "file_url": "https://example.com/a.pdf"}, "file_url", "not supported"),
     ],
 )
 def test_what_is_no_picture_is_named(part: dict[str, Any], param: str, message: str) -> None:

@@ -16,7 +16,9 @@ from tests.vision.test_preprocess import noise
 from vlserve.errors import ModelError, RequestError
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.models.tiles import TilePreprocessor
-from vlserve.vision.preprocess import make_tiles, normalise
+from vlserve.vision.config import ImageConfig
+from vlserve.vision.preprocess import make_tiles
+from vlserve.vision.tower import TileTower
 
 # as transformers' conversion script writes the "-hf" editions: nulls, crop_to_patches false, and a class with "Fast"
 PUBLISHED: dict[str, Any] = {
@@ -83,12 +85,24 @@ def expected(folder: Path, image: Image.Image, **options: Any) -> tuple[torch.Te
     return made["pixel_values"].float(), int((made["input_ids"] == processor.image_token_id).sum())
 
 
+class Echo(TileTower):
+    """Gives the normalised pixels themselves."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2)
+
+    def targets(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
 def check(preprocessor: TilePreprocessor, image: Image.Image, want: tuple[torch.Tensor, int]) -> None:
     config = preprocessor.image
     made = make_tiles(image, config)
-    tiles = torch.from_numpy(made.data).view(-1, *config.unit.shape)
-    how = {"rescale_factor": config.rescale_factor, "do_normalize": config.do_normalize}
-    got = normalise(tiles, torch.tensor(config.mean), torch.tensor(config.std), **how)
+    got = Echo(config).encode(torch.from_numpy(made.data), made.units).view(-1, *config.unit.shape)
     assert torch.equal(got, want[0])
     assert made.num_features == preprocessor.count_features(*image.size, "auto") == want[1] <= preprocessor.most_features()
 

@@ -154,7 +154,10 @@ def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
     if kind == "image":
         return _read_image(part, param, local)
     if kind == "file":
-        return _read_file(part, f"{param}.file")
+        _refuse_others(part, ("type", "file"), param)
+        return _read_file(part.get("file"), f"{param}.file")
+    if kind == "input_file":
+        return _read_file({name: value for name, value in part.items() if name != "type"}, param)
     raise RequestError(f"{param}.type is {kind!r}; expected text or image_url", param=f"{param}.type")
 
 
@@ -212,10 +215,8 @@ def _read_source(source: Any, param: str) -> str:
     raise RequestError(f"{param} must be {expected}", param=param)
 
 
-def _read_file(part: Mapping[str, Any], param: str) -> ImagePart:
+def _read_file(file: Any, param: str) -> ImagePart:
     """OpenAI's file, where it is a picture in a data URL."""
-    _refuse_others(part, ("type", "file"), param.removesuffix(".file"))
-    file = part.get("file")
     if not isinstance(file, Mapping):
         raise RequestError(f'{param} must be {{"file_data": "data:image/png;base64,..."}}', param=param)
     _refuse_others(file, ("file_data", "filename", "format"), param)
