@@ -43,11 +43,11 @@ def make_tiles(image: Image.Image, config: ImageConfig) -> Pixels:
             min_patches=config.min_patches,
             max_patches=config.max_patches,
         )
-    canvas = _resize(picture, grid.rows * size, grid.columns * size)
+    canvas = _resize(picture, grid.rows * size, grid.columns * size, config.resample)
     tiles = canvas.unflatten(1, (grid.rows, size)).unflatten(3, (grid.columns, size))  # [3, R, S, C, S]
     tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # [R*C, 3, S, S]
     if grid.num_tiles > 1:
-        tiles = torch.cat([tiles, _resize(picture, size, size)[None]])
+        tiles = torch.cat([tiles, _resize(picture, size, size, config.resample)[None]])
     return Pixels(
         data=tiles.contiguous().view(-1).numpy(),
         units=(config.unit,) * grid.num_tiles,
@@ -55,14 +55,18 @@ def make_tiles(image: Image.Image, config: ImageConfig) -> Pixels:
     )
 
 
-def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 tiles [N, 3, S, S] to float32, by channel means and deviations of pixels in 0..1.
+def normalise(
+    pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, *, rescale_factor: float = 1 / 255, do_normalize: bool = True
+) -> torch.Tensor:
+    """uint8 tiles [N, 3, S, S] to float32, by channel means and deviations of pixels times `rescale_factor`.
 
     Written as transformers does it (one fused subtraction and division, scaled by 255), so that
     the result is the same to the last bit.
     """
-    shape = (1, 3, 1, 1)
-    return (pixels.float() - (mean * 255.0).view(shape)) / (std * 255.0).view(shape)
+    if not do_normalize:
+        return pixels.float() * rescale_factor
+    shape, scale = (1, 3, 1, 1), 1.0 / rescale_factor
+    return (pixels.float() - (mean * scale).view(shape)) / (std * scale).view(shape)
 
 
 def image_digest(array: np.ndarray, config: ImageConfig) -> bytes:
@@ -73,8 +77,8 @@ def image_digest(array: np.ndarray, config: ImageConfig) -> bytes:
     return digest.digest()
 
 
-def _resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Antialiased bicubic on uint8, [3, H, W] -> [3, height, width]; equals torchvision's to the bit."""
+def _resize(picture: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
+    """On uint8, [3, H, W] -> [3, height, width], antialiased where the mode can be; equals torchvision's to the bit."""
     if picture.shape[1:] == (height, width):
         return picture
-    return F.interpolate(picture[None], size=(height, width), mode="bicubic", antialias=True)[0]
+    return F.interpolate(picture[None], size=(height, width), mode=mode, antialias=mode != "nearest-exact")[0]

@@ -31,7 +31,7 @@ class Grid:
 def candidate_grids(min_patches: int, max_patches: int) -> tuple[Grid, ...]:
     """All grids of `min_patches` to `max_patches` tiles, few tiles first, then narrow ones first."""
     sides = range(1, max_patches + 1)
-    grids = [Grid(c, r) for c in sides for r in sides if min_patches <= c * r <= max_patches]
+    grids = [Grid(c, r) for c in sides for r in range(1, max_patches // c + 1) if min_patches <= c * r]
     return tuple(sorted(grids, key=lambda grid: grid.columns * grid.rows))
 
 

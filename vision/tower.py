@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -83,5 +84,7 @@ class TileTower(Tower):
             self._mean_std = upload(config.mean, torch.float32, weight.device), upload(config.std, torch.float32, weight.device)
         tiles = pixels.view(len(units), *self.fixed_unit.shape)
         parts = (part.to(weight.device, non_blocking=True) for part in tiles.split(TILES_AT_ONCE))
-        found = [self.features(normalise(part, *self._mean_std).to(weight.dtype)) for part in parts]
+        mean, std = self._mean_std
+        how = partial(normalise, mean=mean, std=std, rescale_factor=config.rescale_factor, do_normalize=config.do_normalize)
+        found = [self.features(how(part).to(weight.dtype)) for part in parts]
         return torch.cat(found).flatten(0, 1).unsqueeze(1)

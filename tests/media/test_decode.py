@@ -99,6 +99,69 @@ def test_sixteen_bits_keep_their_brightness() -> None:
     assert [decode_image(deep, param="i").getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]  # type: ignore[index]
 
 
+def tiff(tags: dict[int, tuple[int, int, int]], data: bytes) -> bytes:
+    """Little-endian, with the data at the end; -1 as a value stands for the data's place. Types as in TIFF 6."""
+    start = 8 + 2 + 12 * len(tags) + 4
+    rows = [struct.pack("<HHLL", tag, kind, count, start if v < 0 else v) for tag, (kind, count, v) in sorted(tags.items())]
+    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + b"".join(rows) + struct.pack("<L", 0) + data
+
+
+RAMP = np.array([[0, 51, 102, 255]])
+LONG, SHORT = 4, 3
+
+
+def samples_tiff(samples: np.ndarray, *, sign: int = 1, white: int = 1) -> bytes:
+    """One row of samples of 16 or 32 bits. sign: 1 is whole numbers, 2 signed ones, 3 real ones; white: 0 or 1 is black."""
+    tags = {256: (LONG, 1, samples.shape[1]), 257: (LONG, 1, 1), 258: (SHORT, 1, samples.itemsize * 8), 259: (SHORT, 1, 1)}
+    tags |= {262: (SHORT, 1, white), 273: (LONG, 1, -1), 277: (SHORT, 1, 1), 278: (LONG, 1, 1), 279: (LONG, 1, samples.nbytes)}
+    return tiff(tags | {339: (SHORT, 1, sign)}, samples.tobytes())
+
+
+RANGES = {
+    "real 0..1": (samples_tiff((RAMP / 255).astype(np.float32), sign=3), RAMP),
+    "real 0..255": (samples_tiff(RAMP.astype(np.float32), sign=3), RAMP),
+    "real 0..65535": (samples_tiff((RAMP * 257).astype(np.float32), sign=3), RAMP),
+    "real, white is 0": (samples_tiff((RAMP / 255).astype(np.float32), sign=3, white=0), 255 - RAMP),
+    "real, a little beyond": (samples_tiff(np.array([[-0.01, 0.2, 0.4, 1.02]], np.float32), sign=3), RAMP),
+    "real -1..1": (samples_tiff((RAMP / 127.5 - 1).astype(np.float32), sign=3), RAMP),
+    "not all numbers": (samples_tiff(np.array([[np.nan, 0.2, -np.inf, np.inf]], np.float32), sign=3), [[0, 51, 0, 255]]),
+    "no numbers": (samples_tiff(np.full((1, 4), np.nan, np.float32), sign=3), [[0] * 4]),
+    "all the same": (samples_tiff(np.full((1, 4), -7, np.float32), sign=3), [[0] * 4]),
+    "int32 0..255": (samples_tiff(RAMP.astype(np.int32), sign=2), RAMP),
+    "int32 0..65535": (samples_tiff((RAMP * 257).astype(np.int32), sign=2), RAMP),
+    "int32 in full": (samples_tiff((RAMP * 16843009 - 2**31).astype(np.int32), sign=2), RAMP),
+    "uint32 in full": (samples_tiff((RAMP * 16843009).astype(np.uint32)), RAMP),
+    "int16 0..255": (samples_tiff(RAMP.astype(np.int16), sign=2), RAMP),
+    "int16 of a scanner": (samples_tiff((RAMP * 15 - 1024).astype(np.int16), sign=2), RAMP),
+    "uint16": (samples_tiff((RAMP * 257).astype(np.uint16)), RAMP),
+    "uint16, white is 0": (samples_tiff((RAMP * 257).astype(np.uint16), white=0), 255 - RAMP),
+    "PIL's I": (Image.fromarray(RAMP.astype(np.int32)), RAMP),
+    "PIL's F": (Image.fromarray((RAMP / 255).astype(np.float32)), RAMP),
+    "bilevel": (encoded(Image.fromarray(RAMP > 100), "TIFF"), [[0, 0, 255, 255]]),
+    "grey with clear parts": (Image.fromarray(np.array([[[51, 255], [51, 0]]], np.uint8), "LA"), [[51, 255]]),
+    "and multiplied": (Image.fromarray(np.array([[[51, 255], [51, 0]]], np.uint8), "LA").convert("La"), [[51, 255]]),
+    "a clear value of 16 bits": (
+        encoded(Image.fromarray((RAMP * 257).astype(np.uint16)), "PNG", transparency=0),
+        [[255, 51, 102, 255]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_samples_of_any_range_are_seen(name: str) -> None:
+    source, want = RANGES[name]
+    got = np.asarray(decode_image(source, param="i"))
+    assert got.shape == (1, len(want[0]), 3)
+    assert np.array_equal(got, np.repeat(np.asarray(want)[:, :, None], 3, axis=2)), got[:, :, 0]
+
+
+def test_twelve_bits_keep_their_brightness() -> None:
+    packed = bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x00])  # 0, 4095, 2048, 0
+    tags = {256: (LONG, 1, 4), 257: (LONG, 1, 1), 258: (SHORT, 1, 12), 259: (SHORT, 1, 1), 262: (SHORT, 1, 1)}
+    tags |= {273: (LONG, 1, -1), 277: (SHORT, 1, 1), 278: (LONG, 1, 1), 279: (LONG, 1, 6)}
+    assert np.asarray(decode_image(tiff(tags, packed), param="i"))[0, :, 0].tolist() == [0, 255, 128, 0]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 7)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
 def test_odd_sizes(kind: str, size: tuple[int, int]) -> None:
@@ -133,6 +196,26 @@ def test_an_animation_gives_its_first_frame(frames: int) -> None:
 def test_what_follows_a_picture_is_ignored() -> None:
     for rest in (b"PK\x03\x04" + b"x" * 50, b"%PDF-1.7 ...", b"<html><script>alert(1)</script></html>"):
         assert np.array_equal(np.asarray(decode_image(PNG + rest, param="i")), PICTURE)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_eight_megabytes_behind_a_picture_are_ignored(kind: str) -> None:
+    """As phones put films and further pictures behind a JPEG; they hold bytes that would be scans' beginnings."""
+    data = encoded(Image.fromarray(noise(90, 50)), kind)
+    film = noise(2**20, 8, 1).tobytes()
+    assert film.count(b"\xff\xda") > 100
+    assert np.array_equal(np.asarray(decode_image(data + film, param="i")), np.asarray(decode_image(data, param="i")))
+
+
+def test_many_pictures_in_one_file_and_previews_are_no_scans() -> None:
+    picture, preview = Image.fromarray(noise(90, 50)), encoded(Image.fromarray(noise(40, 30)), "JPEG", progressive=True)
+    want = np.asarray(decode_image(encoded(picture, "JPEG"), param="i"))
+    mpo = encoded(picture, "MPO", save_all=True, append_images=[picture.rotate(90, expand=True)] * 120)
+    assert mpo.count(b"\xff\xda") > 100
+    previews = b"".join(b"\xff\xe5" + struct.pack(">H", 2 + len(preview)) + preview for _ in range(20))
+    plain = encoded(picture, "JPEG")
+    for data in (mpo, plain[:2] + previews + plain[2:]):
+        assert np.array_equal(np.asarray(decode_image(data, param="i")), want)
 
 
 JPEG = encoded(Image.fromarray(noise(64, 64)), "JPEG")
@@ -194,13 +277,6 @@ def png(width: int, height: int, *chunks: bytes, bits: int = 8, colour: int = 2)
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IEND", b"")
 
 
-def tiff(tags: dict[int, tuple[int, int, int]], data: bytes) -> bytes:
-    """Little-endian, with the data at the end; -1 as a value stands for the data's place. Types as in TIFF 6."""
-    start = 8 + 2 + 12 * len(tags) + 4
-    rows = [struct.pack("<HHLL", tag, kind, count, start if v < 0 else v) for tag, (kind, count, v) in sorted(tags.items())]
-    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + b"".join(rows) + struct.pack("<L", 0) + data
-
-
 def tiled_tiff(size: int, tile: int) -> bytes:
     """A picture of size x size in one deflated tile of tile x tile black pixels."""
     packer = zlib.compressobj(1)
@@ -228,6 +304,12 @@ def jpeg_of_scans(number: int) -> bytes:
     data = encoded(Image.new("RGB", (2000, 2000)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * number + data[-2:]
+
+
+def jpeg_of_hidden_scans(number: int) -> bytes:
+    """With a comment that looks like the end, and scans that begin with more than one 0xff."""
+    data = jpeg_of_scans(number).replace(b"\xff\xda", b"\xff\xff\xff\xda")
+    return data[:2] + b"\xff\xfe\x00\x04\xff\xd9" + data[2:]
 
 
 def jpeg_with_size(width: int, height: int) -> bytes:
@@ -268,6 +350,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a bmp of 30,000": lambda: b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 30000, 30000, 1, 24, 0, 0, 0, 0, 0, 0),
     "a jpeg of 65,000": lambda: jpeg_with_size(65000, 65000),
     "a jpeg of a thousand scans": lambda: jpeg_of_scans(1000),
+    "a jpeg of hidden scans": lambda: jpeg_of_hidden_scans(1000),
+    "a jpeg of a million segments": lambda: JPEG[:2] + b"\xff\xfe\0\2" * 10**6 + JPEG[2:],
     "a webp with a large canvas": lambda: webp_with_canvas(16000, 11000),
     "a webp with a huge canvas": lambda: webp_with_canvas(2**24, 255),
 }

@@ -101,6 +101,27 @@ def test_every_way_to_name_a_picture_gives_the_same_tiles(tmp_path: Path) -> Non
     assert all(np.array_equal(t.data, WANT.data) and t.units == WANT.units for t in tiles)
 
 
+def test_a_picture_has_options_of_its_own() -> None:
+    few, many = ({"max_dynamic_patch": number} for number in (2, 4))
+    with loader() as one:
+        given = [
+            ImagePart(source=DATA_URL, param="i", local=False, options=options, options_param="i") for options in ({}, few, many)
+        ]
+        tiles = asyncio.run(one.load(given, PREPROCESSOR))
+        fewer = asyncio.run(one.load(given, PREPROCESSOR.configured(few)))
+    assert [len(t.units) for t in tiles] == [6 + 1, 2 + 1, 4 + 1] and len({t.digest for t in tiles}) == 3
+    assert [len(t.units) for t in fewer] == [2 + 1] * 3, "the request's own limit stays"
+
+
+@pytest.mark.parametrize("options", [{"max_dynamic_patch": 0}, {"max_dynamic_patch": "6"}, {"max_pixels": 1000}], ids=str)
+def test_a_pictures_wrong_options_are_named(options: dict[str, Any]) -> None:
+    part = ImagePart(source=DATA_URL, param="x", local=False, options=options, options_param="messages[0].content[1].image_url")
+    with loader() as one, pytest.raises(RequestError) as caught:
+        asyncio.run(one.load([part], PREPROCESSOR))
+    assert caught.value.param == f"messages[0].content[1].image_url.{next(iter(options))}"
+    assert caught.value.param in str(caught.value) and "mm_processor_kwargs" not in str(caught.value)
+
+
 def test_pictures_keep_their_order() -> None:
     pictures = [noise(10 + i, 20, seed=i) for i in range(20)]
 
@@ -129,7 +150,7 @@ def test_low_detail_is_one_tile() -> None:
     "source,code,message",
     [
         ("data:image/png;base64,@@@", "invalid_base64_image", "base64 is damaged"),
-        ("data:image/png;base64,AAA", "invalid_base64_image", "base64 is damaged"),
+        ("data:image/png;base64,AAAAA", "invalid_base64_image", "base64 is damaged"),
         ("data:image/png;base64", "invalid_image_url", "no comma"),
         ("data:image/png;base64,", "invalid_image", "is empty"),
         ("data:image/png;base64," + base64.b64encode(b"junk").decode(), "invalid_image", "cannot be decoded"),

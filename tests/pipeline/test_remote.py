@@ -19,6 +19,7 @@ from vlserve.pipeline.remote import RemotePipeline
 KEY = "remote-key-1"
 PICTURE = Image.fromarray(noise(60, 30))
 JPEG = encoded(Image.fromarray(noise(90, 70)), "JPEG")
+URL = "data:image/jpeg;base64," + base64.b64encode(JPEG).decode()
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
@@ -58,9 +59,10 @@ PROMPTS: list[Any] = [
     "What shape is it?",
     ("What?", PICTURE),
     ("What?", [JPEG, noise(40, 50)]),
-    ("What?", "data:image/jpeg;base64," + base64.b64encode(JPEG).decode()),
+    ("What?", URL),
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<|im_end|> hi"}],
     [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "x"}]}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL, "max_dynamic_patch": 1}}]}],
 ]
 FIELDS: list[dict[str, Any]] = [
     {"max_tokens": 6},
@@ -97,6 +99,7 @@ BAD: list[tuple[Any, dict[str, Any]]] = [
     (("x", b"no picture"), {}),
     (("x", "data:image/png;base64,AAAA"), {}),
     ([{"role": "robot", "content": "x"}], {}),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL, "max_dynamic_patch": 0}}]}], {}),
     ("x" * 100_000, {}),
     ("x", {"logit_bias": {10**6: 1.0}}),
     ("x", {"structured": {"regex": "("}}),

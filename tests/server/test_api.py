@@ -121,6 +121,22 @@ def test_mixed_parts_several_pictures_and_turns(server: RunningServer) -> None:
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 2 * 4, "detail low is one tile"
 
 
+def test_pictures_in_the_shapes_of_other_apis(server: RunningServer) -> None:
+    url = data_url(Image.fromarray(noise(600, 400)))
+    data = url.partition(",")[2]
+
+    def tiles(part: dict[str, Any], **fields: Any) -> int:
+        answer = post(server, {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1, **fields}).json()
+        return answer["usage"]["prompt_tokens_details"]["image_tokens"] // 4
+
+    image_url = {"type": "image_url", "image_url": {"url": url}}
+    assert tiles(image_url) == tiles({"type": "image", "image": url}) == 6 + 1
+    assert tiles({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}) == 6 + 1
+    assert tiles({"type": "file", "file": {"file_data": url, "filename": "a.png"}}) == 6 + 1
+    assert tiles({"type": "image_url", "image_url": {"url": url, "max_dynamic_patch": 2}}) == 2 + 1
+    assert tiles({**image_url, "max_dynamic_patch": 1}) == tiles(image_url, mm_processor_kwargs={"crop_to_patches": False}) == 1
+
+
 def test_nulls_and_harmless_fields_are_accepted(server: RunningServer) -> None:
     nulls = dict.fromkeys(
         ["temperature", "top_p", "stop", "tools", "response_format", "stream_options", "logit_bias", "n", "unheard_of"]
@@ -199,6 +215,10 @@ PICTURES = [
     ("/etc/passwd", "data: or http"),
     ("http://[::1", "could not be fetched"),
 ]
+FEW = {"type": "image_url", "image_url": {"url": data_url(PICTURE), "max_dynamic_patch": 0}}
+BAD.append(
+    ({"messages": [{"role": "user", "content": [FEW]}]}, 400, "messages[0].content[0].image_url.max_dynamic_patch", "1 or more")
+)
 for url, message in PICTURES:
     part = {"type": "image_url", "image_url": {"url": url}}
     BAD.append(({"messages": [{"role": "user", "content": [part]}]}, 400, "messages[0].content[0].image_url", message))

@@ -10,6 +10,7 @@ import io
 import re
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from vlserve.errors import RequestError
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", *(name for name in ("WEBP", "AVIF") if features.check(name.lower())))
 MAX_JPEG_SCANS = 100  # progressive pictures have about ten; each one is a pass over all pixels
+MAX_JPEG_SEGMENTS = 5000  # of 64 KiB at most; colour profiles and cameras' notes take some hundred
 TILE_WIDTH, TILE_LENGTH, ORIENTATION = 322, 323, 274  # tags of TIFF and EXIF
-_SCAN = re.compile(rb"\xff\xda")  # within a scan, 0xff is followed by 0 or a restart's number
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of a segment or the end; data has 0 or a restart's number after 0xff
 
 Source = Image.Image | np.ndarray[Any, Any] | bytes
 # Pictures still in their files are read once, and prompts may share one. Images have no hash, so locks go by identity.
@@ -55,8 +58,9 @@ def decode_image(source: Source, *, param: str, config: MediaConfig | None = Non
     try:
         with _LOADING[id(image) // 16 % len(_LOADING)]:
             image.load()
+            tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
             image = _upright(image)
-        return _to_rgb(image)
+        return _to_rgb(image, tags)
     except Exception:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
         raise _damaged(param) from None
 
@@ -84,7 +88,7 @@ def _open_bytes(data: bytes, param: str, config: MediaConfig) -> Image.Image:
     if len(data) > config.max_image_mib * 2**20:
         limit = config.max_image_mib * 2**20
         raise image_error(param, f"the picture has {len(data)} bytes, the limit is {limit}", "image_file_too_large")
-    if data.startswith(b"\xff\xd8") and sum(1 for _ in _SCAN.finditer(data)) > MAX_JPEG_SCANS:
+    if data.startswith(b"\xff\xd8") and _has_many_scans(data):
         raise image_error(param, f"the picture has more than {MAX_JPEG_SCANS} scans; save it again", "image_too_large")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -99,6 +103,21 @@ def _open_bytes(data: bytes, param: str, config: MediaConfig) -> Image.Image:
         if width * length > 2 * image.width * image.height + 2**20:
             raise image_error(param, "the picture's tiles are far larger than the picture; save it again", "image_too_large")
     return image
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Of a JPEG, up to its end; phones put films and further pictures behind it. Walks as libjpeg does: a segment's payload,
+    such as a preview with scans of its own, is stepped over."""
+    scans, place = 0, 2
+    for _ in range(MAX_JPEG_SEGMENTS):
+        found = _MARKER.search(data, place)
+        if found is None or found[1] == b"\xd9":
+            return False
+        scans += found[1] == b"\xda"
+        if scans > MAX_JPEG_SCANS:
+            return True
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return True
 
 
 def _from_array(array: np.ndarray[Any, Any], param: str) -> Image.Image:
@@ -120,16 +139,51 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8 bits, transparency on white; the picture itself if it is that already."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8))
+def _to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """8 bits, transparency on white; the picture itself if it is that already. `tags`: of a TIFF."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image, tags)
+    elif image.mode == "La":
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """Grey of 12, 16 or 32 bits, signed or real numbers; Pillow's own conversion clips at 255."""
+    samples = np.asarray(image)
+    (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
+    if image.mode.startswith("I;16"):
+        grey = (samples >> min(8, bits - 8)).astype(np.uint8)
+    else:
+        is_unsigned = bits == 32 and tags.get(SAMPLE_FORMAT, (1,))[0] == 1  # which Pillow reads as signed
+        grey = _by_range(samples.view(np.uint32) if is_unsigned and image.mode == "I" else samples)
+    if tags.get(PHOTOMETRIC) == 0:
+        grey = 255 - grey  # 0 is white
+    if (transparent := image.info.get("transparency")) is not None:
+        grey = np.where(samples == transparent, np.uint8(255), grey)
+    return Image.fromarray(grey)
+
+
+def _by_range(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Numbers of no fixed range to 0..255: as 0..1 (real numbers only), 0..255 or 0..65535, the first that they fit in, an eighth
+    more or less, since filters overshoot; else from the least to the greatest. NaN is black."""
+    is_real = samples.dtype.kind == "f"
+    finite = np.isfinite(samples)
+    if not finite.any():
+        return np.zeros(samples.shape, np.uint8)
+    least, greatest = (float(edge) for edge in (samples[finite].min(), samples[finite].max()))
+    for top in (1, 255, 65535) if is_real else (255, 65535):
+        if -8 * least <= greatest <= top * 9 / 8:
+            least, greatest = 0.0, float(top)
+            break
+    scaled = samples.astype(np.float32)
+    scaled -= least
+    scaled *= 255 / ((greatest - least) or 1)
+    np.nan_to_num(scaled, copy=False, nan=0, posinf=255, neginf=0)
+    return (scaled.clip(0, 255) + 0.5).astype(np.uint8)
 
 
 def _damaged(param: str) -> RequestError:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vlserve.config import MediaConfig
 from vlserve.errors import EngineError, RequestError
 from vlserve.media.decode import Source, decode_image, image_error, measure_image
-from vlserve.media.sources import read_source, scheme_of
+from vlserve.media.sources import BLANKS, read_source, scheme_of
 from vlserve.prompt.chat_messages import ImagePart
 from vlserve.timing import PreparationClock
 from vlserve.vision.pixels import Pixels
@@ -86,7 +86,7 @@ class PictureLoader:
                 async with turns:
                     pool = self._large if plan.is_large[index] else self._workers
                     source, plan.sources[index] = plan.sources[index], None
-                    return await loop.run_in_executor(pool, self._prepare, source, parts[index], preprocessor, clock)
+                    return await loop.run_in_executor(pool, self._prepare, source, parts[index], plan.preprocessors[index], clock)
 
             return await _all([prepare(index) for index in range(len(parts))])
 
@@ -110,14 +110,14 @@ class PictureLoader:
             if self._fetcher is None:  # its imports and certificates take a moment, and many servers fetch nothing
                 self._fetcher = self._workers.submit(_make_fetcher, self.config)
         fetcher = await asyncio.shield(asyncio.wrap_future(self._fetcher))
-        bodies = await fetcher.fetch_all([(part.source, part.param) for part in urls.values()], take, clock)
+        bodies = await fetcher.fetch_all([(part.source.strip(BLANKS), part.param) for part in urls.values()], take, clock)
         return dict(zip(urls, bodies, strict=True))
 
     def _measure(
         self, parts: Sequence[ImagePart], preprocessor: Preprocessor, fetched: dict[int, bytes], budget: _Budget
     ) -> _Plan:
         """In a worker: read what is here already, and check sizes from the headers."""
-        plan = _Plan(sources=[], is_large=[], num_tokens=0)
+        plan = _Plan(sources=[], is_large=[], preprocessors=[_configured(preprocessor, part) for part in parts], num_tokens=0)
         num_pixels = 0
         for index, part in enumerate(parts):
             source = fetched.pop(index) if index in fetched else read_source(part, self.config)
@@ -135,7 +135,7 @@ class PictureLoader:
             is_avif = isinstance(source, bytes) and source[4:8] == b"ftyp"
             plan.is_large.append(width * height > LARGE_PIXELS or is_avif)
             sizes = (width, height), (height, width)  # EXIF may turn it
-            plan.num_tokens += min(preprocessor.count_features(*size, part.detail) for size in sizes)
+            plan.num_tokens += min(plan.preprocessors[index].count_features(*size, part.detail) for size in sizes)
         return plan
 
     def _prepare(self, source: Source, part: ImagePart, preprocessor: Preprocessor, clock: PreparationClock) -> Pixels:
@@ -152,6 +152,7 @@ class _Plan:
 
     sources: list[Any]
     is_large: list[bool]
+    preprocessors: list[Preprocessor]  # with each picture's own options
     num_tokens: int  # at least
 
 
@@ -199,6 +200,18 @@ class _Reserved:
     def take(self, count: int) -> None:
         self._account.add(count)
         self.count += count
+
+
+def _configured(preprocessor: Preprocessor, part: ImagePart) -> Preprocessor:
+    """With the picture's own options; raises RequestError naming the one that is wrong."""
+    if not part.options:
+        return preprocessor
+    try:
+        return preprocessor.configured(part.options)
+    except RequestError as error:
+        theirs, ours = "mm_processor_kwargs.", f"{part.options_param}."
+        param = (error.param or "").replace(theirs, ours)
+        raise RequestError(str(error).replace(theirs, ours), param=param, code=error.code) from None
 
 
 def _make_fetcher(config: MediaConfig) -> Fetcher:

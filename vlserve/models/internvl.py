@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vlserve.models.architecture import Architecture, Config, Files
 from vlserve.models.tiles import TilePreprocessor, image_processor_settings, image_token_id, image_tokens
-from vlserve.vision.config import read_encoder_config, read_image_config
+from vlserve.vision.config import check_other_names, read_encoder_config, read_image_config
 
 if TYPE_CHECKING:
     from vlserve.llm.tensor_parallel import Split
@@ -16,8 +16,13 @@ TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
 def preprocessor(config: Config, files: Files) -> TilePreprocessor:
+    image = read_image_config(image_processor_settings(files), read_encoder_config(config))
+    check_other_names(config, image.min_patches, image.max_patches)
+    length = files.get("processor_config.json", {}).get("image_seq_length")
+    if length not in (None, image.tokens_per_tile):
+        raise ValueError(f"processor_config.json's image_seq_length is {length!r}; a tile has {image.tokens_per_tile} tokens")
     return TilePreprocessor(
-        image=read_image_config(image_processor_settings(files), read_encoder_config(config)),
+        image=image,
         tokens=image_tokens(files, TOKENS),
         image_token_id=image_token_id(config),
     )

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import RequestError
 from vlserve.models.architecture import Config, Detail, Features, Files, Layout, Placeholder, Preprocessor, Vocabulary
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.config import MAX_PATCHES, ImageConfig
 from vlserve.vision.pixels import Pixels
 from vlserve.vision.tiling import choose_grid
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# of a request or a picture, and what it is here; transformers' names, and OpenGVLab's, as vLLM and LMDeploy take them
+TILE_OPTIONS = {
+    **{name: name for name in ("crop_to_patches", "min_patches", "max_patches", "max_dynamic_patch")},
+    "dynamic_image_size": "crop_to_patches",
+    "min_dynamic_patch": "min_patches",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,24 +69,41 @@ class TilePreprocessor(Preprocessor):
         return Layout.of([*_ids(start, vocabulary), places, *_ids(end, vocabulary)])
 
     def configured(self, options: Mapping[str, Any]) -> Preprocessor:
-        """`max_dynamic_patch`: tiles of one picture at most, the thumbnail not counted; the checkpoint's own limit stays."""
-        options = dict(options)
-        most = options.pop("max_dynamic_patch", None)
-        Preprocessor.configured(self, options)  # super() knows another class where there are slots
-        if most is None:
-            return self
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-            param = "mm_processor_kwargs.max_dynamic_patch"
-            raise RequestError(f"{param} is {repr(most)[:100]}; expected a whole number of 1 or more", param=param)
-        image = self.image
-        return replace(
-            self,
-            image=replace(image, max_patches=min(most, image.max_patches), min_patches=min(most, image.min_patches)),
-        )
+        """What transformers' processor takes for tiling, there or within `images_kwargs`, and other servers' names for it.
+
+        `max_patches` may be more than the checkpoint's own; for `max_dynamic_patch` that limit stays.
+        """
+        nested = options.get("images_kwargs")
+        if isinstance(nested, Mapping):
+            options = {name: value for name, value in options.items() if name != "images_kwargs"}
+            options |= {f"images_kwargs.{name}": value for name, value in nested.items()}
+        given: dict[str, Any] = {}
+        for place, value in options.items():
+            name = TILE_OPTIONS.get(place.removeprefix("images_kwargs.")) if self.image.dynamic else None
+            if name is None:
+                Preprocessor.configured(self, {place: value})  # super() knows another class where there are slots
+            elif value is not None:
+                given[name] = _tile_option(name, value, f"mm_processor_kwargs.{place}")
+        image = replace(self.image, **{name: given[name] for name in ("min_patches", "max_patches") if name in given})
+        most = given.get("max_dynamic_patch", MAX_PATCHES) if given.get("crop_to_patches", True) else 1
+        if most < image.max_patches:
+            image = replace(image, max_patches=most, min_patches=min(most, image.min_patches))
+        return replace(self, image=image)
 
     def _for(self, detail: Detail) -> ImageConfig:
         """`low` is one tile."""
         return replace(self.image, dynamic=False) if detail == "low" else self.image
+
+
+def _tile_option(name: str, value: Any, param: str) -> Any:
+    if name == "crop_to_patches":
+        if not isinstance(value, bool):
+            raise RequestError(f"{param} is {repr(value)[:100]}; expected true or false", param=param)
+    elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestError(f"{param} is {repr(value)[:100]}; expected a whole number of 1 or more", param=param)
+    elif name != "max_dynamic_patch" and value > MAX_PATCHES:
+        raise RequestError(f"{param} is {value}; the limit is {MAX_PATCHES}", param=param)
+    return value
 
 
 def image_tokens(files: Files, defaults: tuple[str, str, str]) -> tuple[str, str, str]:
@@ -98,8 +122,12 @@ def image_token_id(config: Config) -> Any:
 
 
 def image_processor_settings(files: Files) -> Mapping[str, Any]:
-    """The image processor's settings, from processor_config.json or a file of their own."""
-    return files.get("processor_config.json", {}).get("image_processor") or files.get("preprocessor_config.json", {})
+    """The image processor's settings: processor_config.json's part, all of it, else a file of their own; raises ValueError."""
+    nested = files.get("processor_config.json", {}).get("image_processor")
+    settings = files.get("preprocessor_config.json", {}) if nested is None else nested
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"processor_config.json's image_processor is {settings!r}; expected an object")
+    return settings
 
 
 def _content(token: Any) -> Any:

@@ -149,7 +149,8 @@ def _messages(turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], dict[str, st
         for j, part in enumerate(() if turn.is_string else turn.parts):
             if isinstance(part, ImagePart):
                 names[f"messages[{i}].content[{j}].image_url"] = part.param
-                url = {"url": _image_url(part)} | ({} if part.detail == "auto" else {"detail": part.detail})
+                url = {"url": _image_url(part), **part.options} | ({} if part.detail == "auto" else {"detail": part.detail})
+                names |= {f"messages[{i}].content[{j}].image_url.{name}": f"{part.options_param}.{name}" for name in part.options}
                 content.append({"type": "image_url", "image_url": url})
             else:
                 content.append({"type": "text", "text": part})

@@ -22,16 +22,24 @@ TEXTS = {
     "refusal": "refusal",
 }  # kinds of parts, and where they have it
 REASONING = ("reasoning_content", "reasoning")  # the field's two spellings
+# of one picture, as LMDeploy's clients send them beside its URL; which of them the model knows, its preprocessor says
+PICTURE_OPTIONS = ("max_dynamic_patch", "min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePart:
-    """Something that names or is a picture. `local`: a path is allowed. `detail`: OpenAI's wish, auto, low or high."""
+    """Something that names or is a picture. `local`: a path is allowed. `detail`: OpenAI's wish, auto, low or high.
+
+    `options`: what the model's preprocessing is to do with this picture, as `mm_processor_kwargs` for a request; they stand
+    in `options_param`.
+    """
 
     source: Any
     param: str
     local: bool
     detail: Detail = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    options_param: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,9 @@ class Turn:
     parts: Sequence[str | ImagePart]
     is_string: bool
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+IMAGE_KEYS = ("image", "source", "url", "base64", "data")  # of a part of type image: what holds the picture
 
 
 def is_conversation(prompt: Any) -> bool:
@@ -164,24 +175,86 @@ def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
         return _read_text(part.get(TEXTS[kind]), f"{param}.{TEXTS[kind]}")
     if kind in ("image_url", "input_image"):
         return _read_image_url(part, f"{param}.image_url")
-    if kind == "image" and local:
-        if "image" not in part:
-            raise RequestError(f"{param}.image is missing", param=f"{param}.image")
-        return ImagePart(source=part["image"], param=f"{param}.image", local=True)
+    if kind == "image":
+        return _read_image(part, param, local)
+    if kind == "file":
+        return _read_file(part.get("file"), f"{param}.file")
+    if kind == "input_file":
+        return _read_file(part, param)
     raise RequestError(f"{param}.type is {kind!r}; expected text or image_url", param=f"{param}.type")
 
 
 def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
     value = part.get("image_url")
     if isinstance(value, Mapping):
-        _refuse_others(value, ("url", "detail"), param)
+        _refuse_others(value, ("url", "detail", *PICTURE_OPTIONS), param)
     url, detail = (value.get("url"), value.get("detail")) if isinstance(value, Mapping) else (value, None)
     detail = part.get("detail") if detail is None else detail  # OpenAI has it inside; some clients put it beside
     if not isinstance(url, str):
         raise RequestError(f'{param} must be {{"url": "..."}}', param=param)
     if detail not in (None, "auto", "low", "high"):
         raise RequestError(f"{param}.detail is {detail!r}; expected auto, low or high", param=f"{param}.detail")
-    return ImagePart(source=url, param=param, local=False, detail=detail or "auto")
+    beside, within = _picture_options(part), _picture_options(value) if isinstance(value, Mapping) else {}
+    return ImagePart(
+        source=url,
+        param=param,
+        local=False,
+        detail=detail or "auto",
+        options=beside | within,
+        options_param=param if within else param.removesuffix(".image_url"),
+    )
+
+
+def _read_image(part: Mapping[str, Any], param: str, local: bool) -> ImagePart:
+    """`image` (in Python also a path, PIL image, bytes or array), Anthropic's `source`, `url`, `base64`, or `data` (MCP)."""
+    name = next((name for name in IMAGE_KEYS if part.get(name) is not None), "image")
+    value, field = part.get(name), f"{param}.{name}"
+    if value is None:
+        raise RequestError(f"{param}.image is missing", param=f"{param}.image")
+    if name == "source":
+        value = _read_source(value, field)
+    elif name in ("base64", "data"):
+        value = _data_url(value, part.get("mimeType"), field, f"{param}.mimeType")
+    elif name == "image" and isinstance(value, Mapping) and isinstance(value.get("url"), str):
+        value = value["url"]
+    elif not isinstance(value, str) and (name == "url" or not local):
+        raise RequestError(f"{field} must be a data: or http(s): URL", param=field)
+    is_local = local and name == "image"
+    return ImagePart(source=value, param=field, local=is_local, options=_picture_options(part), options_param=param)
+
+
+def _read_source(source: Any, param: str) -> str:
+    """Anthropic's: base64 with a media_type, or a url."""
+    kind = source.get("type") if isinstance(source, Mapping) else None
+    if kind == "base64":
+        return _data_url(source.get("data"), source.get("media_type"), f"{param}.data", f"{param}.media_type")
+    if kind == "url":
+        return _read_text(source.get("url"), f"{param}.url")
+    expected = '{"type": "base64", "media_type": "image/png", "data": "..."} or {"type": "url", "url": "..."}'
+    raise RequestError(f"{param} must be {expected}", param=param)
+
+
+def _read_file(file: Any, param: str) -> ImagePart:
+    """OpenAI's file, where it is a picture in a data URL."""
+    if not isinstance(file, Mapping):
+        raise RequestError(f'{param} must be {{"file_data": "data:image/png;base64,..."}}', param=param)
+    data, field = file.get("file_data"), f"{param}.file_data"
+    head = data.lstrip()[:11].lower() if isinstance(data, str) else ""
+    if not head.startswith("data:image/"):
+        raise RequestError(f"{field} must be a picture, data:image/png;base64,...; other files are not supported", param=field)
+    return ImagePart(source=data, param=field, local=False)
+
+
+def _data_url(data: Any, media_type: Any, param: str, type_param: str) -> str:
+    if not isinstance(data, str):
+        raise RequestError(f"{param} must be a picture as base64", param=param)
+    if media_type is not None and not str(media_type).lower().startswith("image/"):
+        raise RequestError(f"{type_param} is {str(media_type)[:100]!r}; expected a picture's, e.g. image/png", param=type_param)
+    return data if data[:5].lower() == "data:" else f"data:;base64,{data}"
+
+
+def _picture_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in PICTURE_OPTIONS if given.get(name) is not None}
 
 
 def _read_text(value: Any, param: str) -> str:

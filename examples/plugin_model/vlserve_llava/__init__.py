@@ -11,11 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve import Architecture
 from vlserve.models.tiles import TilePreprocessor, image_processor_settings, image_token_id, image_tokens
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.config import ImageConfig, read_pixel_settings
 
 if TYPE_CHECKING:
     from vlserve.llm.tensor_parallel import Split
     from vlserve_llava.model import Llava
+
+# SiglipImageProcessor's own settings, where the file has none
+SIGLIP: Mapping[str, Any] = {
+    "do_resize": True,
+    "do_center_crop": None,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": (0.5,) * 3,
+    "image_std": (0.5,) * 3,
+}
 
 
 def preprocessor(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> TilePreprocessor:
@@ -35,14 +47,14 @@ def read_image_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -
         if given.get(key) != value:
             raise ValueError(f"{key} {given.get(key)!r} is not supported; supported: {value!r}")
     size = int(vision["image_size"])
-    if processor.get("size", {"height": size, "width": size}) != {"height": size, "width": size}:
-        raise ValueError(f"preprocessor size {processor['size']} is not the encoder's image_size {size}")
+    processor = {**SIGLIP, "size": {"height": size, "width": size}, **processor}
+    if processor["size"] != {"height": size, "width": size} or not processor["do_resize"] or processor["do_center_crop"]:
+        raise ValueError(f"size, do_resize and do_center_crop of the image processor do not give the encoder's {size} pixels")
     return ImageConfig(
         tile_size=size,
         tokens_per_tile=(size // int(vision["patch_size"])) ** 2,
         dynamic=False,
-        mean=tuple(processor.get("image_mean", (0.5, 0.5, 0.5))),
-        std=tuple(processor.get("image_std", (0.5, 0.5, 0.5))),
+        **read_pixel_settings(processor),
     )
 
 
