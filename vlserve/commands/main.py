@@ -24,6 +24,7 @@ from vlserve.errors import ConfigError, VLServeError
 from vlserve.migrating import explain_flags
 from vlserve.ranks.torchrun_slurm import find_machine
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
+from vlserve.system_limits import describe, find_refusal, raise_open_files
 
 COMMANDS: dict[str, dict[str, Config]] = {
     "serve": {"server": ServerConfig, "engine": EngineConfig, "media": MediaConfig},
@@ -35,6 +36,7 @@ TOOLS: tuple[str, ...] = ("plan", "doctor", "shard", "quantize", "bench")  # mod
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error that is explained, 2 for wrong usage."""
+    raise_open_files()
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -53,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes there
         return 128 + signal.SIGPIPE
+    except Exception as error:
+        if find_refusal(error) is None:
+            raise
+        print(f"vlserve: error: {describe(error)} ({error})", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,6 +143,8 @@ def _check_address(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
+        if find_refusal(error) is not None:
+            raise
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; give another --host or --port") from None
 
 

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from vlserve.errors import DeadlineError, EngineError, OverloadedError, RequestError
 from vlserve.server import protocol
 from vlserve.server.admission import Keys
+from vlserve.system_limits import refused
 
 log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error; the server's log says more"
@@ -57,8 +58,7 @@ async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], r
     except DeadlineError as error:
         return JSONResponse(protocol.error_dict(str(error), kind="server_error", code=engine_error_code(error)), 504)
     except EngineError as error:
-        body = protocol.error_dict(str(error), kind="server_error", code=engine_error_code(error))
-        return JSONResponse(body, 503, {"Retry-After": "5"})
+        return _unavailable(error)
     except (HTTPException, RequestValidationError):  # the including app's own
         raise
     except ClientDisconnect:
@@ -67,9 +67,18 @@ async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], r
         if asyncio.current_task() is not None and await request.is_disconnected():
             return Response(status_code=499)
         raise
-    except Exception:
-        log.exception("%s %s failed", request.method, getattr(request.scope.get("route"), "path", "?"))  # not the client's text
+    except Exception as error:
+        what = f"{request.method} {getattr(request.scope.get('route'), 'path', '?')}"  # not the client's text
+        known = refused(error, what)
+        if known is not None:
+            return _unavailable(known)
+        log.exception("%s failed", what)
         return JSONResponse(protocol.error_dict(INTERNAL_ERROR, kind="server_error"), 500)
+
+
+def _unavailable(error: EngineError) -> Response:
+    body = protocol.error_dict(str(error), kind="server_error", code=engine_error_code(error))
+    return JSONResponse(body, 503, {"Retry-After": "5"})
 
 
 def engine_error_code(error: EngineError) -> str:

@@ -16,6 +16,7 @@ from vlserve.errors import EngineError
 from vlserve.pipeline.outputs import Delta
 from vlserve.server import protocol
 from vlserve.server.guard import INTERNAL_ERROR, engine_error_code
+from vlserve.system_limits import refused
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,7 +60,11 @@ async def events(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]]) -> As
     except EngineError as error:
         yield answer.event(answer.failure(str(error), engine_error_code(error)))
         return
-    except Exception:
+    except Exception as error:
+        known = refused(error, "a stream")
+        if known is not None:
+            yield answer.event(answer.failure(str(known), engine_error_code(known)))
+            return
         log.exception("a stream failed")
         yield answer.event(answer.failure(INTERNAL_ERROR, "internal_error"))
         return
