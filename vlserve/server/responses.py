@@ -98,6 +98,10 @@ class ResponsesRequest(AnswerBody):
             values["response_format"] = {"type": form.type}
         return ChatRequest.model_validate(values)
 
+    def failure_event(self, error: Mapping[str, Any]) -> bytes:
+        fields = {key: value for key, value in error["error"].items() if key != "type"}
+        return b"event: error\n" + protocol.event({"type": "error", "sequence_number": 0, **fields})
+
     def renamed(self, error: RequestError) -> RequestError:
         """An error of the chat route with this API's name for the field."""
         names = {
