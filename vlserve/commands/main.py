@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import vlserve
+from vlserve.commands.console import Parser, argument_text, knows_unicode, use_what_the_console_has
 from vlserve.commands.flags import Config, add_flags, flag_fields, flag_name, given
 from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig, read_options
 from vlserve.errors import ConfigError, VLServeError
@@ -37,6 +38,7 @@ TOOLS: tuple[str, ...] = ("plan", "doctor", "shard", "quantize", "bench")  # mod
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error that is explained, 2 for wrong usage."""
     raise_open_files()
+    use_what_the_console_has()
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vlserve",
         description="Serve and ask vision-language models.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -156,9 +158,10 @@ def _run(options: argparse.Namespace) -> int:
     from vlserve.pipeline.vl_pipeline import VLPipeline
 
     with VLPipeline(**given(options, EngineConfig, MediaConfig)) as pipeline:
-        prompt = (options.prompt, options.image) if options.image else options.prompt
+        text = argument_text(options.prompt)
+        prompt = (text, options.image) if options.image else text
         if options.json:
-            print(json.dumps(asdict(pipeline(prompt, sampling=sampling)), ensure_ascii=False))
+            print(json.dumps(asdict(pipeline(prompt, sampling=sampling)), ensure_ascii=not knows_unicode(sys.stdout)))
             return 0
         for delta in pipeline.stream(prompt, sampling=sampling):
             print(delta.text, end="", flush=True)

@@ -22,7 +22,6 @@ from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.utils import floatToGoString
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -279,11 +278,9 @@ class _EngineCollector:
 
     def _steps(self, stats: Stats) -> Metric:
         histogram = HistogramMetricFamily("vlserve:iteration_tokens_total", "Tokens computed in a step.", labels=["model_name"])
-        names = [*map(float, STEP_TOKENS), float("inf")]
+        names = [*(f"{size}.0" for size in STEP_TOKENS), "+Inf"]
         counts = itertools.accumulate(stats.step_sizes)
-        histogram.add_metric(
-            [self._model_name], [(floatToGoString(n), c) for n, c in zip(names, counts, strict=True)], stats.step_tokens
-        )
+        histogram.add_metric([self._model_name], list(zip(names, counts, strict=True)), stats.step_tokens)
         return histogram
 
     def _cache(self, ready: Ready) -> Metric:
