@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from vlserve.errors import RequestError
+from vlserve.server import protocol
 from vlserve.server.chat import ChatRequest, Function, FunctionName, StructuredBody
 from vlserve.server.protocol import AnswerBody, SamplingBody, Strict
 from vlserve.server.responses_input import Conversation, Item
@@ -187,6 +188,10 @@ class ResponsesRequest(SamplingBody):
         if self.num_choices != 1:
             raise RequestError(f"n is {self.n}; a response is one answer, so leave n out", param="n")
         self._check_tools()
+
+    def failure_event(self, error: Mapping[str, Any]) -> bytes:
+        fields = {key: value for key, value in error["error"].items() if key != "type"}
+        return b"event: error\n" + protocol.event({"type": "error", "sequence_number": 0, **fields})
 
     def to_chat(self, items: Sequence[tuple[Item, str]]) -> ChatRequest:
         """The same request for the chat route; raises RequestError naming this API's field.
