@@ -31,4 +31,4 @@ def build(config: Config, preprocessor: TilePreprocessor, split: Split) -> Model
     return Model(decoder, InternVit(read_encoder_config(config), preprocessor.image, decoder.config.hidden_size))
 
 
-INTERNVL = Architecture(preprocessor=preprocessor, build=build, encoder=read_encoder_config)
+INTERNVL = Architecture(preprocessor=preprocessor, build=build, encoder=read_encoder_config, text_model_type="qwen2")
