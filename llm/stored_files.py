@@ -50,9 +50,7 @@ def read_index(folder: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = list(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no index of weights (a JSON object with weight_map): {error!r}; download it again"
-        ) from error
+        raise ValueError(f"{path} is no JSON object with a weight_map: {error!r}; download it again") from error
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError(f"{INDEX} names a file outside its folder")
     return dict(weight_map)

@@ -244,7 +244,7 @@ def test_the_number_type_scales_the_weights(dtype: str, itemsize: int) -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"text_config": {}}, "num_attention_heads is None"),
+        ({"text_config": {"model_type": "gpt9"}}, "num_attention_heads is None"),
         ({"text_config": QWEN_05B | {"num_attention_heads": True}}, "num_attention_heads is True"),
         ({"text_config": QWEN_05B | {"num_attention_heads": 10**40}}, "num_attention_heads is 10000"),
         ({"text_config": QWEN_05B | {"vocab_size": "many"}}, "text_config.vocab_size is 'many'"),

@@ -196,11 +196,7 @@ def _title(plan: Plan, model: str) -> str:
 
 
 def _unsupported(plan: Plan) -> str:
-    return (
-        "\n".join(("vlserve cannot serve this model yet:", *(f"  {reason}" for reason in plan.unsupported)))
-        if plan.unsupported
-        else ""
-    )
+    return "\n  ".join(("vlserve cannot serve this model yet:", *plan.unsupported)) if plan.unsupported else ""
 
 
 def _sizes(plans: Sequence[Plan]) -> str:

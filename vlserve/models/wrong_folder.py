@@ -49,9 +49,9 @@ def _checkpoints_below(folder: Path) -> list[Path]:
     """Those with weights, or where there are none, with a config.json alone."""
     level, found, looked_at = [folder], [], 0
     for _ in range(MAX_DEPTH):
-        level = (
-            [path for above in level for path in sorted(above.iterdir()) if path.is_dir()] if looked_at < MAX_LOOKED_AT else []
-        )
+        level = [path for above in level for path in sorted(above.iterdir()) if path.is_dir()]
         looked_at += len(level)
         found += [path for path in level if (path / CONFIG).is_file()]
+        if looked_at > MAX_LOOKED_AT:
+            break
     return [path for path in found if any(path.glob("*.safetensors"))] or found
