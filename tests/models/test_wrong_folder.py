@@ -68,6 +68,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: [cut(folder), (folder / SHARDS[1]).write_text(POINTER), (folder / "tokenizer.json").write_text(POINTER)],
         f"{SHARDS[1]}, tokenizer.json: git-LFS pointers",
     ),
+    "config.json is a pointer": (
+        lambda folder: (folder / "config.json").write_text(POINTER),
+        "config.json: git-LFS pointers",
+    ),
     "adapter": (
         lambda folder: clear(folder, ("adapter_config.json", ADAPTER), ("adapter_model.safetensors", "")),
         "is an adapter (LoRA) for OpenGVLab/InternVL3-1B-hf, not a model.*merge_and_unload",
@@ -116,7 +120,16 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a JSON object"),
 }
 
-PLANNED = ("adapter with a config.json", "gguf with a config.json", "bin", "no weights", "a shard is missing", "no index")
+PLANNED = (
+    "weights are a pointer",
+    "two files are pointers",
+    "adapter with a config.json",
+    "gguf with a config.json",
+    "bin",
+    "no weights",
+    "a shard is missing",
+    "no index",
+)
 PLANNED += ("an index that is none", "half a file")  # the weights are not needed
 
 

@@ -139,7 +139,7 @@ def _failed(tp: int | None, reason: str) -> dict[str, Any]:
 def _find_config(model: str, revision: str | None) -> Path:
     """The config.json of `demo`, a folder or a Hub name (this file alone is downloaded), or the given file itself."""
     from vlserve.models.checkpoint import DEMO
-    from vlserve.models.wrong_folder import check_folder, explain_file
+    from vlserve.models.wrong_folder import check_config, explain_file
 
     path = DEMO if model == "demo" else Path(model).expanduser()
     if path.is_file():
@@ -147,7 +147,7 @@ def _find_config(model: str, revision: str | None) -> Path:
             raise ModelError(explain_file(path))
         return path
     if path.is_dir():
-        check_folder(path)
+        check_config(path)
         return path / "config.json"
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ModelError(

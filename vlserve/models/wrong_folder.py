@@ -11,10 +11,17 @@ CONFIG = "config.json"
 MAX_DEPTH, MAX_LOOKED_AT = 3, 2000  # folders below; a cache's models--org--name has its files at depth 2
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ModelError for a folder that is no checkpoint's, or whose files git-LFS has not fetched."""
+def check_config(folder: Path) -> None:
+    """Raises ModelError for a folder that is no checkpoint's."""
     if not (folder / CONFIG).exists():
         raise ModelError(_explain_no_config(folder))
+    if is_pointer(folder / CONFIG):
+        raise ModelError(explain_pointers(folder, [CONFIG]))
+
+
+def check_folder(folder: Path) -> None:
+    """`check_config`, and ModelError for any file that git-LFS has not fetched."""
+    check_config(folder)
     pointers = sorted(path.name for path in folder.iterdir() if is_pointer(path))
     if pointers:
         raise ModelError(explain_pointers(folder, pointers))

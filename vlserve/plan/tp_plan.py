@@ -1,8 +1,8 @@
 """The tensor-parallel plan: which degrees a model can be cut by, and what each rank then holds.
 
-From config.json alone: no weights, no GPU, no torch. The engine asks `check_tp` before it loads anything; the command
-`vlserve plan` shows the whole plan. Sizes are read in model_shape.py, degrees checked in
-divisibility.py, bytes computed in footprint.py.
+From config.json and, where they are there, the weights' headers: no GPU, no torch. The engine asks `check_tp` before it loads
+anything; the command `vlserve plan` shows the whole plan. Sizes are read in model_shape.py, degrees checked in divisibility.py,
+bytes computed in footprint.py.
 """
 
 from __future__ import annotations
