@@ -27,7 +27,7 @@ from vlserve.config import MediaConfig
 from vlserve.media.loader import PictureLoader
 from vlserve.models.tiles import TilePreprocessor
 from vlserve.prompt.chat_messages import ImagePart
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.pixels import Pixels
 from vlserve.vision.preprocess import normalise
 

@@ -27,6 +27,7 @@ from vlserve.llm.formats import Slot
 from vlserve.llm.int4_packing import AWQ_GEMM
 from vlserve.llm.tensor_parallel import Group, Split
 from vlserve.models.checkpoint import read_checkpoint
+from vlserve.models.internvl import INTERNVL
 from vlserve.vision import internvit_tower as _encoder  # noqa: F401  (its libraries take memory of their own)
 
 TEXT = {
@@ -63,12 +64,12 @@ def make_checkpoint(folder: Path, num_bytes: float, *, is_awq: bool = False) -> 
     layer_bytes = LAYER_BYTES * (0.26 if is_awq else 1)
     text = TEXT | {"num_hidden_layers": max(1, round((num_bytes - TABLE_BYTES) / layer_bytes))}
     config = {"model_type": "internvl", "text_config": text, "vision_config": VISION, "dtype": "bfloat16", "image_token_id": 0}
+    config["tie_word_embeddings"] = False  # all numbers are alike
     if is_awq:
         config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
     (folder / "config.json").write_text(json.dumps(config))
-    checkpoint = read_checkpoint(folder)
     with torch.device("meta"):
-        targets = checkpoint.architecture.build(checkpoint.config, checkpoint.preprocessor, Split()).targets()
+        targets = INTERNVL.build(config, INTERNVL.preprocessor(config, {}), Split()).targets()
     shapes = {name: (t.full if isinstance(t, Slot) else tuple(t.shape), torch.bfloat16) for name, t in targets.items()}
     if is_awq:
         shapes = dict(_packed(shapes))

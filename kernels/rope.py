@@ -30,3 +30,8 @@ class RopeConfig:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs of channels")
+
+    @property
+    def reach(self) -> int:
+        """Tokens that the scaling is for; 0 where `max_position_embeddings` counts it already (llama3) or nothing is scaled."""
+        return int(self.factor * self.original_max_positions) if self.rope_type in ("linear", "dynamic", "yarn") else 0

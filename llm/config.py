@@ -37,3 +37,14 @@ class DecoderConfig:
     @property
     def num_position_axes(self) -> int:
         return max(self.mrope_axes, default=0) + 1
+
+    @property
+    def longest_context(self) -> int:
+        """The most tokens that `max_model_len` may be: what the rotary scaling reaches."""
+        return max(self.max_position_embeddings, self.rope.reach)
+
+    @property
+    def default_context(self) -> int:
+        """Tokens where no `max_model_len` is given. Dynamic scaling does nothing up to `max_position_embeddings`, and beyond it
+        the frequencies are other ones, for short texts too; so it is not taken unasked."""
+        return self.max_position_embeddings if self.rope.rope_type == "dynamic" else self.longest_context

@@ -10,34 +10,57 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vlserve.kernels.rope import RopeConfig
 from vlserve.llm.config import FULL, SLIDING, DecoderConfig
+from vlserve.llm.read_rope import read_number, read_rope
 
 Text = Mapping[str, Any]
-MISTRALS_WINDOW = 4096  # where its config does not say; transformers' default
-_OPTIONAL_ROPE_KEYS = (
-    *("low_freq_factor", "high_freq_factor"),  # llama3
-    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),  # yarn
-)
+MISTRALS_WINDOW = 4096  # where its config does not say
+NULLS = ("num_key_value_heads", "sliding_window")  # null has a meaning: as many as query heads; no window
+# what transformers' config classes take where a config.json says nothing
+_QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+_LLAMA = _QWEN | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
 
 
 def read_text_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the `text_config` of a whole config.json; raises ValueError as `read_decoder_config`."""
-    stored = config.get("text_config") or {}
-    if not isinstance(stored, Mapping):
-        raise ValueError(f"text_config is {stored!r}; expected an object")
-    text = dict(stored)
-    # transformers ties the head when either the outer or the text config says so
-    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
-    return read_decoder_config(text)
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config is {text!r}; expected an object")
+    return read_decoder_config(dict(text) | {"tie_word_embeddings": is_tied(config, text)})
 
 
 def read_decoder_config(text: Text) -> DecoderConfig:
     """Read `text_config`; raises ValueError naming the key that is missing or not supported."""
-    model_type = str(text.get("model_type"))
-    if model_type not in READERS:
+    model_type = text.get("model_type")
+    if not isinstance(model_type, str) or model_type not in READERS:
         raise ValueError(f"text_config.model_type {model_type!r} is not supported; supported: {', '.join(READERS)}")
-    return READERS[model_type](text)
+    return READERS[model_type](with_defaults(text))
+
+
+def with_defaults(text: Text) -> dict[str, Any]:
+    """A text config with what its model_type takes for keys that are missing; null is missing, but for NULLS."""
+    given = {key: value for key, value in text.items() if value is not None or key in NULLS}
+    return dict(DEFAULTS.get(str(text.get("model_type")), {})) | given
+
+
+def is_tied(config: Mapping[str, Any], text: Text) -> bool:
+    """Whether the head is the embedding, by config.json alone; what is stored says it better."""
+    flags = (text.get("tie_word_embeddings"), config.get("tie_word_embeddings"))
+    return bool(next((flag for flag in flags if flag is not None), False))
 
 
 def read_llama(text: Text) -> DecoderConfig:
@@ -60,14 +83,14 @@ def read_llama(text: Text) -> DecoderConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=read_number(text, "rms_norm_eps", default=1e-6),
         max_position_embeddings=max_positions,
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bool(text.get("mlp_bias", False)),
         qk_norm=False,
-        rope=_read_rope(text, head_dim, max_positions),
+        rope=read_rope(text, head_dim, max_positions),
         **_layers(text, given=None, window=None, first=0),
     )
 
@@ -122,24 +145,3 @@ def _integer(text: Text, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"text_config.{key} is {value!r}; expected a positive integer")
     return value
-
-
-def _read_rope(text: Text, head_dim: int, max_positions: int) -> RopeConfig:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    stored = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if not isinstance(stored, Mapping) or any(isinstance(value, Mapping) for value in stored.values()):
-        raise ValueError(f"text_config.rope_parameters {stored!r} is not supported; expected one setting for all layers")
-    given: dict[str, Any] = dict(stored)
-    rope_type = str(given.get("rope_type") or given.get("type") or "default")
-    partial = given.get("partial_rotary_factor", text.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"text_config partial_rotary_factor {partial} is not supported; supported: 1")
-    optional = {key: given[key] for key in _OPTIONAL_ROPE_KEYS if given.get(key) is not None}
-    return RopeConfig(
-        head_dim=head_dim,
-        theta=float(given.get("rope_theta") or text.get("rope_theta") or 10000.0),
-        rope_type=rope_type,
-        factor=float(given.get("factor", 1.0)),
-        original_max_positions=int(given.get("original_max_position_embeddings") or max_positions),
-        **optional,
-    )

@@ -23,8 +23,9 @@ from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
 from vlserve.llm.int4_packing import AWQ, COMPRESSED, GPTQ, Layout, input_order
 from vlserve.llm.linear import Linear
 from vlserve.llm.quantisation import FP8, INT4, INT8, Quantisation
+from vlserve.llm.stored_files import checkpoint_files
 from vlserve.llm.tensor_parallel import Span
-from vlserve.llm.weights import Rename, checkpoint_files
+from vlserve.llm.weights import Rename
 
 PACKED = (GPTQ.codes.name, COMPRESSED.codes.name)
 DENSE = ("F32", "BF16", "F16")

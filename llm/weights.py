@@ -2,12 +2,12 @@
 
 A model says what each checkpoint name fills: a tensor of the same shape, or a `Slot` that takes a span of it. This file
 reads one at a time and of each only the span, so memory above the parameters is one tensor's part. It knows nothing of any
-model's shape. A name that nobody expects, a wrong shape, and a parameter that was never written are errors.
+model's shape. A name that no part of the model expects, a wrong shape, and a parameter that was never written are errors.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vlserve.llm.formats import ReadSlot, Slot
+from vlserve.llm.stored_files import checkpoint_files, explain_pointers, is_pointer, read_index, some
 from vlserve.llm.tensor_parallel import Span
+
+log = logging.getLogger(__name__)
 
 Target = torch.Tensor | Slot
 Rename = Callable[[str], str | None]
 Progress = Callable[[int, int], None]
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+BUFFERS = ("position_ids", "inv_freq", "masked_bias")  # older editions store them; what is in them follows from config.json
 
 
 def load_weights(
@@ -58,11 +61,10 @@ def match_tensors(
 ) -> Iterator[tuple[str, Any]]:
     """(target name, handle on the stored tensor) of each target, in the files' order; arguments and errors as `load_weights`.
 
-    A wrong shape raises at once, unexpected and missing names at the end.
+    A wrong shape raises at once, unexpected and missing names at the end; what is passed over is logged there.
     """
     files = checkpoint_files(folder) if files is None else files
-    missing = dict(targets)
-    unexpected: list[str] = []
+    missing, others = dict(targets), _Others(folder, targets)
     for done, path in enumerate(files):
         progress(done, len(files))
         for checkpoint_name, stored in _tensors(path):
@@ -70,37 +72,44 @@ def match_tensors(
             if name is None:
                 continue
             if name not in missing:
-                reason = "given twice" if name in targets else "not part of this architecture"
-                unexpected.append(f"{checkpoint_name} ({reason})")
+                others.take(checkpoint_name, name, path)
                 continue
             full = slot_of(missing.pop(name)).full
             if tuple(stored.get_shape()) != full:
                 raise ValueError(f"{path.name}: {checkpoint_name} is {stored.get_shape()}, config.json asks for {list(full)}")
             yield name, stored
     progress(len(files), len(files))
-    if unexpected:
-        raise ValueError(f"unexpected weights in {folder.name}: {_some(unexpected)}")
+    others.settle()
     if missing:
-        raise ValueError(f"weights missing from {folder.name}: {_some(list(missing))}")
+        raise ValueError(f"weights missing from {folder.name}: {some(list(missing))}")
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sharded or single; raises FileNotFoundError."""
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{INDEX} names a file outside its folder")
-        files = [folder / name for name in names]
-    else:
-        files = [folder / SINGLE]
-    absent = [path.name for path in files if not path.exists()]
-    if absent:
-        raise FileNotFoundError(
-            f"checkpoint file missing: {_some(absent)} in {folder}. Only safetensors are read; download the missing file, "
-            "or convert the checkpoint with save_pretrained"
-        )
-    return files
+class _Others:
+    """Tensors that fill nothing. One within a part of the model means that config.json tells another model: an error. Buffers
+    are passed over, and so is what belongs to no part or stands in no index, as a value head; transformers does the same."""
+
+    def __init__(self, folder: Path, targets: Mapping[str, Target]) -> None:
+        self._folder, self._targets, self._index = folder, targets, read_index(folder)
+        self._parts = {name.split(".")[0] for name in targets}
+        self._unexpected: list[str] = []
+        self._unused: list[str] = []
+
+    def take(self, stored_name: str, name: str, path: Path) -> None:
+        if name in self._targets:
+            if self._index.get(stored_name, path.name) == path.name:
+                self._unexpected.append(f"{stored_name} (given twice)")
+        elif name.rpartition(".")[2] in BUFFERS:
+            return
+        elif name.split(".")[0] in self._parts and (not self._index or stored_name in self._index):
+            self._unexpected.append(f"{stored_name} (not part of this architecture)")
+        else:
+            self._unused.append(stored_name)
+
+    def settle(self) -> None:
+        if self._unexpected:
+            raise ValueError(f"unexpected weights in {self._folder.name}: {some(self._unexpected)}")
+        if self._unused:
+            log.warning("%s: not part of this model and not used: %s", self._folder.name, some(self._unused))
 
 
 def slot_of(target: Target) -> Slot:
@@ -130,9 +139,6 @@ def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield name, file.get_slice(name)
     except SafetensorError as error:
+        if is_pointer(path):
+            raise ValueError(explain_pointers(path.parent, [path.name])) from error
         raise ValueError(f"{path.name} is damaged or no safetensors file: {error}") from error
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

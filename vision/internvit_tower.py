@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vlserve.vision.config import EncoderConfig, ImageConfig
+from vlserve.vision.config import EncoderConfig
+from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.internvit_encoder import build_encoder
 from vlserve.vision.internvit_names import encoder_targets
 from vlserve.vision.projector import Projector

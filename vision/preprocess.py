@@ -20,7 +20,7 @@ from vlserve.vision.tiling import Grid, choose_grid
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlserve.vision.config import ImageConfig
+    from vlserve.vision.image_config import ImageConfig
 
 
 def make_tiles(image: Image.Image, config: ImageConfig) -> Pixels:

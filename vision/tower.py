@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from vlserve.kernels.upload import upload
-from vlserve.vision.config import TILES_AT_ONCE, ImageConfig
+from vlserve.vision.config import TILES_AT_ONCE
+from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.pixels import Unit
 from vlserve.vision.preprocess import normalise
 

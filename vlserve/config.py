@@ -58,7 +58,10 @@ class EngineConfig:
     )
     device: str = _option("auto", "where to run; auto takes a GPU where there is one", choices=DEVICES)
     threads: int | None = _option(None, "CPU threads of a rank; default: all cores")
-    max_model_len: int | None = _option(None, "tokens of prompt and answer together; default: the checkpoint's limit")
+    max_model_len: int | None = _option(
+        None,
+        "tokens of prompt and answer together; default: the checkpoint's limit, with its rope scaling unless that is dynamic",
+    )
     max_num_seqs: int = _option(64, "requests in one step")
     max_num_batched_tokens: int = _option(1024, "tokens in one step; longer prompts are computed in chunks")
     block_size: int = _option(16, "tokens in one block of the KV cache")

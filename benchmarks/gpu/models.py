@@ -23,7 +23,8 @@ from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
 from vlserve.llm.int4_packing import AWQ_GEMM
 from vlserve.llm.kv_cache import KVCache
 from vlserve.llm.tensor_parallel import Split
-from vlserve.vision.config import read_encoder_config, read_image_config
+from vlserve.vision.config import read_encoder_config
+from vlserve.vision.image_config import read_image_config
 from vlserve.vision.internvit_tower import InternVit
 
 PAGE = 16

@@ -18,7 +18,7 @@ from questions import ask
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from world import COLOURS, LANGUAGES, SHAPES
 
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.image_config import ImageConfig
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 PLAIN = ("<ref>", "</ref>", "<box>", "</box>")  # one token each, but part of an answer's text

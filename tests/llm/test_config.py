@@ -53,7 +53,7 @@ def test_rope_in_both_spellings() -> None:
         ({"layer_types": ["linear_attention"] * BASE["num_hidden_layers"]}, "layer_types .*linear_attention.* is not supported"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"vocab_size": None}, "text_config.vocab_size is None"),
+        ({"vocab_size": 0}, "text_config.vocab_size is 0"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],

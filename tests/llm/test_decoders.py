@@ -61,6 +61,6 @@ def test_what_is_not_ours_is_planned_and_not_quantised(folder: Path) -> None:
 
 def test_a_kind_of_layer_that_a_decoder_lacks_is_named() -> None:
     text = {"model_type": "qwen2", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    config = read_decoder_config(text | {"num_attention_heads": 2, "max_position_embeddings": 8})
+    config = read_decoder_config(text | {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 8})
     with pytest.raises(ValueError, match="layer_types has full_attention; this decoder has other"):
         Decoder(config, Split(), {"other": None})  # type: ignore[dict-item]

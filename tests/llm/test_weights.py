@@ -75,7 +75,10 @@ def test_what_does_not_fit_is_named_on_every_rank(tp: int, rank: int, folder: Pa
         ({"lm_head__weight": torch.zeros(9 * hidden)}, f"lm_head.weight is [{9 * hidden}], config.json asks for [9, {hidden}]"),
         ({"model__norm__weight": None}, f"weights missing from {folder.name}: model.norm.weight"),
         ({WIDE.replace(".", "__"): None}, f"weights missing from {folder.name}: {WIDE}"),
-        ({"extra": torch.zeros(1)}, f"unexpected weights in {folder.name}: extra (not part of this architecture)"),
+        (
+            {"model__norm__bias": torch.zeros(hidden)},
+            f"unexpected weights in {folder.name}: model.norm.bias (not part of this architecture)",
+        ),
     ]
     good = load_file(folder / "model.safetensors")
     for changes, message in cases:

@@ -23,7 +23,7 @@ from vlserve.media.loader import PictureLoader
 from vlserve.models.architecture import Detail
 from vlserve.models.tiles import TilePreprocessor
 from vlserve.prompt.chat_messages import ImagePart
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.pixels import Pixels
 from vlserve.vision.preprocess import make_tiles
 

@@ -244,13 +244,16 @@ def test_the_number_type_scales_the_weights(dtype: str, itemsize: int) -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"text_config": {}}, "num_attention_heads is None"),
+        ({"text_config": {"model_type": "gpt9"}}, "num_attention_heads is None"),
         ({"text_config": QWEN_05B | {"num_attention_heads": True}}, "num_attention_heads is True"),
         ({"text_config": QWEN_05B | {"num_attention_heads": 10**40}}, "num_attention_heads is 10000"),
         ({"text_config": QWEN_05B | {"vocab_size": "many"}}, "text_config.vocab_size is 'many'"),
         ({"text_config": QWEN_05B | {"num_key_value_heads": 0}}, "num_key_value_heads is 0"),
         ({"text_config": QWEN_05B | {"hidden_size": 2}}, "hidden_size 2 is less than num_attention_heads 14"),
-        ({"text_config": {k: v for k, v in QWEN_05B.items() if k != "max_position_embeddings"}}, "give --max-model-len"),
+        (
+            {"text_config": QWEN_05B | {"model_type": "gpt9", "max_position_embeddings": None}},
+            "has no max_position_embeddings; give --max-model-len",
+        ),
         ({"dtype": "int4"}, "dtype 'int4'"),
     ],
 )

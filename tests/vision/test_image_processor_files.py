@@ -16,7 +16,7 @@ from tests.vision.test_preprocess import noise
 from vlserve.errors import ModelError, RequestError
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.models.tiles import TilePreprocessor
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.preprocess import make_tiles
 from vlserve.vision.tower import TileTower
 

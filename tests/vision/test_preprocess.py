@@ -14,7 +14,7 @@ from PIL import Image
 from vlserve.media.decode import decode_image
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.models.tiles import TilePreprocessor
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.preprocess import make_tiles, normalise
 from vlserve.vision.tiling import Grid, choose_grid
 

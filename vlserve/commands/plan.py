@@ -15,10 +15,11 @@ from vlserve.errors import ModelError, VLServeError
 from vlserve.plan.model_shape import Request
 
 if TYPE_CHECKING:
+    from vlserve.llm.stored_files import StoredTensor
     from vlserve.plan.footprint import Cut
     from vlserve.plan.tp_plan import Plan, RankPlan
 
-HELP = "Show which tensor-parallel degrees a model allows and what each rank holds, from its config.json alone."
+HELP = "Show which tensor-parallel degrees a model allows and what each rank holds, before any weights are loaded."
 ENGINE_FLAGS = (
     *("dtype", "lm_head_bits", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     "gpu_memory_utilization",
@@ -90,6 +91,7 @@ def _make(options: argparse.Namespace) -> Plan:
     return make_plan(
         _read_config(path),
         tp=tp,
+        stored=_read_headers(path.parent),
         source=str(path),
         device_memory=options.device_memory,
         replicate_kv_heads=replicate_kv_heads,
@@ -97,6 +99,16 @@ def _make(options: argparse.Namespace) -> Plan:
         request=Request(**{field.name: getattr(options, field.name) for field in fields(Request)}),
         **{name: getattr(options, name) for name in ENGINE_FLAGS},
     )
+
+
+def _read_headers(folder: Path) -> Mapping[str, StoredTensor] | None:
+    """Of the weights beside config.json; None where there are none, or not all of them."""
+    from vlserve.models.settled_config import read_stored
+
+    try:
+        return read_stored(folder)
+    except ModelError:
+        return None
 
 
 def _degree(options: argparse.Namespace, folder: Path) -> tuple[int | None, bool]:
@@ -128,11 +140,15 @@ def _find_config(model: str, revision: str | None) -> Path:
     """The config.json of `demo`, a folder or a Hub name (this file alone is downloaded), or the given file itself."""
     from vlserve.models.checkpoint import DEMO
     from vlserve.models.hub import why_unreachable
+    from vlserve.models.wrong_folder import check_config, explain_file
 
     path = DEMO if model == "demo" else Path(model).expanduser()
     if path.is_file():
+        if path.suffix in (".gguf", ".safetensors", ".bin"):
+            raise ModelError(explain_file(path))
         return path
     if path.is_dir():
+        check_config(path)
         return path / "config.json"
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ModelError(
@@ -168,10 +184,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 def report(plan: Plan, model: str) -> str:
     """The plan as a page of text; `model` is what it is called."""
     plans = plan.degrees or (plan,)
-    parts = [_title(plan, model), _sizes(plans), _whole(), _degrees_line(plan), _memory(plan, plans)]
+    parts = [_title(plan, model), _unsupported(plan), _sizes(plans), _whole(), _degrees_line(plan), _memory(plan, plans)]
     parts += [f"Note: {note}." for note in plan.notes]
-    if plan.ok and plan.reason:
-        parts.append(f"Note: {plan.reason}.")
     return "\n\n".join(filter(None, parts))
 
 
@@ -181,6 +195,10 @@ def _title(plan: Plan, model: str) -> str:
     if plan.device_memory is None:
         return text
     return text + f", devices of {plan.device_memory:g} GiB of which {plan.gpu_memory_utilization:.0%} are used"
+
+
+def _unsupported(plan: Plan) -> str:
+    return "\n  ".join(("vlserve cannot serve this model yet:", *plan.unsupported)) if plan.unsupported else ""
 
 
 def _sizes(plans: Sequence[Plan]) -> str:

@@ -51,7 +51,7 @@ def build_runner(
     split = Split(group=seat.group, replicate_kv_heads=config.replicate_kv_heads)
     model = load_model(checkpoint, config, split, resolve_device(config, seat.local_rank), progress)
     progress("kv cache", 0, 0)
-    max_model_len = resolve_max_model_len(checkpoint, config, model)
+    max_model_len = resolve_max_model_len(config, model)
     runner = Runner(
         model,
         config=config,

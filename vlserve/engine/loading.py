@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.tensor_parallel import Split
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint, check_shards
+from vlserve.plan.tp_plan import choose_dtype, choose_max_model_len
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -19,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 def load_model(checkpoint: Checkpoint, config: EngineConfig, split: Split, device: torch.device, progress: Progress) -> Model:
     """This rank's model with its weights; raises ModelError for a checkpoint that does not fit."""
     check_shards(checkpoint.folder, config)
-    dtype = _dtype(checkpoint, config)
+    dtype: torch.dtype = getattr(torch, choose_dtype(checkpoint.config, config.dtype))
     try:
         model = build_model(checkpoint, split).to(dtype)
         model.use_stored_formats(checkpoint.folder, checkpoint.quantisation, dtype)
@@ -42,11 +46,16 @@ def build_model(checkpoint: Checkpoint, split: Split) -> Model:
     return model
 
 
-def resolve_max_model_len(checkpoint: Checkpoint, config: EngineConfig, model: Model) -> int:
-    limit = model.decoder.config.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ConfigError(f"max_model_len {config.max_model_len} is more than the checkpoint's max_position_embeddings {limit}")
-    return config.max_model_len or limit
+def resolve_max_model_len(config: EngineConfig, model: Model) -> int:
+    decoder = model.decoder.config
+    length = choose_max_model_len(config.max_model_len, decoder.default_context, decoder.longest_context)
+    if decoder.rope.rope_type == "dynamic" and length > decoder.max_position_embeddings:
+        log.warning(
+            "dynamic rope scaling: frequencies are those of a text of max_model_len %d tokens, for shorter texts too; "
+            "transformers changes them with each text's length",
+            length,
+        )
+    return length
 
 
 def resolve_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
@@ -62,13 +71,3 @@ def resolve_device(config: EngineConfig, local_rank: int = 0) -> torch.device:
             f"{count}; give a smaller tp, more machines (nnodes), or check CUDA_VISIBLE_DEVICES"
         )
     return torch.device("cuda", local_rank)
-
-
-def _dtype(checkpoint: Checkpoint, config: EngineConfig) -> torch.dtype:
-    name = config.dtype
-    if name == "auto":
-        name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-    dtype = getattr(torch, str(name), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ModelError(f"config.json's dtype {name!r} is not supported; give dtype=float32, bfloat16 or float16")
-    return dtype

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]  # config.json
 Files = Mapping[str, Mapping[str, Any]]  # other JSON files of the checkpoint, by name; {} for one that is not there
 FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer_config.json")
+BUILT_IN = "vlserve"
 Detail = Literal["auto", "low", "high"]  # OpenAI's wish for a picture
 
 
@@ -165,10 +166,17 @@ class Architecture:
             Raises ValueError.
         encoder: config.json -> the sizes of the vision encoder, from which the plan computes its bytes; None where it is to be
             built on the meta device and counted. Raises ValueError.
+        text_model_type: of a `text_config` that names none; "" where it must.
     """
 
     preprocessor: Callable[[Config, Files], Preprocessor]
     build: Callable[[Config, Any, Split], Model]
     decoder: Callable[[Config], DecoderConfig] = read_text_config
     encoder: Callable[[Config], EncoderConfig] | None = None
-    origin: str = "vlserve"  # the package and entry point, for messages; filled in by find_architecture
+    text_model_type: str = ""
+    origin: str = BUILT_IN  # the package and entry point, for messages; filled in by find_architecture
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is vlserve's own."""
+        return self.origin == BUILT_IN

@@ -45,18 +45,16 @@ class Model(nn.Module):
     def rename(self, name: str) -> str | None:
         """A checkpoint's name to the one in `targets`; None for a tensor to pass over on purpose.
 
-        The names within transformers' models (`model.language_model.`, `lm_head.`) become those that it saves.
+        The names within transformers' models (`model.language_model.`, `lm_head.`), and those of a model that was saved without
+        its head (`language_model.layers.`), become those that it saves.
         """
-        if name.startswith("model."):
-            name = name.removeprefix("model.")
-            if name.startswith("language_model.") and not name.startswith("language_model.model."):
-                name = "language_model.model." + name.removeprefix("language_model.")
+        name = name.removeprefix("model.")
+        if name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head.")):
+            name = "language_model.model." + name.removeprefix("language_model.")
         elif name.startswith("lm_head."):
             name = "language_model." + name
-        passed_over = name.endswith("rotary_emb.inv_freq") or (
-            self.decoder.lm_head is None and name == "language_model.lm_head.weight"
-        )
-        return None if passed_over else name
+        is_embedding = self.decoder.lm_head is None and name == "language_model.lm_head.weight"
+        return None if is_embedding else name
 
     def load(self, folder: Path, progress: Callable[[int, int], None]) -> int:
         """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""

@@ -19,6 +19,8 @@ from vlserve.models.architecture import FILES, Architecture, Preprocessor
 from vlserve.models.end_tokens import find_end_tokens
 from vlserve.models.hub import why_unreachable
 from vlserve.models.registry import find_architecture
+from vlserve.models.settled_config import read_stored, settle
+from vlserve.models.wrong_folder import check_folder, explain_file
 
 DEMO = Path(__file__).parents[1] / "demo"
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -57,6 +59,8 @@ def find_folder(model: str, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ModelError(explain_file(path))
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ModelError(f"model {model!r}: no such folder. Give demo, a folder, or a Hugging Face name such as org/name")
     from huggingface_hub import snapshot_download
@@ -71,7 +75,8 @@ def find_folder(model: str, revision: str | None = None) -> Path:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read config.json and its companions; raises ModelError naming the file and key."""
+    """Read config.json and its companions, and the headers of the weights; raises ModelError naming the file and key."""
+    check_folder(folder)
     config = _read_json(folder / "config.json")
     if config.get("model_type") == "internvl_chat":
         raise ModelError(
@@ -80,7 +85,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     architecture = find_architecture(config)
     files = {name: _read_json(folder / name, optional=True) for name in FILES}
+    config = settle(config, architecture, read_stored(folder))
     try:
+        architecture.decoder(config)
         preprocessor = architecture.preprocessor(config, files)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else error
@@ -119,9 +126,11 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
             return {}
         raise ModelError(f"{path.parent}: checkpoint file missing: {path.name}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors mark UTF-8
     except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from error
+        raise ModelError(f"{path}: not valid JSON: {error}; download or write it again") from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return value

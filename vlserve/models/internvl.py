@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from vlserve.models.architecture import Architecture, Config, Files
 from vlserve.models.tiles import TilePreprocessor, image_processor_settings, image_token_id, image_tokens
-from vlserve.vision.config import check_other_names, read_encoder_config, read_image_config
+from vlserve.vision.config import read_encoder_config
+from vlserve.vision.image_config import check_other_names, read_image_config
 
 if TYPE_CHECKING:
     from vlserve.llm.tensor_parallel import Split
@@ -36,4 +37,4 @@ def build(config: Config, preprocessor: TilePreprocessor, split: Split) -> Model
     return Model(decoder, InternVit(read_encoder_config(config), preprocessor.image, decoder.config.hidden_size))
 
 
-INTERNVL = Architecture(preprocessor=preprocessor, build=build, encoder=read_encoder_config)
+INTERNVL = Architecture(preprocessor=preprocessor, build=build, encoder=read_encoder_config, text_model_type="qwen2")

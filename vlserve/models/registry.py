@@ -27,8 +27,11 @@ def find_architecture(config: Config) -> Architecture:
     found = sorted((point for point in points if point.name == model_type), key=_origin)
     if not found:
         names = ", ".join(sorted({*BUILT_IN, *points.names}))
+        if config.get("model_type") is None:
+            raise ModelError(f"config.json has no model_type, which says how to read it; supported: {names}")
+        classes = f" (architectures {config['architectures']})" if config.get("architectures") else ""
         raise ModelError(
-            f"model_type {model_type!r} (architectures {config.get('architectures')}) is not supported; supported: {names}. "
+            f"model_type {model_type!r}{classes} is not supported; supported: {names}. "
             f"A package can add it through the entry-point group {GROUP}"
         )
     if len(found) > 1:

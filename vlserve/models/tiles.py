@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import RequestError
 from vlserve.models.architecture import Config, Detail, Features, Files, Layout, Placeholder, Preprocessor, Vocabulary
-from vlserve.vision.config import MAX_PATCHES, ImageConfig
+from vlserve.vision.image_config import MAX_PATCHES, ImageConfig
 from vlserve.vision.pixels import Pixels
 from vlserve.vision.tiling import choose_grid
 

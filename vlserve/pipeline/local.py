@@ -23,7 +23,7 @@ from vlserve.pipeline.calls import PipelineCalls
 from vlserve.pipeline.observer import AnswerClock, Observer
 from vlserve.pipeline.outputs import Delta
 from vlserve.pipeline.stop_strings import AnswerText, with_stop_tokens
-from vlserve.plan.tp_plan import check_tp
+from vlserve.plan.tp_plan import check_tp, choose_dtype
 from vlserve.prompt.build import Prompt, PromptBuilder
 from vlserve.prompt.chat_messages import ImagePart, Turn
 from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
@@ -52,6 +52,7 @@ class LocalPipeline(PipelineCalls):
             )
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         check_shards(self.checkpoint.folder, self.config)
+        choose_dtype(self.checkpoint.config, self.config.dtype)
         check_tp(self.checkpoint.config, self.config.tp, replicate_kv_heads=self.config.replicate_kv_heads)
         self.client = EngineClient(self.config)
         self.max_at_once = 2 * self.config.max_num_seqs  # prepared pictures take memory

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.config import DecoderConfig
-from vlserve.llm.config_readers import read_decoder_config
+from vlserve.llm.config_readers import is_tied, read_decoder_config, with_defaults
 from vlserve.llm.quantisation import FP8, Quantisation, find_quantisation
 from vlserve.vision.config import EncoderConfig, read_encoder_config
 
@@ -37,7 +37,8 @@ class DecoderShape:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int | None  # tokens
+    default_context: int | None  # tokens, where no max_model_len is given
+    longest_context: int | None  # tokens that max_model_len may be
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -93,7 +94,10 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         unknown = (_model_type_reason(config, error),)
     except Exception as error:  # noqa: BLE001  (a package's code raises what it likes)
         faulty = (_said(error),)
-    decoder, reasons = _decoder_and_reasons(config, architecture)
+    try:
+        decoder, reasons = _decoder_and_reasons(config, architecture)
+    except ModelError as error:
+        raise ModelError("\n".join((*unknown, str(error)))) from error
     reasons = (*unknown, *reasons, *faulty)
     if decoder.quantisation is not None:
         notes.append(f"the decoder's linear layers are counted as {decoder.quantisation}")
@@ -144,9 +148,8 @@ def request_tokens(shape: ModelShape, request: Request) -> tuple[int, int]:
 
 def _decoder_and_reasons(config: Mapping[str, Any], architecture: Architecture | None) -> tuple[DecoderShape, tuple[str, ...]]:
     section = next((name for name in SECTIONS if isinstance(config.get(name), Mapping)), "")
-    text = dict(config[section] if section else config)
-    # transformers ties the head when either the outer or the text config says so
-    text["tie_word_embeddings"] = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    text = with_defaults(config[section] if section else config)
+    text["tie_word_embeddings"] = is_tied(config, text)
     shape, reasons = _with_quantisation(_generic_shape(text, section), config)
     try:
         return _exact_shape(shape, read_decoder_config(text) if architecture is None else architecture.decoder(config)), reasons
@@ -176,6 +179,7 @@ def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:
         )
     experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), None)
     width_key = "moe_intermediate_size" if experts and text.get("moe_intermediate_size") else "intermediate_size"
+    max_positions = _size(text, section, "max_position_embeddings", default=0) or None
     has_bias = bool(text.get("attention_bias") or text.get("bias"))
     return DecoderShape(
         section=section,
@@ -187,7 +191,8 @@ def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:
         num_attention_heads=heads,
         num_key_value_heads=_size(text, section, "num_key_value_heads", default=heads, most=MAX_HEADS),
         head_dim=_size(text, section, "head_dim", default=hidden // heads),
-        max_position_embeddings=_size(text, section, "max_position_embeddings", default=0) or None,
+        default_context=max_positions,
+        longest_context=max_positions,
         tie_word_embeddings=text["tie_word_embeddings"],
         qkv_bias=model_type.startswith("qwen2") or has_bias or bool(text.get("qkv_bias")),
         output_bias=has_bias,
@@ -203,6 +208,8 @@ def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
     return replace(
         shape,
         intermediate_size=config.intermediate_size,
+        default_context=config.default_context,
+        longest_context=config.longest_context,
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,
@@ -233,9 +240,11 @@ def _read_encoder(config: Mapping[str, Any], architecture: Architecture | None) 
         read = architecture.encoder
     else:
         keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+        if any(vision.get(key) is None for key in keys):  # another encoder's names; ours have defaults
+            return None
         given = {
             "downsample_ratio": config.get("downsample_ratio", 1.0),
-            "vision_config": {key: vision[key] for key in keys if key in vision}
+            "vision_config": {key: vision[key] for key in keys}
             | {"attention_bias": vision.get("qkv_bias", True), "use_qk_norm": vision.get("qk_normalization", False)}
             | {"norm_type": vision.get("norm_type", "layer_norm")}
             | ({"image_size": config["force_image_size"]} if config.get("force_image_size") else {}),

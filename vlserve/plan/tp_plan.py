@@ -1,8 +1,8 @@
 """The tensor-parallel plan: which degrees a model can be cut by, and what each rank then holds.
 
-From config.json alone: no weights, no GPU, no torch. The engine asks `check_tp` before it loads anything; the command
-`vlserve plan` shows the whole plan. Sizes are read in model_shape.py, degrees checked in
-divisibility.py, bytes computed in footprint.py.
+From config.json and, where they are there, the weights' headers: no GPU, no torch. The engine asks `check_tp` before it loads
+anything; the command `vlserve plan` shows the whole plan. Sizes are read in model_shape.py, degrees checked in divisibility.py,
+bytes computed in footprint.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, ModelError
@@ -18,9 +18,12 @@ from vlserve.plan import footprint
 from vlserve.plan.cuda_graph_sizes import graph_bytes
 from vlserve.plan.divisibility import Problem, check_degree, check_tp, indivisible, legal_degrees, refusal_text
 from vlserve.plan.footprint import Cut, Shard, Step
-from vlserve.plan.model_shape import DecoderShape, Request, read_model_shape, request_tokens
+from vlserve.plan.model_shape import Request, read_model_shape, request_tokens
 
-__all__ = ["Cut", "Plan", "Problem", "RankPlan", "Request", "check_tp", "make_plan"]
+if TYPE_CHECKING:
+    from vlserve.models.settled_config import Stored
+
+__all__ = ["Cut", "Plan", "Problem", "RankPlan", "Request", "check_tp", "choose_dtype", "choose_max_model_len", "make_plan"]
 
 GIB = 2**30
 DEFAULTS = EngineConfig()
@@ -47,12 +50,14 @@ class Plan:
     """A plan for one degree, or with `tp` None for all: then `degrees` has one for each and `ranks` is empty.
 
     `ok`: it divides, and where device memory was given one request of max_model_len fits. `supported`: vlserve can serve
-    the model today. `reason` says why not, for either. `legal_tp` need nothing, `legal_tp_replicated` need
+    the model today, and `unsupported` why not. `reason` says why not, for either, a
+    line each. `legal_tp` need nothing, `legal_tp_replicated` need
     replicate_kv_heads. `max_concurrent` is what the KV cache holds of requests of `request_tokens`.
     """
 
     ok: bool
     supported: bool
+    unsupported: tuple[str, ...]
     reason: str | None
     tp: int | None
     legal_tp: tuple[int, ...]
@@ -89,6 +94,7 @@ def make_plan(
     *,
     tp: int | None,
     source: str = "config.json",
+    stored: Stored | None = None,
     dtype: str = DEFAULTS.dtype,
     lm_head_bits: int = DEFAULTS.lm_head_bits,
     kv_cache_dtype: str = DEFAULTS.kv_cache_dtype,
@@ -106,6 +112,7 @@ def make_plan(
 
     Args:
         config: the whole config.json. source: its path, for messages.
+        stored: the weights' headers (`read_stored`), which tell a type and a head that config.json does not.
         device_memory: GiB of one device; without it nothing is said of tokens and requests.
         replicate_kv_heads: also degrees above the number of KV heads, each of which then lies on several ranks.
 
@@ -128,7 +135,7 @@ def make_plan(
         check_degree(tp)
     if device_memory is not None and not (device_memory > 0 and math.isfinite(device_memory)):
         raise ConfigError(f"device_memory is {device_memory!r}; expected GiB above 0")
-    planner = _Planner(config, source, options, device_memory, replicate_kv_heads, request)
+    planner = _Planner(config, stored, source, options, device_memory, replicate_kv_heads, request)
     return planner.all_degrees() if tp is None else planner.plan(tp)
 
 
@@ -137,7 +144,8 @@ class _Planner:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        given: Mapping[str, Any],
+        stored: Stored | None,
         source: str,
         options: EngineConfig,
         device_memory: float | None,
@@ -145,9 +153,14 @@ class _Planner:
         request: Request,
     ) -> None:
         self.source, self.options, self.device_memory, self.replicate = source, options, device_memory, replicate
+        config, refused = _settled(given, stored)
         self.shape = read_model_shape(config)
-        self.dtype = _dtype(config, options.dtype)
-        self.max_model_len = _max_model_len(self.shape.decoder, options.max_model_len)
+        self.shape = replace(self.shape, reasons=self.shape.reasons + refused)
+        if options.dtype == "auto" and config.get("dtype") is None:
+            note = "config.json states no dtype, and no weights are beside it: counted in float32; --dtype says another one"
+            self.shape = replace(self.shape, notes=(*self.shape.notes, note))
+        self.dtype = choose_dtype(config, options.dtype)
+        self.max_model_len = self._choose_length()
         self.step = Step(
             itemsize=ITEMSIZES[self.dtype],
             max_model_len=self.max_model_len,
@@ -190,6 +203,7 @@ class _Planner:
         return Plan(
             ok=False,
             supported=not self.shape.reasons,
+            unsupported=self.shape.reasons,
             reason=self._reason(None),
             tp=None,
             legal_tp=self.legal,
@@ -212,8 +226,8 @@ class _Planner:
         )
 
     def _reason(self, refusal: str | None) -> str | None:
-        unsupported = f"vlserve cannot serve this model yet: {'; '.join(self.shape.reasons)}" if self.shape.reasons else None
-        return ". ".join(filter(None, (refusal, unsupported))) or None
+        unsupported = "\n  ".join(("vlserve cannot serve this model yet:", *self.shape.reasons)) if self.shape.reasons else None
+        return "\n".join(filter(None, (refusal, unsupported))) or None
 
     def _rank(self, part: Shard, rank: int) -> RankPlan:
         decoder, itemsize = self.shape.decoder, self.step.itemsize
@@ -271,6 +285,10 @@ class _Planner:
             problem = Problem(dimension="device_memory", size=self.device_memory, tp=tp, source="--device-memory")
         return problem, text
 
+    def _choose_length(self) -> int:
+        decoder = self.shape.decoder
+        return choose_max_model_len(self.options.max_model_len, decoder.default_context, decoder.longest_context)
+
     def _length_source(self) -> str:
         if self.options.max_model_len is not None:
             return "--max-model-len"
@@ -278,19 +296,37 @@ class _Planner:
         return f"{self.source}, {section + '.' if section else ''}max_position_embeddings"
 
 
-def _dtype(config: Mapping[str, Any], name: str) -> str:
-    """As the engine resolves it; raises ModelError for a type that it does not compute in."""
+def _settled(config: Mapping[str, Any], stored: Stored | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """As the engine reads it, and why the weights cannot be served."""
+    from vlserve.models.registry import find_architecture  # entry points; the command line's flags need none of it
+    from vlserve.models.settled_config import settle
+
+    try:
+        architecture = find_architecture(config)
+    except ModelError:
+        architecture = None
+    try:
+        return settle(config, architecture, stored), ()
+    except ModelError as error:
+        return settle(config, architecture, None), (str(error),)
+
+
+def choose_dtype(config: Mapping[str, Any], name: str) -> str:
+    """What the engine computes in: `name`, or for auto what a settled config.json has; raises ModelError for another type."""
     if name == "auto":
-        name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        name = str(config.get("dtype") or "float32")
     if name not in ITEMSIZES:
         raise ModelError(f"config.json's dtype {name!r} is not supported; give dtype={', '.join(ITEMSIZES)}")
     return name
 
 
-def _max_model_len(decoder: DecoderShape, given: int | None) -> int:
-    limit = decoder.max_position_embeddings
-    if given is None and limit is None:
+def choose_max_model_len(given: int | None, default: int | None, longest: int | None) -> int:
+    """Tokens of prompt and answer; `default` and `longest` are the checkpoint's. Raises ConfigError, ModelError."""
+    if given is None and default is None:
         raise ModelError("config.json has no max_position_embeddings; give --max-model-len")
-    if given is not None and limit is not None and given > limit:
-        raise ConfigError(f"max_model_len {given} is more than the checkpoint's max_position_embeddings {limit}")
-    return given or limit or 1
+    if given is not None and longest is not None and given > longest:
+        raise ConfigError(
+            f"max_model_len {given} is more than the {longest} of config.json's max_position_embeddings and rope scaling. "
+            f"Give {longest} or less, or a rope_scaling with a larger factor where the model's page tells one"
+        )
+    return given or default or 1

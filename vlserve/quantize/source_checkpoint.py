@@ -20,8 +20,9 @@ from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.shards import LIST, read_shards
 from vlserve.llm.sliding_attention import SlidingAttention
+from vlserve.llm.stored_files import checkpoint_files
 from vlserve.llm.tensor_parallel import Split
-from vlserve.llm.weights import Target, checkpoint_files, fill, match_tensors, slot_of
+from vlserve.llm.weights import Target, fill, match_tensors, slot_of
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.quantize.layer import LINEARS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve import Architecture
 from vlserve.models.tiles import TilePreprocessor, image_processor_settings, image_token_id, image_tokens
-from vlserve.vision.config import ImageConfig, read_pixel_settings
+from vlserve.vision.image_config import ImageConfig, read_pixel_settings
 
 if TYPE_CHECKING:
     from vlserve.llm.tensor_parallel import Split

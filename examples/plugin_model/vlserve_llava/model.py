@@ -14,7 +14,7 @@ from torch import nn
 
 from vlserve.llm.tensor_parallel import Split
 from vlserve.models.base import Model, build_decoder
-from vlserve.vision.config import ImageConfig
+from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.tower import TileTower
 
 # timm's names for the encoder's parts, and the checkpoint's

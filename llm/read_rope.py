@@ -1,0 +1,59 @@
+"""From a text config's rotary settings to a `RopeConfig`, as transformers' `RotaryEmbeddingConfigMixin` reads them. No torch.
+
+Raises ValueError with the offending key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlserve.kernels.rope import RopeConfig
+
+_NUMBERS = (
+    *("low_freq_factor", "high_freq_factor"),  # llama3
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),  # yarn
+)
+_FROM_PRETRAINING = ("yarn", "llama3")  # scale from original_max_position_embeddings, not from max_position_embeddings
+
+
+def read_rope(text: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
+    """`rope_scaling` with `rope_theta` beside it, or `rope_parameters` (transformers 5); of both, the first counts."""
+    key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    stored = text.get(key) or {}
+    if not isinstance(stored, Mapping) or any(isinstance(value, Mapping) for value in stored.values()):
+        raise ValueError(f"text_config.{key} {stored!r} is not supported; expected one setting for all layers")
+    given = {name: value for name, value in stored.items() if value is not None}
+    rope_type = str(given.get("rope_type") or given.get("type") or "default")
+    if rope_type == "default" and given.get("factor", 1) != 1:
+        raise ValueError(f'text_config.{key} has factor {given["factor"]!r} and no rope_type; add one, for example "yarn"')
+    partial = given.get("partial_rotary_factor", text.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"text_config partial_rotary_factor {partial} is not supported; supported: 1")
+    where = f"text_config.{key}."
+    original = max_positions
+    if rope_type in _FROM_PRETRAINING:
+        # transformers: where it stands beside the settings, that one counts
+        given |= {name: text[name] for name in ("original_max_position_embeddings",) if text.get(name) is not None}
+        original = int(read_number(given, "original_max_position_embeddings", where, max_positions))
+    optional: dict[str, Any] = {name: read_number(given, name, where) for name in _NUMBERS if name in given}
+    if "truncate" in given:
+        optional["truncate"] = bool(given["truncate"])
+    theta = given.get("rope_theta", text.get("rope_theta"))
+    return RopeConfig(
+        head_dim=head_dim,
+        theta=read_number({} if theta is None else {"rope_theta": theta}, "rope_theta", "text_config.", 10000.0),
+        rope_type=rope_type,
+        factor=read_number(given, "factor", where, max_positions / original),
+        original_max_positions=original,
+        **optional,
+    )
+
+
+def read_number(given: Mapping[str, Any], key: str, where: str = "text_config.", default: float | None = None) -> float:
+    """A number above 0; `default` where there is none."""
+    value = given.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{where}{key} is {value!r}; expected a number above 0")
+    return float(value)

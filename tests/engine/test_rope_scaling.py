@@ -1,0 +1,129 @@
+"""Rotary scaling in every published spelling: how long a context may be, and the same logits as transformers beyond the original
+length."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.reference import engine
+from vlserve.config import SamplingParams
+from vlserve.engine.messages import Add
+from vlserve.errors import ConfigError, ModelError
+from vlserve.models.checkpoint import read_checkpoint
+from vlserve.plan.tp_plan import make_plan
+
+LENGTH = 64  # max_position_embeddings where the case says no other
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "type": "yarn"}  # as on Qwen2.5's page
+LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
+# keys of text_config, and the default and the largest max_model_len
+CASES: list[tuple[dict[str, Any], int, int]] = [
+    ({"rope_scaling": None, "rope_theta": 1e6}, 64, 64),
+    ({"rope_scaling": YARN, "rope_theta": 1e6}, 256, 256),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}}, 192, 192),  # Qwen3's page
+    ({"rope_scaling": {"rope_type": "yarn", "type": "yarn", "factor": 4.0}}, 256, 256),
+    ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 4.0}}, 256, 256),
+    ({"rope_scaling": YARN, "max_position_embeddings": 256}, 256, 256),
+    ({"rope_scaling": YARN, "original_max_position_embeddings": 32}, 128, 128),
+    ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}, 256, 256),
+    ({"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}, 128, 128),
+    (
+        {"rope_scaling": YARN | {"beta_fast": 16.0, "beta_slow": None, "truncate": False, "attention_factor": None}},
+        256,
+        256,
+    ),
+    ({"rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}, "rope_theta": 1e6}, 64, 128),  # InternVL3-8B-hf
+    ({"rope_scaling": {"factor": 4.0, "type": "dynamic"}}, 64, 256),  # InternLM2
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 32}}, 64, 256),
+    ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}, "max_position_embeddings": 128}, 128, 128),
+]
+
+
+@pytest.fixture(scope="module")
+def base(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rope") / "base"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["rope_parameters"]
+    config["text_config"]["max_position_embeddings"] = LENGTH
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def with_text(base: Path, folder: Path, settings: dict[str, Any]) -> Path:
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("settings,default,longest", CASES, ids=str)
+def test_logits_equal_transformers_up_to_the_longest_context(
+    settings: dict[str, Any], default: int, longest: int, base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    folder = with_text(base, tmp_path, settings)
+    config = read_checkpoint(folder).config
+    assert make_plan(config, tp=1).max_model_len == default
+    with pytest.raises(ConfigError, match=f"max_model_len {longest + 1} is more than the {longest} of"):
+        make_plan(config, tp=1, max_model_len=longest + 1)
+
+    ours = engine(folder, max_model_len=longest, kv_cache_gib=0.02)
+    ids = torch.randint(0, 300, (longest,), generator=torch.Generator().manual_seed(1))
+    add = Add(id=0, token_ids=ids[:-1].tolist(), media=[], sampling=SamplingParams(logprobs=5), max_tokens=1)
+    ours.add(add, [])
+    events = [event for _ in range(99) if ours.has_work for event in ours.step()]
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():  # of a text of the longest context: dynamic scaling depends on it
+        wanted = reference(input_ids=ids[None]).logits[0, -2].log_softmax(-1)
+    assert events[0].logprob is not None
+    for id, value in events[0].logprob.top:
+        assert value == pytest.approx(float(wanted[id]), abs=1e-4)
+
+
+@pytest.mark.parametrize("settings,default,longest", [CASES[1], CASES[10]], ids=str)
+def test_the_engine_has_the_plans_length(
+    settings: dict[str, Any], default: int, longest: int, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = with_text(base, tmp_path, settings)
+    assert engine(folder).runner.max_model_len == default
+    assert "dynamic" not in caplog.text
+    with pytest.raises(ConfigError, match=f"max_model_len {longest + 1} is more than"):
+        engine(folder, max_model_len=longest + 1)
+    engine(folder, max_model_len=longest)
+    assert ("dynamic rope scaling: frequencies are those of a text of max_model_len 128" in caplog.text) == (default < longest)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling has factor 4.0 and no rope_type"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "long_factor": [1], "short_factor": [1]}},
+            "rope_type 'longrope' is not support",
+        ),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "rope_type 'mrope' is not supported"),
+        ({"rope_scaling": {"type": "su"}}, "rope_type 'su' is not supported; supported: default, linear, dynamic, yarn, llama3"),
+        ({"rope_theta": "x"}, "text_config.rope_theta is 'x'; expected a number above 0"),
+        ({"rope_parameters": {"rope_theta": 0}}, "text_config.rope_theta is 0; expected"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "text_config.rope_scaling.factor is '4'; expected"),
+        ({"rope_scaling": YARN | {"beta_fast": []}}, r"text_config.rope_scaling.beta_fast is \[\]; expected"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": -1}}, "original_max_position_embeddings is -1; expected"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected one setting for all layers"),
+        ({"rope_scaling": [YARN]}, "text_config.rope_scaling .* is not supported"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_followed_is_named_before_a_rank_starts(
+    settings: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_checkpoint(with_text(base, tmp_path, settings))
