@@ -14,44 +14,19 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
-import torch
 import xgrammar
 
+from tests.structured.walking import byte_compiler, wander
 from vlserve.config import StructuredOutput
 from vlserve.errors import RequestError
 from vlserve.structured.grammar import to_grammar
 from vlserve.structured.json_schema import SchemaError, read_schema, rewrite_schema
 from vlserve.structured.regex import Budget
 
-# single bytes without control characters but the newline, as the engine has it for JSON; the last one ends
-BYTES = [bytes([byte]) if byte == 10 or byte >= 32 else b"" for byte in range(256)]
-SECOND = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
-
 
 @pytest.fixture(scope="module")
 def compiler() -> xgrammar.GrammarCompiler:
-    vocabulary = xgrammar.TokenizerInfo([*BYTES, b""], xgrammar.VocabType.RAW, vocab_size=257, stop_token_ids=[256])
-    return xgrammar.GrammarCompiler(vocabulary, max_threads=1)
-
-
-def wander(compiler: xgrammar.GrammarCompiler, schema: Any, rng: random.Random, most: int = 400) -> str | None:
-    """A document that the grammar lets through, drawn byte by byte; None when it has no end after `most` bytes."""
-    matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(to_grammar(StructuredOutput(json=json.dumps(schema)))))
-    bitmask, out = torch.zeros(1, 9, dtype=torch.int32), bytearray()
-    while len(out) < most:
-        matcher.fill_next_token_bitmask(bitmask, 0)
-        words = bitmask[0].tolist()
-        allowed = [t for t in range(257) if words[t // 32] >> (t % 32) & 1 and (t == 256 or BYTES[t])]
-        if out and out[-1] in SECOND:
-            allowed = [t for t in allowed if t in SECOND[out[-1]]]
-        assert allowed, f"{schema}: no way on after {bytes(out)!r}"
-        weights = [30 if t == 256 or t in (34, 93, 125) else 0.1 if t in (10, 32) else 1 if t < 128 else 0.05 for t in allowed]
-        (token,) = rng.choices(allowed, weights)
-        assert matcher.accept_token(token)
-        if token == 256:
-            return out.decode()
-        out.append(token)
-    return None
+    return byte_compiler()
 
 
 NAMES = ["a", "b", "ab", "c d", "é", 'x"y', "_"]
@@ -183,50 +158,51 @@ def test_29_february_is_a_day_of_leap_years_only(compiler: xgrammar.GrammarCompi
 
 
 UNSUPPORTED: list[tuple[Any, str]] = [
-    ({"type": "array", "uniqueItems": True}, r"'uniqueItems' is not supported \(at #\)"),
-    ({"items": {"not": {"type": "null"}}}, r"'not' is not supported \(at #/items\)"),
-    ({"properties": {"a": {"if": {}, "then": {}}}}, r"'if' is not supported \(at #/properties/a\)"),
-    ({"anyOf": [{"type": "null"}, {"type": "array", "contains": {}}]}, r"'contains' is not supported \(at #/anyOf/1\)"),
-    ({"type": "array", "minContains": 1}, "'minContains'"),
-    ({"type": "object", "dependentRequired": {}}, "'dependentRequired'"),
-    ({"type": "array", "additionalItems": False}, "'additionalItems'"),
+    ({"type": "array", "uniqueItems": True}, r"'uniqueItems' is not supported; leave it out .* \(at #\)"),
+    ({"items": {"not": {"type": "null"}}}, r"'not' is not supported; say what may come instead \(at #/items\)"),
+    ({"properties": {"a": {"if": {}, "then": {}}}}, r"'if' is not supported; use anyOf .* \(at #/properties/a\)"),
+    ({"anyOf": [{"type": "null"}, {"type": "array", "contains": {}}]}, r"'contains' is not supported; .* \(at #/anyOf/1\)"),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, "'dependentRequired'"),
     ({"$dynamicRef": "#a"}, r"'\$dynamicRef'"),
-    ({"type": "string", "minLenght": 3}, "'minLenght'"),
-    ({"type": "string", "nullable": True}, "'nullable'"),
-    ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "else": 1}}}, r"'else' is not supported \(at #/\$defs/a\)"),
-    ({"type": "number", "multipleOf": 0.1}, "multipleOf is supported for integers only"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"if": {}, "else": 1}}}, r"'if' is not supported; .* \(at #/\$defs/a\)"),
+    ({"type": "number", "multipleOf": 0.1}, "multipleOf is supported for whole numbers only"),
     ({"type": "integer", "multipleOf": 2000}, "multipleOf is 2000; expected a whole number from 1 to 1024"),
     ({"type": "integer", "multipleOf": 2, "minimum": 0}, "both its ends"),
-    ({"type": "integer", "format": "int32"}, "format is supported for strings only"),
-    ({"type": "string", "format": "json-pointer"}, "format 'json-pointer' is not supported; formats: date"),
-    ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern cannot be combined with maxLength"),
-    ({"type": "string", "format": "date", "pattern": "a"}, "format cannot be combined with pattern"),
-    ({"type": "string", "pattern": "(?=a)"}, r"pattern '\(\?=a\)' cannot be used: lookaround"),
+    ({"type": "string", "format": "regex"}, "format 'regex' is not supported; leave it out"),
+    ({"type": "string", "format": 3}, "format must be a text"),
+    ({"type": "string", "pattern": "a.*b", "maxLength": 30000}, "needs too large an automaton; use shorter"),
+    ({"type": "string", "pattern": "^a$", "minLength": 2}, "no text fits the pattern '.a.' together with the length limits"),
+    ({"type": "string", "pattern": "(?<=a)"}, r"pattern '\(\?<=a\)' cannot be used: lookbehind"),
     ({"type": "string", "maxLength": 10**9}, "maxLength is 1000000000; expected a whole number from 0 to 65536"),
     ({"type": "array", "maxItems": 10**9}, "maxItems"),
-    ({"type": "array", "items": [{}]}, "neither an object nor true"),
-    ({"type": "string", "const": 3}, "const has a value that is not of its type"),
-    ({"const": 3, "minimum": 2}, "const cannot be combined with minimum"),
+    ({"type": "array", "items": 3}, "neither an object nor true"),
+    ({"type": "string", "const": 3}, "const has no value of its type"),
+    ({"const": 3, "minimum": 4}, "that fits what stands beside it"),
+    ({"const": 3, "enum": [4]}, "const is not one of enum's values"),
+    ({"enum": [[1]], "minItems": 2}, "lists or objects cannot be combined with minItems"),
     ({"const": 2**60}, "more than a JSON number holds"),
     ({"enum": []}, "enum must be a list with values"),
     ({"anyOf": []}, "anyOf must be a list of schemas"),
-    ({"type": "object", "anyOf": [{}]}, "anyOf cannot be combined with type"),
-    ({"anyOf": [{}], "allOf": [{}]}, "anyOf cannot be combined with allOf"),
-    ({"allOf": [{"type": "object"}, {"type": "object"}]}, "allOf is supported with one schema only"),
+    ({"allOf": [{"type": "object"}, {"type": "string"}]}, "types 'object' and 'string' exclude each other"),
+    ({"allOf": [{"multipleOf": 0.5}, {"multipleOf": 0.7}]}, "multipleOf is asked for twice"),
+    ({"type": "array", "anyOf": [{"type": "object"}, {"type": "null"}]}, "exclude each other"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf has alternatives that may both fit"),
-    ({"$ref": "#/$defs/a", "type": "object"}, r"\$ref cannot be combined with type"),
     ({"$ref": "http://example.com/a.json"}, "only references within the schema"),
     ({"$ref": "#/$defs/a"}, "points at nothing"),
-    ({"minLength": 3}, "minLength needs a type"),
-    ({"type": "object", "required": ["a"]}, "required names 'a', which properties does not have"),
+    ({"type": "object", "required": ["a"], "additionalProperties": False}, "required names 'a', which properties does not have"),
+    ({"type": "object", "required": ["a"], "properties": {"a": False}}, "at #/properties/a allows nothing"),
     ({"type": "object", "properties": {"a": {}}, "patternProperties": {"b": {}}}, "patternProperties cannot be combined"),
     ({"type": "object", "patternProperties": {"b": {}, "c": {}}}, "one pattern only"),
-    ({"type": "object", "propertyNames": {}, "additionalProperties": False}, "propertyNames cannot be combined"),
+    (
+        {"propertyNames": {"maxLength": 3}, "properties": {"a": {}}, "additionalProperties": {}},
+        "propertyNames cannot be combined",
+    ),
     ({"type": "object", "additionalProperties": True, "minProperties": 3}, "minProperties above 1"),
     ({"type": "object", "properties": {str(i): {} for i in range(40)}, "maxProperties": 9}, "at most 32 properties"),
     ({"type": "number", "minimum": 1e-9}, "finer than five places"),
-    ({"type": "number", "exclusiveMinimum": True}, "must be a number"),
+    ({"type": "number", "exclusiveMinimum": "1"}, "must be a number"),
     ({"type": []}, r"type is \[\]"),
+    ({"not": {}}, "allows nothing"),
     (False, "allows nothing"),
     ([], "neither an object nor true"),
 ]
