@@ -16,11 +16,21 @@ import jsonschema
 import pytest
 import xgrammar
 
-from tests.structured.walking import byte_compiler, wander
+from tests.structured.random_schemas import (
+    DECIMAL,
+    ZOD_DATETIME,
+    ZOD_DURATION,
+    ZOD_EMAIL,
+    ZOD_IPV4,
+    ZOD_UUID,
+    walks,
+)
+from tests.structured.walking import byte_compiler, matcher_of, wander
 from vlserve.config import StructuredOutput
 from vlserve.errors import RequestError
+from vlserve.structured.conjunction import SchemaError
 from vlserve.structured.grammar import to_grammar
-from vlserve.structured.json_schema import SchemaError, read_schema, rewrite_schema
+from vlserve.structured.json_schema import read_schema, rewrite_schema
 from vlserve.structured.regex import Budget
 
 
@@ -123,6 +133,80 @@ def test_what_the_grammar_lets_through_is_valid(compiler: xgrammar.GrammarCompil
                 jsonschema.Draft202012Validator(schema).validate(json.loads(document))
                 ended += 1
     assert ended > 350
+
+
+def test_schemas_as_generators_write_them(compiler: xgrammar.GrammarCompiler) -> None:
+    done = walks(120, seed=14, compiler=compiler)
+    assert not done.wrong and done.num_documents > 200
+    assert sum(done.refused.values()) < 0.25 * done.num_schemas, done.refused
+
+
+# what generators write, with a document that may come and one that may not
+TAKEN: list[tuple[Any, Any, Any]] = [
+    ({"type": "string", "pattern": "^(a|b)$"}, "a", "xax"),
+    ({"type": "string", "pattern": r"^\d{4}-(0[1-9]|1[0-2])$"}, "7000-10", "7000-10x"),
+    ({"type": "string", "format": "date"}, "2026-12-01", "x2026-12-01"),
+    ({"type": "string", "format": "date-time"}, "2026-12-01T10:00:00Z", "2026-12-01T10:00:00Zx"),
+    ({"type": "string", "x-anything": 1, "min_items": 2, "minLenght": 3, "id": "a"}, "", 1),
+    ({"type": "string", "format": "email", "pattern": ZOD_EMAIL}, "a@b.co", "a..b@b.co"),
+    ({"type": "string", "format": "uuid", "pattern": ZOD_UUID}, "0" * 8 + "-0000-4000-8000-" + "0" * 12, "0" * 36),
+    ({"type": "string", "format": "date-time", "pattern": ZOD_DATETIME}, "2024-02-29T10:00:00Z", "2024-02-29T10:00:00+01:00"),
+    ({"type": "string", "format": "duration", "pattern": ZOD_DURATION}, "P1DT2H", "P1D2H"),
+    ({"type": "string", "format": "ipv4", "pattern": ZOD_IPV4}, "10.0.0.1", "10.0.0.256"),
+    ({"type": "string", "format": "cuid2", "pattern": "^[0-9a-z]+$"}, "ab0", "AB"),
+    ({"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083}, "https://a.b/c?d=e", "a b"),
+    ({"type": "string", "format": "path"}, "/a b", 1),
+    ({"type": "string", "format": "uuid4"}, "0" * 8 + "-0000-4000-8000-" + "0" * 12, "0" * 8 + "-0000-1000-8000-" + "0" * 12),
+    ({"type": "string", "pattern": DECIMAL}, "-1.5", "+."),
+    ({"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 3}, "abc", "abcd"),
+    ({"type": "integer", "format": "int32"}, 2**31 - 1, 2**31),
+    ({"type": "number", "multipleOf": 1, "minimum": 0, "maximum": 9}, 3, 2.5),
+    ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, 4, 3),
+    ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}}, {"k": 1}, {"k": "a"}),
+    ({"propertyNames": {"$ref": "#/$defs/C"}, "additionalProperties": {"type": "integer"}, "$defs": {"C": {"enum": ["a"]}}},
+     {"a": 1}, {"b": 1}),
+    ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "null"}, "required": ["a"]},
+     {"a": None}, {"b": None}),
+    ({"propertyNames": {"pattern": "^(a|b)$"}, "additionalProperties": {"type": "null"}}, {"a": None}, {"xa": None}),
+    ({"type": "array", "items": [{"type": "integer"}, {"type": "null"}], "additionalItems": False}, [1, None], [1, None, 2]),
+    ({"type": "array", "prefixItems": [{"type": "integer"}], "minItems": 1, "maxItems": 1}, [1], [1, 1]),
+    ({"type": "object", "required": ["a"], "additionalProperties": {"type": "integer"}}, {"a": 1, "b": 2}, {"b": 2}),
+    ({"type": "object", "properties": {"a": {"not": {}}, "b": {}}}, {"b": 1}, {"a": 1}),
+    ({"type": "string", "nullable": True}, None, 1),
+    ({"allOf": [{"$ref": "#/$defs/A"}, {"required": ["a"]}], "$defs": {"A": {"properties": {"a": {"type": "null"}}}}},
+     {"a": None}, {}),
+    ({"$ref": "#/$defs/A", "minimum": 3, "$defs": {"A": {"type": "integer", "maximum": 4}}}, 3, 2),
+    ({"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, {"b": 1}, {}),
+    ({"type": "string", "enum": ["a", "bc"], "minLength": 2}, "bc", "a"),
+    ({"anyOf": [False, {"type": "null"}]}, None, 1),
+    ({"minLength": 2}, "ab", "a"),
+    ({"unevaluatedProperties": False, "additionalProperties": {"type": "null"}}, {"a": None}, {"a": 1}),
+    ({"oneOf": [{"properties": {"k": {"const": k, "default": k}}} for k in "ab"], "discriminator": {"propertyName": "k"}},
+     {"k": "a"}, {}),
+    ({"oneOf": [{"type": "object", "properties": {k: {}}, "required": [k]} for k in "ab"]}, {"a": 1}, {"a": 1, "b": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema,good,bad", TAKEN, ids=[str(n) for n in range(len(TAKEN))])
+def test_what_generators_write_is_held(compiler: xgrammar.GrammarCompiler, schema: Any, good: Any, bad: Any) -> None:
+    matcher = matcher_of(compiler, schema)
+    for document, fits in ((good, True), (bad, False)):
+        matcher.reset()
+        assert (matcher.accept_string(json.dumps(document)) and matcher.is_completed()) == fits, document
+
+
+def test_what_leads_back_to_itself_is_read_once(compiler: xgrammar.GrammarCompiler) -> None:
+    """As pydantic writes a tree of two kinds of nodes, whose kinds have defaults."""
+    union = {"oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}], "discriminator": {"propertyName": "kind"}}
+    arms = {
+        kind: {
+            "type": "object",
+            "properties": {"kind": {"const": kind, "default": kind}, "in": {"anyOf": [union, {"type": "null"}]}},
+        }
+        for kind in "AB"
+    }
+    matcher = matcher_of(compiler, {**union, "$defs": arms})
+    assert matcher.accept_string('{"kind": "A", "in": {"kind": "B", "in": {"kind": "A"}}}') and matcher.is_completed()
 
 
 FORMATS: dict[str, Callable[[str], Any]] = {

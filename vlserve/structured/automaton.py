@@ -7,6 +7,7 @@ comes a deterministic automaton, from that, with its states removed one by one, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from vlserve.structured.characters import LAST, Ranges, intersection, merged, written
 
@@ -26,8 +27,8 @@ class Languages:
     """
 
     def __init__(self, alphabet: Ranges) -> None:
-        self._nodes: list[tuple[object, ...]] = []
-        self._ids: dict[tuple[object, ...], Node] = {}
+        self._nodes: list[tuple[Any, ...]] = []
+        self._ids: dict[tuple[Any, ...], Node] = {}
         self._nullable: dict[Node, bool] = {}
         self._bodies: dict[Node, Node] = {}
         self._alphabet = alphabet
@@ -36,13 +37,13 @@ class Languages:
         self.any = self._make("set", tuple(alphabet))
         self.all = self._make("repeat", self.any, 0, None)
 
-    def _make(self, *node: object) -> Node:
+    def _make(self, *node: Any) -> Node:
         if node not in self._ids:
             self._ids[node] = len(self._nodes)
             self._nodes.append(node)
         return self._ids[node]
 
-    def set(self, ranges: Ranges) -> Node:
+    def one_of(self, ranges: Ranges) -> Node:
         kept = intersection(ranges, self._alphabet)
         return self._make("set", tuple(kept)) if kept else self.none
 
@@ -55,7 +56,7 @@ class Languages:
             return a
         if self._nodes[a][0] == "cat":
             _, first, second = self._nodes[a]
-            return self.cat(first, self.cat(second, b))  # type: ignore[arg-type]
+            return self.cat(first, self.cat(second, b))
         return self._make("cat", a, b)
 
     def either(self, *given: Node) -> Node:
@@ -74,7 +75,7 @@ class Languages:
         """All texts that are not in it."""
         if a in (self.none, self.all):
             return self.all if a == self.none else self.none
-        return self._nodes[a][1] if self._nodes[a][0] == "not" else self._make("not", a)  # type: ignore[return-value]
+        return self._nodes[a][1] if self._nodes[a][0] == "not" else self._make("not", a)
 
     def repeat(self, a: Node, low: int, high: int | None) -> Node:
         if high == 0 or a in (self.none, self.empty):
@@ -93,7 +94,7 @@ class Languages:
     def _flat(self, kind: str, given: Iterable[Node]) -> set[Node]:
         found: set[Node] = set()
         for node in given:
-            found |= self._nodes[node][1] if self._nodes[node][0] == kind else {node}  # type: ignore[arg-type]
+            found |= self._nodes[node][1] if self._nodes[node][0] == kind else {node}
         return found
 
     def nullable(self, node: Node) -> bool:
@@ -103,13 +104,13 @@ class Languages:
             self._nullable[node] = self._is_nullable(node, str(kind), parts)
         return self._nullable[node]
 
-    def _is_nullable(self, node: Node, kind: str, parts: list[object]) -> bool:
+    def _is_nullable(self, node: Node, kind: str, parts: list[Any]) -> bool:
         if kind in ("cat", "or", "and"):
             inside = parts[0] if kind != "cat" else parts
-            results = map(self.nullable, inside)  # type: ignore[arg-type]
+            results = map(self.nullable, inside)
             return any(results) if kind == "or" else all(results)
         if kind == "not":
-            return not self.nullable(parts[0])  # type: ignore[arg-type]
+            return not self.nullable(parts[0])
         if kind == "loop":
             return self.nullable(self._bodies[node])
         return kind == "empty" or (kind == "repeat" and parts[1] == 0)
@@ -120,22 +121,22 @@ class Languages:
             self._derived[node, code] = self._derive(node, code, *self._nodes[node])
         return self._derived[node, code]
 
-    def _derive(self, node: Node, code: int, kind: object, *parts: object) -> Node:
+    def _derive(self, node: Node, code: int, kind: str, *parts: Any) -> Node:
         if kind == "set":
-            return self.empty if any(low <= code <= high for low, high in parts[0]) else self.none  # type: ignore[attr-defined]
+            return self.empty if any(low <= code <= high for low, high in parts[0]) else self.none
         if kind == "cat":
             first, second = parts
-            after = self.cat(self._derivative(first, code), second)  # type: ignore[arg-type]
-            return self.either(after, self._derivative(second, code)) if self.nullable(first) else after  # type: ignore[arg-type]
+            after = self.cat(self._derivative(first, code), second)
+            return self.either(after, self._derivative(second, code)) if self.nullable(first) else after
         if kind in ("or", "and"):
-            inside = [self._derivative(part, code) for part in parts[0]]  # type: ignore[attr-defined]
+            inside = [self._derivative(part, code) for part in parts[0]]
             return self.either(*inside) if kind == "or" else self.both(*inside)
         if kind == "not":
-            return self.other(self._derivative(parts[0], code))  # type: ignore[arg-type]
+            return self.other(self._derivative(parts[0], code))
         if kind == "repeat":
             inner, low, high = parts
-            rest = self.repeat(inner, max(0, low - 1), None if high is None else high - 1)  # type: ignore[arg-type, operator]
-            return self.cat(self._derivative(inner, code), rest)  # type: ignore[arg-type]
+            rest = self.repeat(inner, max(0, low - 1), None if high is None else high - 1)
+            return self.cat(self._derivative(inner, code), rest)
         return self._derivative(self._bodies[node], code) if kind == "loop" else self.none
 
     def automaton(self, root: Node) -> Automaton:
@@ -160,7 +161,7 @@ class Languages:
         sets = [node[1] for node in self._nodes if node[0] == "set"]
         cuts: dict[int, set[int]] = {}  # the sets that begin or end at a character
         for number, ranges in enumerate(sets):
-            for low, high in ranges:  # type: ignore[attr-defined]
+            for low, high in ranges:
                 cuts.setdefault(low, set()).add(number)
                 cuts.setdefault(high + 1, set()).add(number)
         classes: dict[frozenset[int], Ranges] = {}
@@ -224,10 +225,10 @@ class Automaton:
             alive |= {s for s, row in sets.items() if alive & set(row)}
         numbered: dict[str, int] = {}  # what is written for each set
         kept: _Edges = {state: {} for state in sets if state in alive}
-        for state, row in kept.items():
+        for state, ways in kept.items():
             for target in alive & set(sets[state]):
                 number = numbered.setdefault(written(merged(sets[state][target])), len(numbered))
-                row[target] = chr(_FIRST + number)
+                ways[target] = chr(_FIRST + number)
         return kept, sorted(ends), numbered
 
 

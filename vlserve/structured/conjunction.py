@@ -6,7 +6,7 @@ xgrammar has no such thing. Patterns and formats that come together are kept as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlserve.structured import formats, regex
@@ -166,7 +166,7 @@ def has_type(value: Any, type: str) -> bool:
     return isinstance(value, classes[type]) and (type == "boolean" or not isinstance(value, bool))
 
 
-def all_apart(arms: list[Schema], resolved: Callable[[Any], Schema]) -> bool:
+def all_apart(arms: Sequence[Schema], resolved: Callable[[Any], Schema]) -> bool:
     """Whether what is written for one of them never satisfies another; `resolved` follows references."""
     pairs = [(a, b) for i, a in enumerate(arms) for b in arms[:i]]
     return all(_disjoint(a, b, resolved) or (_lacks(a, b) and _lacks(b, a)) for a, b in pairs)
@@ -180,7 +180,7 @@ def _disjoint(a: Schema, b: Schema, resolved: Callable[[Any], Schema]) -> bool:
     kinds_a, kinds_b = _kinds(a), _kinds(b)
     if kinds_a is not None and kinds_b is not None and not kinds_a & kinds_b:
         return True
-    if kinds_a != {"object"} or kinds_b != {"object"}:
+    if not (_writes_objects(a) and _writes_objects(b)):
         return False
     for one, other in ((a, b), (b, a)):
         is_closed = other.get("additionalProperties") is False and "patternProperties" not in other
@@ -188,7 +188,7 @@ def _disjoint(a: Schema, b: Schema, resolved: Callable[[Any], Schema]) -> bool:
             return True
     for name in set(a.get("required", ())) & set(b.get("required", ())):
         inside = [resolved(schema.get("properties", {}).get(name, {})) for schema in (a, b)]
-        if _disjoint(*inside, resolved):
+        if _disjoint(inside[0], inside[1], resolved):
             return True
     return False
 
@@ -197,10 +197,16 @@ def _lacks(a: Schema, b: Schema) -> bool:
     """Objects written for `a` lack a property that `b` requires, since they are closed."""
     is_open = a.get("additionalProperties", a.get("unevaluatedProperties", False)) is not False
     named = {*a.get("properties", {}), *a.get("required", ())}
-    if is_open or not named or {"patternProperties", "propertyNames"} & set(a) or _kinds(a) not in ({"object"}, None):
+    if is_open or not named or {"patternProperties", "propertyNames"} & set(a) or not _writes_objects(a):
         return False
-    of_others = set(a) & {"minimum", "maximum", "pattern", "format", "items", "minLength", "maxLength", "prefixItems"}
-    return not of_others and bool(set(b.get("required", ())) - named)
+    return bool(set(b.get("required", ())) - named)
+
+
+def _writes_objects(schema: Schema) -> bool:
+    """Whether nothing else is written for it; without a type, what its keywords speak of is."""
+    if constants(schema) is not None or "type" in schema:
+        return _kinds(schema) == {"object"}
+    return bool(schema) and all("ropert" in key or key == "required" for key in schema)
 
 
 def _kinds(schema: Schema) -> set[str] | None:

@@ -103,7 +103,7 @@ class _Reader:
         if combining == ["$ref"] and len(schema) == 1:
             return self._reference(schema["$ref"], place, depth)
         if combining:
-            return self._combined(schema, place, depth)
+            return self._named_once(schema, place, depth)
         values = constants(schema, place)
         return self._typed(schema, place, depth) if values is None else self._values(values, schema, place)
 
@@ -130,15 +130,19 @@ class _Reader:
         return kept
 
     def _reference(self, target: Any, place: str, depth: int) -> Any:
-        self._find(target, place)
-        if target not in self._names:
-            self._names[target] = name = f"d{len(self._names)}"
+        found = self._find(target, place)
+        return self._definition(target, lambda: self.schema(found, target, depth + 1))
+
+    def _definition(self, key: str, read: Callable[[], Any]) -> Any:
+        """A reference to what was read under this key, or is being read."""
+        if key not in self._names:
+            self._names[key] = name = f"d{len(self._names)}"
             try:
-                self.definitions[name] = self.schema(self._find(target, place), target, depth + 1)
+                self.definitions[name] = read()
             except NothingFits:
-                del self._names[target]
+                del self._names[key]
                 raise
-        name = self._names[target]
+        name = self._names[key]
         return {"$ref": "#" if name == "#" else f"#/$defs/{name}"}
 
     def _find(self, target: Any, place: str) -> Any:
@@ -154,6 +158,13 @@ class _Reader:
             else:
                 raise SchemaError(f"$ref {target!r} points at nothing (at {place})")
         return found
+
+    def _named_once(self, schema: Schema, place: str, depth: int) -> Any:
+        """Below the root, what is put together with references has a name: it may lead back to itself."""
+        key = json.dumps(schema, sort_keys=True)
+        if not depth or '"$ref"' not in key:
+            return self._combined(schema, place, depth)
+        return self._definition(key, lambda: self._combined(schema, place, depth))
 
     def _combined(self, schema: Schema, place: str, depth: int) -> Any:
         """Alternatives are written one by one, each together with all that stands beside them."""

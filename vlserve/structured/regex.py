@@ -15,11 +15,13 @@ from typing import Any
 
 from vlserve.structured import characters
 from vlserve.structured.automaton import Languages, Node
-from vlserve.structured.characters import Ranges, complement, intersection, merged, sre
+from vlserve.structured.characters import Ranges, complement, intersection, merged
 
 if sys.version_info >= (3, 11):
+    from re import _constants as sre  # type: ignore[attr-defined]
     from re import _parser as parser  # type: ignore[attr-defined]
 else:
+    import sre_constants as sre
     import sre_parse as parser
 
 MAX_STATES = 1024
@@ -81,9 +83,19 @@ def rewrite_all(patterns: Sequence[str], budget: Budget, *, least: int = 0, most
     Raises ValueError with the reason.
     """
     unique = tuple(dict.fromkeys(patterns))
-    if len(unique) == 1 and not least and most is None:
+    if len(unique) == 1 and _has_length(unique[0], least, most):
         return rewrite(unique[0], budget, in_json=True)
     return _combined(unique, budget, in_json=True, least=least, most=most)
+
+
+def _has_length(pattern: str, least: int, most: int | None) -> bool:
+    """Whether the pattern itself keeps to the limits."""
+    if not least and most is None:
+        return True
+    items = _parse(pattern)
+    shortest, longest = parser.parse(_translated(pattern)).getwidth()
+    is_whole = items[:1] == [(sre.AT, sre.AT_BEGINNING)] and items[-1:] == [(sre.AT, sre.AT_END)]
+    return is_whole and least <= shortest and (most is None or longest <= most)
 
 
 def finds(pattern: str, text: str) -> bool:
@@ -291,8 +303,8 @@ class _Reader(_Syntax):
     def __init__(self, languages: Languages, in_json: bool) -> None:
         super().__init__(in_json)
         self._of, self._splits = languages, False
-        self._word = languages.set(characters.WORD)
-        self._no_word = languages.set(complement(characters.WORD))
+        self._word = languages.one_of(characters.WORD)
+        self._no_word = languages.one_of(complement(characters.WORD))
 
     def language(self, items: Sequence[Any]) -> Node:
         of = self._of
@@ -312,7 +324,7 @@ class _Reader(_Syntax):
         if not _has_boundary(items):
             return language
         words = characters.category(sre.CATEGORY_WORD, narrow=False)
-        agreed = self._of.set(complement(intersection(words, complement(characters.WORD))))
+        agreed = self._of.one_of(complement(intersection(words, complement(characters.WORD))))
         return self._of.both(language, self._of.repeat(agreed, 0, None))
 
     def _follow(self, items: Sequence[Any], after: _After) -> _After:
@@ -329,7 +341,7 @@ class _Reader(_Syntax):
             if before not in known:
                 saved, (self._flags, self._narrow) = (self._flags, self._narrow), (flags, narrow)
                 try:
-                    known[before] = self._item(*item, after, before)
+                    known[before] = self._item(item[0], item[1], after, before)
                 finally:
                     self._flags, self._narrow = saved
             return known[before]
@@ -345,11 +357,11 @@ class _Reader(_Syntax):
         if kind is sre.BRANCH:
             return of.either(*(self._follow(list(arm), after)(before) for arm in value[1]))
         if kind is sre.SUBPATTERN:
-            return self._inside(value, lambda items: self._follow(items, after)(before))  # type: ignore[no-any-return]
+            return self._inside(value, lambda items: self._follow(items, after)(before))
         if kind in (sre.ASSERT, sre.ASSERT_NOT):
             return of.both(self._ahead(kind, value, before), after(before))
         if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):
-            return self._repeat(*value, after, before)
+            return self._repeat(value, after, before)
         raise _refuse(kind)
 
     def _consumed(self, node: Node, after: _After, before: str) -> Node:
@@ -367,7 +379,7 @@ class _Reader(_Syntax):
         if which in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING):
             return after if before == BEGIN else of.none
         if which in (sre.AT_END, sre.AT_END_STRING):
-            line = of.set([(0x0A, 0x0A)]) if which is sre.AT_END else of.none  # Python's $ stands before a last one too
+            line = of.one_of([(0x0A, 0x0A)]) if which is sre.AT_END else of.none  # Python's $ stands before a last one too
             return of.both(after, of.either(of.empty, line))
         word = of.cat(self._word, of.all)
         ways = of.other(word) if (which is sre.AT_BOUNDARY) == (before == WORD) else word
@@ -385,8 +397,9 @@ class _Reader(_Syntax):
         self._narrow = narrow
         return self._of.other(seen) if negated else seen
 
-    def _repeat(self, low: int, high: Any, items: Any, after: _After, before: str) -> Node:
+    def _repeat(self, value: Any, after: _After, before: str) -> Node:
         """Of something with an anchor or a lookahead in it."""
+        low, high, items = value
         most = low if high is sre.MAXREPEAT else int(high)
         if most > MAX_UNROLLED_LOOKS:
             raise ValueError(f"anchors and lookaheads may repeat up to {MAX_UNROLLED_LOOKS} times, or without a bound")
@@ -422,12 +435,12 @@ class _Reader(_Syntax):
         if kind is sre.BRANCH:
             return of.either(*(self._plain_items(list(arm)) for arm in value[1]))
         if kind is sre.SUBPATTERN:
-            return self._inside(value, self._plain_items)  # type: ignore[no-any-return]
+            return self._inside(value, self._plain_items)
         if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):
             low, high, items = value
             return of.repeat(self._plain_items(list(items)), low, None if high is sre.MAXREPEAT else int(high))
         if kind in (sre.LITERAL, sre.NOT_LITERAL, sre.IN, sre.ANY):
-            return of.set(self._ranges(kind, value))
+            return of.one_of(self._ranges(kind, value))
         raise _refuse(kind)
 
     def _plain_items(self, items: Sequence[Any]) -> Node:
