@@ -347,9 +347,7 @@ def walks(num_schemas: int, seed: int, compiler: xgrammar.GrammarCompiler | None
 def main(num_schemas: int) -> None:
     done = walks(num_schemas, seed=num_schemas)
     num_refused = sum(done.refused.values())
-    print(
-        f"{done.num_schemas} schemas, {done.num_documents} documents, {done.num_unended} walks without an end; {len(done.wrong)} wrong"
-    )
+    print(f"{done.num_schemas} schemas, {done.num_documents} documents, {done.num_unended} unended; {len(done.wrong)} wrong")
     print(f"{num_refused} schemas refused ({num_refused / done.num_schemas:.1%}):")
     for reason, number in done.refused.most_common():
         print(f"  {number:6} {reason}")
