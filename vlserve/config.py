@@ -142,6 +142,13 @@ class ServerConfig:
     request_timeout_s: float | None = _option(None, "seconds that one request may take; default: no limit")
     drain_seconds: float = _option(30.0, "on SIGTERM, seconds for open requests to end; a second signal ends at once")
     max_body_mib: int = _option(64, "size of one request's body, pictures included, in MiB")
+    store_responses: bool = _option(
+        False,
+        "keep responses of /v1/responses in memory, each for its API key: for previous_response_id, for GET and DELETE, and for "
+        "background; they end with the server",
+    )
+    max_stored_responses: int = _option(1000, "responses kept at once; the least recently used make room")
+    max_stored_mib: int = _option(256, "memory of kept responses with their conversations, in MiB")
     cors_origins: tuple[str, ...] = _option(
         (), "web origins that may call from a browser, e.g. https://app.example; default: none"
     )
@@ -157,6 +164,9 @@ class ServerConfig:
             raise ConfigError(f"max_queue is {self.max_queue!r}; expected 0 or more")
         if self.max_body_mib < 1:
             raise ConfigError(f"max_body_mib is {self.max_body_mib!r}; expected 1 or more")
+        for name in ("max_stored_responses", "max_stored_mib"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected 1 or more")
         if self.request_timeout_s is not None and not (self.request_timeout_s > 0 and math.isfinite(self.request_timeout_s)):
             raise ConfigError(f"request_timeout_s is {self.request_timeout_s!r}; expected a number above 0")
         if not (self.drain_seconds >= 0 and math.isfinite(self.drain_seconds)):
@@ -302,14 +312,14 @@ class SamplingParams:
     """How one answer is drawn. Raises RequestError naming the field that is wrong."""
 
     max_tokens: int | None = _option(None, "tokens of the answer at most; default: what is left of the context")
-    temperature: float = _option(0.0, "0 takes the likeliest token, more gives variety")
-    top_p: float = _option(1.0, "draw among the likeliest tokens that have this probability together")
-    top_k: int = _option(0, "draw among this many likeliest tokens; 0: all")
+    temperature: float = _option(0.0, "0 takes the likeliest token, more gives variety; 2 at most")
+    top_p: float = _option(1.0, "draw among the likeliest tokens that have this probability together; 0: the likeliest")
+    top_k: int = _option(0, "draw among this many likeliest tokens; 0 and -1: all")
     min_p: float = _option(0.0, "leave out tokens less likely than this share of the likeliest one")
     repetition_penalty: float = _option(1.0, "above 1 makes tokens of prompt and answer less likely")
     presence_penalty: float = _option(0.0, "subtracted once from tokens already in the answer")
     frequency_penalty: float = _option(0.0, "subtracted for each time a token is already in the answer")
-    seed: int | None = _option(None, "makes the draws repeatable")
+    seed: int | None = _option(None, "makes the draws repeatable; -1: as without")
     stop: tuple[str, ...] = _option((), "texts that end the answer")
     stop_token_ids: tuple[int, ...] = _option((), "token ids that end the answer")
     ignore_eos: bool = _option(False, "go on after the end-of-text token")
@@ -330,17 +340,19 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false", param=name)
-        self._number("temperature", 0, 100)
-        self._number("top_p", 0, 1, above=True)
+        self._number("temperature", 0, 2)
+        self._number("top_p", 0, 1)
         self._number("min_p", 0, 1)
         self._number("repetition_penalty", 0, 100, above=True)
-        self._number("presence_penalty", -100, 100)
-        self._number("frequency_penalty", -100, 100)
+        self._number("presence_penalty", -2, 2)
+        self._number("frequency_penalty", -2, 2)
         self._integer("max_tokens", 1, optional=True)
         self._integer("top_k", -1)
         self._integer("min_tokens", 0)
         self._integer("seed", -(2**63), 2**63 - 1, optional=True)
         self._integer("logprobs", 0, MAX_LOGPROBS, optional=True)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         if len(self.stop) > MAX_STOPS or not all(_is_text(s) for s in self.stop):
             raise RequestError(f"stop must hold at most {MAX_STOPS} texts, none of them empty", param="stop")
         if len(self.stop_token_ids) > 256 or not all(_is_integer(i) and 0 <= i <= MAX_INTEGER for i in self.stop_token_ids):
@@ -366,6 +378,7 @@ class SamplingParams:
             return
         if not _is_integer(value) or not low <= value <= high:
             wanted = f"of {low} or more" if not _is_integer(value) or value < low else f"from {low} to {high}"
+            wanted += ", or none at all" if optional else ""
             raise RequestError(f"{name} is {value!r}; expected a whole number {wanted}", param=name)
 
 

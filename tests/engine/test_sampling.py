@@ -44,6 +44,9 @@ def test_filters_keep_what_they_say() -> None:
     probabilities = LOGITS.softmax(0)
     assert set(frequencies(300, temperature=1.0, top_p=float(probabilities[4]) + 0.01)) == {4, 0}
     assert set(frequencies(300, temperature=1.0, top_p=1e-6)) == {4}
+    assert set(frequencies(300, temperature=2.0, top_p=0)) == {4}, "the likeliest"
+    assert set(frequencies(300, temperature=2.0, top_p=0.0, min_p=0.1, top_k=3)) == {4}
+    assert frequencies(300, temperature=1.0, top_k=-1) == frequencies(300, temperature=1.0, top_k=0)
     assert set(frequencies(300, temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
 
 

@@ -52,13 +52,67 @@ def test_raw_completions(server: RunningServer, client: openai.OpenAI) -> None:
     assert whole.usage is not None and whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
 
 
+def test_raw_log_probabilities_have_the_chosen_token(server: RunningServer) -> None:
+    body = {"prompt": "What shape", "max_tokens": 6, "temperature": 2.0, "seed": 5, "logprobs": 0, "return_token_ids": True}
+    choice = post(server, "/v1/completions", body)["choices"][0]
+    shown = choice["logprobs"]
+    assert len(shown["tokens"]) == 6
+    assert shown["top_logprobs"] == [{t: p} for t, p in zip(shown["tokens"], shown["token_logprobs"], strict=True)]
+    body |= {"logprobs": 1, "return_tokens_as_token_ids": True}
+    again = post(server, "/v1/completions", body)["choices"][0]
+    named = again["logprobs"]
+    assert again["token_ids"] == choice["token_ids"] and named["text_offset"] == shown["text_offset"]
+    assert named["tokens"] == [f"token_id:{id}" for id in choice["token_ids"]]
+    for token, top in zip(named["tokens"], named["top_logprobs"], strict=True):
+        assert token in top and len(top) in (1, 2) and max(top.values()) >= top[token]
+    assert any(len(top) == 2 for top in named["top_logprobs"]), "the likeliest, and the one that was drawn"
+    stream = events(httpx2.post(server.base + "/v1/completions", json=body | {"stream": True}, timeout=60))
+    pieces = [c["choices"][0]["logprobs"] for c in stream]
+    assert [token for piece in pieces for token in piece["tokens"]] == named["tokens"]
+
+
+def test_no_raw_tokens_are_an_answer_too(server: RunningServer) -> None:
+    body = {"prompt": ["What shape", "It is"], "max_tokens": 0, "echo": True, "return_token_ids": True}
+    answer = post(server, "/v1/completions", body)
+    shown = [(c["text"], c["finish_reason"], c["token_ids"]) for c in answer["choices"]]
+    assert shown == [("What shape", "length", []), ("It is", "length", [])]
+    assert answer["usage"]["completion_tokens"] == 0 and answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] > 0
+    silent = {"prompt": "It is", "max_tokens": 0, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = events(httpx2.post(server.base + "/v1/completions", json=silent, timeout=60))
+    assert [(c["choices"][0]["text"], c["choices"][0]["finish_reason"]) for c in chunks] == [("", "length")]
+    assert last["usage"]["completion_tokens"] == 0
+
+
+def test_a_raw_answer_has_a_format(server: RunningServer) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema | {"additionalProperties": False}}}
+    answer = post(server, "/v1/completions", {"prompt": "x", "max_tokens": 64, "response_format": form})
+    assert list(json.loads(answer["choices"][0]["text"])) == ["n"]
+    form["json_schema"]["schema"] = {"type": "nothing"}  # type: ignore[index]
+    assert post(server, "/v1/completions", {"prompt": "x", "response_format": form})["error"]["param"].startswith(
+        "response_format"
+    )
+
+
+def test_settled_values_of_sampling(server: RunningServer) -> None:
+    def tokens(**fields: Any) -> list[list[int]]:
+        answer = post(server, "/v1/chat/completions", chat("hi", return_token_ids=True, **fields))
+        return [choice["token_ids"] for choice in answer["choices"]]
+
+    likeliest = tokens(temperature=0)
+    assert tokens(temperature=2, top_p=0) == tokens(temperature=2.0, top_p=0.0, seed=3) == likeliest
+    drawn = tokens(temperature=1, seed=3)
+    assert tokens(temperature=1, seed=3, top_k=-1) == tokens(temperature=1, seed=3, top_k=0) == drawn
+    assert len({tuple(ids) for ids in tokens(temperature=2, seed=-1, n=3) + tokens(temperature=2, seed=-1)}) == 4
+
+
 BAD_RAW: list[tuple[dict[str, Any], str, str]] = [
     ({}, "prompt", "missing"),
     ({"prompt": ""}, "prompt", "empty"),
     ({"prompt": []}, "prompt", "empty"),
     ({"prompt": [[]]}, "prompt", "empty"),
     ({"prompt": ["x"] * 17}, "prompt", "more than 16"),
-    ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "not supported"),
+    ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "leave out echo, or logprobs"),
     ({"prompt": "x", "best_of": 3}, "best_of", "3"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "suffix"),
     ({"prompt": [10**9]}, "prompt", "vocabulary"),
@@ -108,9 +162,30 @@ def test_an_assistants_message_is_continued(server: RunningServer) -> None:
 def test_text_after_an_opened_think_is_reasoning(server: RunningServer) -> None:
     body = chat("hi", chat_template_kwargs={"enable_thinking": True})
     message = post(server, "/v1/chat/completions", body)["choices"][0]["message"]
-    assert message["reasoning_content"] and message["content"] == ""
+    assert message["reasoning_content"] == message["reasoning"] != "" and message["content"] == ""
+    chunks = events(httpx2.post(server.base + "/v1/chat/completions", json=body | {"stream": True}, timeout=60))
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    for name in ("reasoning_content", "reasoning"):
+        assert "".join(delta.get(name, "") for delta in deltas) == message["reasoning"]
+    for effort, thinks in (("low", True), ("none", False)):  # by the template's own switch
+        answer = post(server, "/v1/chat/completions", chat("hi", reasoning_effort=effort))
+        assert ("reasoning" in answer["choices"][0]["message"]) == thinks
     hidden = post(server, "/v1/chat/completions", body | {"include_reasoning": False})["choices"][0]["message"]
-    assert "reasoning_content" not in hidden and hidden["content"] == ""
+    assert not {"reasoning_content", "reasoning"} & hidden.keys() and hidden["content"] == ""
+
+
+def test_a_conversation_goes_on_after_a_call_that_was_cut(server: RunningServer) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "le'}}
+    messages = [
+        {"role": "user", "content": "hi", "name": "Ada"},
+        {"role": "assistant", "content": [], "tool_calls": [call], "refusal": None, "parsed": None},
+        {"role": "tool", "tool_call_id": "call_1", "content": []},
+        {"role": "assistant", "content": None, "annotations": [{"type": "url_citation"}]},
+        {"role": "user", "content": [{"type": "text", "text": "go on", "cache_control": {"type": "ephemeral"}}]},
+    ]
+    ids = post(server, "/tokenize", {"messages": messages})["tokens"]
+    assert json.dumps('{"at": "le') in post(server, "/detokenize", {"tokens": ids})["prompt"]
+    assert post(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 2})["usage"]["completion_tokens"] == 2
 
 
 def test_special_tokens_in_tools_and_their_results_stay_text(server: RunningServer) -> None:
@@ -183,11 +258,8 @@ BAD_RESPONSES: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "input[0].role is 'robot'"),
     ({"input": [{"role": "user", "content": [{"type": "input_file"}]}], "instructions": "x"}, "input[0].content[0].type", "file"),
     ({"input": [{"type": "computer_call"}]}, "input[0].type", "computer_call"),
-    ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id", "not a field"),
     ({"input": "x", "max_output_tokens": 100_000}, "max_output_tokens", "100000"),
     ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.schema", "missing"),
-    ({"input": "x", "top_logprobs": 2}, "top_logprobs", "include"),
-    ({"input": "x", "background": True}, "background", "false"),
 ]
 
 

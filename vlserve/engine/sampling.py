@@ -41,7 +41,7 @@ class Sampler:
         masks = {i: mask for i, mask in allowed.items() if isinstance(mask, torch.Tensor)}
         adjusted = self._adjust(logits, sequences, masks)
         tokens = adjusted.argmax(dim=-1)  # [R]
-        drawn = [(i, s) for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW]
+        drawn = [(i, s) for i, s in enumerate(sequences) if s.sampling.temperature >= GREEDY_BELOW and s.sampling.top_p > 0]
         draw_tokens(adjusted, tokens, [_asked(i, s) for i, s in drawn])
         return Drawn(tokens, _logprobs(logits, sequences, tokens), failed)
 

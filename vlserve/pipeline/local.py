@@ -238,6 +238,10 @@ class LocalPipeline(PipelineCalls):
         self._grammar_workers.shutdown(wait=False)
         self._end_loop()
 
+    def uses_variable(self, name: str) -> bool:
+        """Whether the model's chat template reads a variable, e.g. reasoning_effort."""
+        return self._builder.template.uses(name)
+
     @property
     def tokenizer(self) -> Any:
         return self._builder.tokenizer

@@ -159,8 +159,12 @@ def _messages(turns: Sequence[Turn]) -> tuple[list[dict[str, Any]], dict[str, st
 
 def _fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Function calls with their arguments as text again."""
+
+    def text(arguments: Any) -> str:
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
     calls = [
-        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        call | {"function": call["function"] | {"arguments": text(call["function"]["arguments"])}}
         for call in fields.get("tool_calls", ())
     ]
     return {**fields, **({"tool_calls": calls} if calls else {})}

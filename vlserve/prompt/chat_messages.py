@@ -13,8 +13,14 @@ from typing import Any
 from vlserve.errors import RequestError
 from vlserve.models.architecture import Detail
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-FIELDS = {"assistant": ("tool_calls", "reasoning_content", "reasoning"), "tool": ("tool_call_id", "name")}
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+STANDS_FOR = {"developer": "system", "function": "tool"}  # what chat templates know them as
+TEXTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}  # kinds of parts, and where they have it
 REASONING = ("reasoning_content", "reasoning")  # the field's two spellings
 
 
@@ -65,7 +71,12 @@ def read_prompt(prompt: Any) -> list[Turn]:
 
 
 def read_messages(messages: Any, *, local: bool) -> list[Turn]:
-    """OpenAI-style messages; `local` also allows parts {"type": "image", "image": path | PIL | bytes | array}."""
+    """OpenAI-style messages, or one user's text; `local` also allows {"type": "image", "image": path | PIL | bytes | array}.
+
+    Keys that are not known are left out: clients send back all that they were given, with notes of their own.
+    """
+    if isinstance(messages, str) and messages:
+        return [Turn(role="user", parts=[_read_text(messages, "messages")], is_string=True)]
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError("messages must be a list with at least one message", param="messages")
     return [_read_message(message, f"messages[{i}]", local) for i, message in enumerate(messages)]
@@ -74,21 +85,23 @@ def read_messages(messages: Any, *, local: bool) -> list[Turn]:
 def _read_message(message: Any, param: str, local: bool) -> Turn:
     if not isinstance(message, Mapping):
         raise RequestError(f"{param} must be an object with role and content", param=param)
-    role = message.get("role")
+    role: Any = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{param}.role is {role!r}; expected one of {', '.join(ROLES)}", param=f"{param}.role")
+    role = STANDS_FOR.get(role, role)
     fields = _read_fields(message, role, param)
-    _refuse_others(message, ("role", "content", *FIELDS.get(role, ())), param)
     content = message.get("content")
-    role = "system" if role == "developer" else role
-    if content is None and "tool_calls" in fields:
+    if role == "assistant" and not content:
+        content = message.get("refusal")  # what was said in its place
+    if role in ("assistant", "tool") and not content:
         content = ""
     if isinstance(content, str):
         return Turn(role=role, parts=[_read_text(content, f"{param}.content")], is_string=True, fields=fields)
     if not isinstance(content, Sequence) or not content:
-        raise RequestError(f"{param}.content must be a text or a list of parts", param=f"{param}.content")
+        what = f"must be a text or a list of parts, of one part or more; {role} messages may have an empty text"
+        raise RequestError(f"{param}.content {what}", param=f"{param}.content")
     parts = [_read_part(part, f"{param}.content[{i}]", local) for i, part in enumerate(content)]
-    if role == "tool" and all(isinstance(part, str) for part in parts):  # templates expect one text here
+    if role in ("assistant", "tool") and all(isinstance(part, str) for part in parts):  # templates expect one text here
         return Turn(role=role, parts=["".join(map(str, parts))], is_string=True, fields=fields)
     return Turn(role=role, parts=parts, is_string=False, fields=fields)
 
@@ -96,52 +109,62 @@ def _read_message(message: Any, param: str, local: bool) -> Turn:
 def _read_fields(message: Mapping[str, Any], role: str, param: str) -> dict[str, Any]:
     """What a message has beside its content, for the chat template."""
     fields: dict[str, Any] = {}
-    if role == "tool":
-        for name in FIELDS[role]:
-            if message.get(name) is not None:
-                fields[name] = _read_text(message[name], f"{param}.{name}")
-    if role == "assistant":
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, Sequence) or isinstance(calls, str):
-            raise RequestError(f"{param}.tool_calls must be a list", param=f"{param}.tool_calls")
-        if calls:
-            fields["tool_calls"] = [_read_call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
-        reasoning = next((message[name] for name in REASONING if message.get(name)), None)
-        if reasoning is not None:
-            fields["reasoning_content"] = _read_text(reasoning, f"{param}.reasoning_content")
+    for name in ("name", "tool_call_id") if role == "tool" else ("name",):
+        if message.get(name):
+            fields[name] = _read_text(message[name], f"{param}.{name}")
+    if message.get("audio"):
+        raise RequestError(f"{param}.audio is not supported; send its transcript as content", param=f"{param}.audio")
+    calls = message.get("tool_calls") or []
+    if not calls and message.get("function_call"):  # as OpenAI had it before
+        calls = [{"function": message["function_call"]}]
+    if calls and role != "assistant":
+        reason = f"{param}.tool_calls is not supported in {role} messages; an assistant's message has them"
+        raise RequestError(reason, param=f"{param}.tool_calls", code="unsupported_parameter")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise RequestError(f"{param}.tool_calls must be a list", param=f"{param}.tool_calls")
+    if calls:
+        fields["tool_calls"] = [_read_call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    reasoning = next((message[name] for name in REASONING if message.get(name)), None)
+    if reasoning is not None and role == "assistant":
+        fields["reasoning_content"] = _read_text(reasoning, f"{param}.reasoning_content")
     return fields
 
 
 def _read_call(call: Any, param: str) -> dict[str, Any]:
     """One function call of an earlier answer; templates want its arguments as an object, the API has them as text."""
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or call.get("type", "function") != "function":
+    if not isinstance(function, Mapping) or (call.get("type") or "function") != "function":
         raise RequestError(f'{param} must be {{"type": "function", "function": {{"name", "arguments"}}}}', param=param)
-    _refuse_others(call, ("id", "type", "function", "index"), param)
-    _refuse_others(function, ("name", "arguments"), f"{param}.function")
     name = _read_text(function.get("name"), f"{param}.function.name")
-    try:
-        arguments = json.loads(_read_text(function.get("arguments") or "{}", f"{param}.function.arguments"))
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise RequestError(f"{param}.function.arguments must be a JSON object as text", param=f"{param}.function.arguments")
+    arguments = _read_arguments(function.get("arguments"), f"{param}.function.arguments")
     fields = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return fields | ({"id": _read_text(call["id"], f"{param}.id")} if call.get("id") is not None else {})
+    return fields | ({"id": _read_text(call["id"], f"{param}.id")} if call.get("id") else {})
+
+
+def _read_arguments(given: Any, param: str) -> dict[str, Any] | str:
+    """An object where it is one; else the text as it is, e.g. of a call that was cut."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    text = _read_text(given or "{}", param)
+    try:
+        arguments = json.loads(text)
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return text
+    return arguments if isinstance(arguments, dict) else text
 
 
 def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
+    if isinstance(part, str):
+        return _read_text(part, param)
     if not isinstance(part, Mapping):
         raise RequestError(f"{param} must be an object with a type", param=param)
     kind = part.get("type")
-    if kind in ("text", "input_text"):
-        _refuse_others(part, ("type", "text"), param)
-        return _read_text(part.get("text"), f"{param}.text")
+    if isinstance(kind, str) and kind in TEXTS:
+        return _read_text(part.get(TEXTS[kind]), f"{param}.{TEXTS[kind]}")
     if kind in ("image_url", "input_image"):
-        _refuse_others(part, ("type", "image_url", "detail"), param)
         return _read_image_url(part, f"{param}.image_url")
     if kind == "image" and local:
-        _refuse_others(part, ("type", "image"), param)
         if "image" not in part:
             raise RequestError(f"{param}.image is missing", param=f"{param}.image")
         return ImagePart(source=part["image"], param=f"{param}.image", local=True)

@@ -7,9 +7,11 @@ template's and the messages', and between it the special tokens that the templat
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +25,9 @@ from vlserve.errors import ModelError, RequestError
 from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
 from vlserve.prompt.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 THINKING = ("<think>", "</think>")
+SWITCHES = ("enable_thinking", "thinking")  # variables with which templates of the field switch thinking on and off
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 GUARD = "\u205f"  # white space that templates strip but never write
 _MARK = re.compile(f"({GUARD}?)(\ue000[0-9a-f]{{16}}:[0-9]+\ue001)({GUARD}?)")
@@ -42,8 +46,15 @@ class ChatTemplate:
         names = sorted((t for t in tokenizer.added if tokenizer.added[t]["special"]), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
 
+        self._said: set[str] = set()
         words = (t for t in tokenizer.added if not tokenizer.added[t]["special"])
         self._markup = re.compile("(" + "|".join(map(re.escape, [*words, *THINKING])) + ")")
+
+    @property
+    def _settable(self) -> frozenset[str]:
+        """Variables that the template reads and a request may set."""
+        given = {*RESERVED, *self._variables, *self._template.globals}
+        return frozenset(name for name in self._known - given if not name.endswith("_token"))
 
     def uses(self, variable: str) -> bool:
         """Whether the chat template reads a variable, e.g. tools."""
@@ -52,12 +63,21 @@ class ChatTemplate:
     def pieces(self, messages: Sequence[Message], options: PromptOptions) -> list[Text | str]:
         """What it writes: ordinary text as Text, its special tokens as str; raises RequestError when it refuses the messages."""
         self._check(options, messages)
+        variables = self._read_variables(options)
         marks: dict[str, Text] = {}
-        rendered = self._render(messages, options, marks)
+        try:
+            rendered = self._render(messages, options, variables, marks)
+        except RequestError:
+            others = [_with_mappings(message) for message in messages]
+            if others == list(messages):
+                raise
+            marks = {}
+            rendered = self._render(others, options, variables, marks)
         return self._split(rendered, marks)
 
     def _check(self, options: PromptOptions, messages: Sequence[Message]) -> None:
-        if options.continue_final and (messages[-1].fields or not any(isinstance(p, Text) for p in messages[-1].parts)):
+        last = messages[-1]
+        if options.continue_final and (set(last.fields) - {"name"} or not any(isinstance(p, Text) for p in last.parts)):
             raise RequestError("only a last message of text can be continued", param="continue_final_message")
         for i, message in enumerate(messages):
             if "tool_calls" in message.fields and not self._shows_calls:
@@ -65,14 +85,37 @@ class ChatTemplate:
                 raise RequestError(f"{place}: the model's chat template has no place for it", param=place)
         if options.tools and not self.uses("tools"):
             raise RequestError("the model's chat template has no place for tools", param="tools", code="unsupported_parameter")
+
+    def _read_variables(self, options: PromptOptions) -> dict[str, Any]:
+        """Those that the template reads; raises RequestError for one that it does not, unless that asks for what is so."""
+        found: dict[str, Any] = {}
         for name, value in options.variables.items():
             place = f"chat_template_kwargs.{name}"
-            if name in RESERVED or not self.uses(name):
-                raise RequestError(f"{place}: the model's chat template has no such variable", param=place)
+            if value is None:
+                continue
+            if name in SWITCHES and value is False and not any(map(self.uses, SWITCHES)):
+                self._say_once(name)
+                continue
+            if name not in self._settable:
+                names = ", ".join(sorted(self._settable)) or "none"
+                message = f"{place}: the model's chat template has no such variable; those that can be set: {names}"
+                raise RequestError(message, param=place)
             if not isinstance(value, (bool, int, float, str)) or self._special.search(str(value)) or len(str(value)) > 1024:
                 raise RequestError(f"{place} must be a number, true, false or a short plain text", param=place)
+            found[name] = value
+        wishes = {name: value for name, value in options.wishes.items() if self.uses(name)}
+        if options.wishes and not wishes:
+            self._say_once(next(iter(options.wishes)))
+        return wishes | found
 
-    def _render(self, messages: Sequence[Message], options: PromptOptions, marks: dict[str, Text]) -> str:
+    def _say_once(self, name: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            log.info("%s makes no difference: the model's chat template has no such variable", name)
+
+    def _render(
+        self, messages: Sequence[Message], options: PromptOptions, variables: Mapping[str, Any], marks: dict[str, Text]
+    ) -> str:
         """The template's output, with a mark for each text; a blank on either side shows whether it was stripped."""
         key = secrets.token_hex(8)
 
@@ -105,15 +148,15 @@ class ChatTemplate:
                 return mark(json.dumps(value, ensure_ascii=False)[1:-1])
             return value
 
-        conversation = [{"role": m.role, "content": content(m), **guarded(m.fields)} for m in messages]
-        last = f"\ue000{key}:{len(marks) - 1}\ue001"  # of the last text of the last message
         try:
+            conversation = [{"role": m.role, **guarded(m.fields), "content": content(m)} for m in messages]
+            last = f"\ue000{key}:{len(marks) - 1}\ue001"  # of the last text of the last message
             rendered = self._template.render(
                 messages=conversation,
                 tools=guarded(options.tools) or None,
                 add_generation_prompt=options.add_generation_prompt and not options.continue_final,
                 **self._variables,
-                **options.variables,
+                **variables,
             )
             return _cut_after(rendered, last) if options.continue_final else rendered
         except RequestError:
@@ -146,6 +189,17 @@ class ChatTemplate:
             last = match.end()
         template_part(rendered[last:])
         return pieces
+
+
+def _with_mappings(message: Message) -> Message:
+    """Arguments of calls that are text, since they are no JSON, as a mapping: some templates walk through the arguments only."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": {"arguments": call["function"]["arguments"]}}}
+        if isinstance(call["function"]["arguments"], str)
+        else call
+        for call in message.fields.get("tool_calls", ())
+    ]
+    return replace(message, fields={**message.fields, "tool_calls": calls}) if calls else message
 
 
 def _cut_after(rendered: str, mark: str) -> str:

@@ -42,7 +42,10 @@ class PromptOptions:
 
     Args:
         tools: JSON descriptions of functions, as OpenAI has them.
-        variables: further variables of the template, e.g. enable_thinking. One that it does not use is refused.
+        variables: further variables of the template, e.g. enable_thinking. One that it does not use is refused, but for thinking
+            switched off where there is no switch.
+        wishes: variables that count where the template uses them and `variables` has no others, e.g. reasoning_effort. Where it
+            uses none of them that is logged once.
         continue_final: the answer goes on where the last message ends.
         add_generation_prompt: open the assistant's turn.
         cache_salt: caches are shared only with prompts of the same salt.
@@ -51,6 +54,7 @@ class PromptOptions:
 
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    wishes: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
     add_generation_prompt: bool = True
     cache_salt: str = ""

@@ -28,6 +28,10 @@ class Keys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
         return scheme.lower() == "bearer" and any(matches)
 
+    def owner(self, authorization: str | None) -> str:
+        """Whose a request is: one word for each key, and one for all where there are no keys."""
+        return _digest((authorization or "").partition(" ")[2].strip()).hex() if self._digests else ""
+
 
 def read_keys(path: str | None, variable: str | None) -> tuple[str, ...]:
     """Keys from a file (one a line, # begins a comment line) and from the environment variable's value (commas)."""

@@ -28,7 +28,8 @@ from vlserve.server.chat import ChatAnswer, ChatRequest
 from vlserve.server.completions import CompletionAnswer, CompletionRequest
 from vlserve.server.guard import route_class
 from vlserve.server.metrics import Metrics
-from vlserve.server.responses import ResponsesAnswer, ResponsesRequest
+from vlserve.server.responses import Responses
+from vlserve.server.responses_request import ResponsesRequest
 from vlserve.server.streams import Answer, EventResponse, events, merge, unless_disconnected
 from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -44,11 +45,15 @@ BODIES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request comes to: prompts being prepared, the parameters each is answered with, what the answer must look like."""
+    """What a request comes to: prompts being prepared, the parameters each is answered with, what the answer must look like.
+
+    `run` answers at once and goes on in the background.
+    """
 
     preparing: Sequence[Coroutine[Any, Any, Prompt]]
     params: Sequence[SamplingParams]
     make: Callable[[Sequence[Prompt]], Answer]
+    run: Callable[[Any, Any, ExitStack], Response] | None = None
 
 
 def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> FastAPI:
@@ -88,9 +93,10 @@ def router(pipeline: VLPipeline, config: ServerConfig | None = None) -> APIRoute
     Of `config`, the fields that concern requests count: keys, queue, timeout, body size, the model's id.
     """
     config = config or ServerConfig()
-    api = _Api(pipeline, config)
+    keys = Keys(config.api_keys)
+    api = _Api(pipeline, config, keys)
     metrics = Metrics(pipeline, api.name)
-    routes = APIRouter(route_class=metrics.watched(route_class(Keys(config.api_keys))))
+    routes = APIRouter(route_class=metrics.watched(route_class(keys)))
     routes.admission = api.admission  # type: ignore[attr-defined]
     routes.add_api_route("/metrics", metrics.expose, methods=["GET"], **openapi.read_route("/metrics"))
     for path, answer in (("/live", api.live), ("/health", api.health), ("/version", api.version), ("/v1/models", api.models)):
@@ -99,15 +105,25 @@ def router(pipeline: VLPipeline, config: ServerConfig | None = None) -> APIRoute
     handlers = (api.chat, api.completions, api.responses, api.tokenize, api.detokenize)
     for (path, kind), handle in zip(BODIES.items(), handlers, strict=True):
         routes.add_api_route(path, handle, methods=["POST"], **openapi.body_route(path, kind))
+    kept = api.kept
+    below: Sequence[tuple[str, str, Callable[..., Any]]] = (
+        ("GET", "/v1/responses/{response_id}", kept.retrieve),
+        ("DELETE", "/v1/responses/{response_id}", kept.delete),
+        ("GET", "/v1/responses/{response_id}/input_items", kept.input_items),
+        ("POST", "/v1/responses/{response_id}/cancel", kept.cancel),
+    )
+    for method, path, handler in below:
+        routes.add_api_route(path, handler, methods=[method], **openapi.read_route(path))
     return routes
 
 
 class _Api:
     """The routes' functions."""
 
-    def __init__(self, pipeline: VLPipeline, config: ServerConfig) -> None:
+    def __init__(self, pipeline: VLPipeline, config: ServerConfig, keys: Keys) -> None:
         self.pipeline, self.config = pipeline, config
         self.name = config.served_model_name or pipeline.config.model
+        self.kept = Responses(pipeline, config, keys, self.name)
         self.admission = Admission(pipeline.config.max_num_seqs + config.max_queue)
         self._defaults = protocol.sampling_defaults(pipeline.checkpoint.generation)
         self._created = protocol.now()
@@ -157,20 +173,18 @@ class _Api:
 
         def plan(asked: CompletionRequest) -> Plan:
             params = asked.params(self._defaults)
-            prompts = [self._raw_prompt(prompt, asked.cache_salt or "") for prompt in asked.prompts]
+            beginning, salt = asked.add_special_tokens is not False, asked.cache_salt or ""
+            prompts = [self._raw_prompt(prompt, salt, beginning) for prompt in asked.prompts]
             return Plan(prompts, params, lambda prompts: CompletionAnswer(asked, prompts, self.pipeline.tokenizer, self.name))
 
         return await self._answer(request, CompletionRequest, "prompt", plan)
 
     async def responses(self, request: Request) -> Response:
-        """A response, whole or as server-sent events; nothing is stored."""
+        """A response, whole or as server-sent events, or in the background."""
 
         def plan(asked: ResponsesRequest) -> Plan:
-            chat = asked.to_chat()
-            params, turns = chat.params(self._defaults), read_messages(chat.messages, local=False)
-            prompt = self.pipeline.prepare(turns, chat.prompt_options())
-            calls, tokenizer = chat.calls, self.pipeline.tokenizer
-            return Plan([prompt], params, lambda prompts: ResponsesAnswer(asked, calls, prompts[0], tokenizer, self.name))
+            prompt, params, make, run = self.kept.plan(request, asked, self._defaults)
+            return Plan([prompt], params, make, run)
 
         return await self._answer(request, ResponsesRequest, "input", plan)
 
@@ -244,6 +258,8 @@ class _Api:
             left = None if limit is None else max(0.001, limit - (asyncio.get_running_loop().time() - begun))
             pairs = [(prompt, sampling) for prompt in prompts for sampling in planned.params]
             deltas = merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
+            if planned.run is not None:
+                return planned.run(answer, deltas, stack.pop_all())
             if asked.stream:
                 return EventResponse(events(answer, deltas), stack.pop_all())
 
@@ -262,9 +278,9 @@ class _Api:
         await self.pipeline.check_structured(plan.params[0])
         return prompts
 
-    async def _raw_prompt(self, prompt: str | list[int], salt: str) -> Prompt:
+    async def _raw_prompt(self, prompt: str | list[int], salt: str, beginning: bool) -> Prompt:
         if isinstance(prompt, str):
-            ids = (await self.pipeline.prepare_text(prompt)).token_ids
+            ids = (await self.pipeline.prepare_text(prompt, beginning=beginning)).token_ids
         else:
             ids = prompt
             self.pipeline.check_ids(ids)

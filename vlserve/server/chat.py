@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
@@ -21,9 +21,14 @@ from vlserve.server.output_parser import CALL, END_CALL, THINK, Piece, ReplyPars
 from vlserve.server.protocol import Chunks, SamplingBody, Strict
 
 MAX_TOOLS = 128
+FOR_SERVERS = ("strict", "cache_control", "defer_loading")  # keys of a tool that are not for the model
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class Function(Strict):
+    """Further keys, such as `return` of transformers' `get_json_schema`, reach the chat template."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
     name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -31,8 +36,13 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    type: Literal["function"]
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: Literal["function"] = "function"
     function: Function
+
+    def description(self) -> dict[str, Any]:
+        """As the chat template sees it: without what is for the server."""
+        return self.model_dump(exclude_none=True, exclude=dict.fromkeys(FOR_SERVERS, True) | {"function": set(FOR_SERVERS)})
 
 
 class FunctionName(Strict):
@@ -75,9 +85,30 @@ def read_structured(body: StructuredBody | None) -> StructuredOutput | None:
     return StructuredOutput(**given | ({"choice": tuple(given["choice"])} if "choice" in given else {}))
 
 
+def structured_field(param: str, form: ResponseFormat | None) -> str:
+    """The field that asked for what a grammar's error names; `form` is response_format where that did."""
+    if not param.startswith("structured"):
+        return param
+    if form is None:
+        return "structured_outputs" + param[len("structured") :]
+    return "response_format.json_schema.schema" if form.type == "json_schema" else "response_format"
+
+
+def read_format(form: ResponseFormat | None) -> StructuredOutput | None:
+    """What OpenAI's response_format asks for; raises RequestError when its schema is missing."""
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return StructuredOutput(json_object=True)
+    if form.json_schema is None:
+        raise RequestError("response_format.json_schema is missing", param="response_format.json_schema")
+    return StructuredOutput(json=form.json_schema.schema_)
+
+
 class ChatRequest(SamplingBody):
-    messages: list[Any] = Field(description="OpenAI's messages: role and content, a text or a list of text and image_url parts")
-    max_completion_tokens: int | None = None
+    messages: list[Any] | str = Field(
+        description="OpenAI's messages: role and content, a text or a list of text and image_url parts; a text alone is a user's"
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
@@ -85,7 +116,8 @@ class ChatRequest(SamplingBody):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: str | None = Field(None, description="counts where the chat template reads it, or enable_thinking")
+    enable_thinking: bool | None = Field(None, description="LMDeploy's place for chat_template_kwargs.enable_thinking")
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = Field(None, description="false leaves <think> in the content")
     return_tokens_as_token_ids: bool | None = Field(None, description='tokens of log-probabilities as "token_id:123"')
@@ -102,35 +134,26 @@ class ChatRequest(SamplingBody):
 
     def params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
         """Each choice's parameters; raises RequestError naming the field."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         protocol.check_top_logprobs(self.top_logprobs)
-        most = self.max_completion_tokens
-        if most is not None and most < 1:
-            raise RequestError(f"max_completion_tokens is {most}; expected 1 or more", param="max_completion_tokens")
         return self.sampling(
             defaults,
-            max_tokens=self.max_tokens if most is None else most,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             structured=self._structured(),
         )
 
     def renamed(self, error: RequestError) -> RequestError:
-        """A grammar's error with the field that asked for it."""
+        """A grammar's or a variable's error with the field that asked for it."""
         param = error.param or ""
-        old = next(
-            (name for name in ("structured.structural_tag", "structured.json", "structured") if param.startswith(name)), ""
-        )
+        if param == "chat_template_kwargs.enable_thinking" and self.enable_thinking is not None:
+            return protocol.rename(error, "enable_thinking")
         form = self.response_format
-        if not old or (self.structured_outputs is not None and old != "structured.structural_tag"):
-            new = "structured_outputs" + param[len("structured") :] if old else param
-        elif old == "structured.structural_tag":
-            new = "tools" if self.tools else "structured_outputs.structural_tag"
+        if self.tools and param.startswith("structured.structural_tag"):
+            new = "tools"
         else:
-            new = "response_format.json_schema.schema" if form is not None and form.type == "json_schema" else "response_format"
-        if new == param:
-            return error
-        return RequestError(str(error).replace(param, new), param=new, code=error.code)
+            new = structured_field(param, form if self.structured_outputs is None else None)
+        return super().renamed(error) if new == param else protocol.rename(error, new)
 
     def prompt_options(self) -> PromptOptions:
         if self.add_generation_prompt and self.continue_final_message:
@@ -138,13 +161,16 @@ class ChatRequest(SamplingBody):
                 "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
             )
         variables = dict(self.chat_template_kwargs or {})
-        if self.reasoning_effort is not None:
-            variables["reasoning_effort"] = self.reasoning_effort
+        if self.enable_thinking is not None:
+            variables["enable_thinking"] = self.enable_thinking
+        effort = self.reasoning_effort
+        if effort is not None and effort not in EFFORTS:
+            expected = ", ".join(EFFORTS)
+            raise RequestError(f"reasoning_effort is {effort[:64]!r}; expected one of {expected}", param="reasoning_effort")
         return PromptOptions(
-            tools=[tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools or ()]
-            if self.calls
-            else (),
+            tools=[tool.description() for tool in self.tools or ()] if self.calls else (),
             variables=variables,
+            wishes={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
             continue_final=bool(self.continue_final_message),
             add_generation_prompt=self.add_generation_prompt is not False,
             cache_salt=self.cache_salt or "",
@@ -154,13 +180,9 @@ class ChatRequest(SamplingBody):
     def _structured(self) -> StructuredOutput | None:
         """What the answer must look like; two of them at once are refused."""
         wanted: dict[str, StructuredOutput] = {}
-        form = self.response_format
-        if form is not None and form.type == "json_object":
-            wanted["response_format"] = StructuredOutput(json_object=True)
-        if form is not None and form.type == "json_schema":
-            if form.json_schema is None:
-                raise RequestError("response_format.json_schema is missing", param="response_format.json_schema")
-            wanted["response_format"] = StructuredOutput(json=form.json_schema.schema_)
+        form = read_format(self.response_format)
+        if form is not None:
+            wanted["response_format"] = form
         own = read_structured(self.structured_outputs)
         if own is not None:
             wanted["structured_outputs"] = own
@@ -214,6 +236,11 @@ def is_thinking(prompt: Prompt, tokenizer: Tokenizer) -> bool:
     return tokenizer.decode(prompt.token_ids[-8:], skip_special_tokens=False).rstrip("\n").endswith(THINK)
 
 
+def reasoning_fields(text: str) -> dict[str, str]:
+    """Under both names that clients look for: DeepSeek's and the one that vLLM and OpenRouter took later."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 @dataclass(slots=True)
 class Choice:
     """One answer as it grows."""
@@ -232,13 +259,13 @@ class Choice:
         """Book a piece, and give it as a chunk's delta."""
         if piece.kind == "reasoning":
             self.reasoning += piece.text
-            return {"reasoning_content": piece.text}
+            return reasoning_fields(piece.text)
         if piece.kind == "content":
             self.content += piece.text
             return {"content": piece.text}
         if piece.name is not None:
             function = {"name": piece.name, "arguments": piece.text}
-            self.calls.append({"id": protocol.new_id("call"), "type": "function", "function": dict(function)})
+            self.calls.append({"id": protocol.new_id("call_"), "type": "function", "function": dict(function)})
             return {"tool_calls": [{"index": piece.call} | self.calls[-1] | {"function": function}]}
         self.calls[piece.call]["function"]["arguments"] += piece.text
         return {"tool_calls": [{"index": piece.call, "function": {"arguments": piece.text}}]}
@@ -249,7 +276,7 @@ class ChatAnswer(Chunks):
 
     def __init__(self, asked: ChatRequest, prompt: Prompt, tokenizer: Tokenizer, model: str) -> None:
         self._asked, self._prompt, self._tokenizer, self._model = asked, prompt, tokenizer, model
-        self._id, self._created = protocol.new_id("chatcmpl"), protocol.now()
+        self._id, self._created = protocol.new_id("chatcmpl-"), protocol.now()
         thinking = is_thinking(prompt, tokenizer)
         separate = asked.separate_reasoning is not False
         self._choices = [
@@ -306,7 +333,7 @@ class ChatAnswer(Chunks):
         choice = self._choices[index]
         message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
         if choice.reasoning:
-            message["reasoning_content"] = choice.reasoning
+            message |= reasoning_fields(choice.reasoning)
         if choice.calls:
             message |= {"tool_calls": choice.calls, "content": choice.content or None}
         as_ids = bool(self._asked.return_tokens_as_token_ids)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from pydantic import Field
 
-from vlserve.config import SamplingParams, StructuredOutput
+from vlserve.config import SamplingParams
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
 from vlserve.pipeline.outputs import Delta, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
-from vlserve.server.chat import StructuredBody, read_structured
+from vlserve.server.chat import ResponseFormat, StructuredBody, read_format, read_structured, structured_field
 from vlserve.server.protocol import MAX_CHOICES, Chunks, SamplingBody
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -24,9 +24,12 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class CompletionRequest(SamplingBody):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="a text, token ids, or a list of either")
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: int | Literal[False] | None = Field(None, description="0: of the chosen tokens only")
     best_of: int | None = None
+    add_special_tokens: bool | None = Field(None, description="false leaves out the token that begins every text")
+    response_format: ResponseFormat | None = None
     structured_outputs: StructuredBody | None = None
+    return_tokens_as_token_ids: bool | None = Field(None, description='tokens of log-probabilities as "token_id:123"')
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -34,24 +37,41 @@ class CompletionRequest(SamplingBody):
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return None if self.logprobs is False else self.logprobs
+
+    @property
+    def wants_nothing(self) -> bool:
+        """No token is asked for: the prompt is computed, and its first answer token is left out again."""
+        return (self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens) == 0
+
     def renamed(self, error: RequestError) -> RequestError:
-        if error.param != "messages":
-            return error
-        return RequestError(str(error), param="prompt", code=error.code)
+        param = error.param or ""
+        if param == "messages":
+            return RequestError(str(error), param="prompt", code=error.code)
+        new = structured_field(param, self.response_format if self.structured_outputs is None else None)
+        return super().renamed(error) if new == param else protocol.rename(error, new)
 
     def params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
         """Parameters of each choice of a prompt; raises RequestError naming the field."""
         if self.best_of is not None and self.best_of != self.num_choices:
-            raise RequestError(f"best_of is {self.best_of}; only the value of n is supported", param="best_of")
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo together with logprobs is not supported", param="echo", code="unsupported_parameter")
-        protocol.check_top_logprobs(self.logprobs, "logprobs")
+            raise RequestError(f"best_of is {self.best_of}; send n for several answers, and choose among them", param="best_of")
+        if self.echo and self.num_logprobs is not None:
+            message = "echo gives no log-probabilities of the prompt; leave out echo, or logprobs"
+            raise RequestError(message, param="echo", code="unsupported_parameter")
+        protocol.check_top_logprobs(self.num_logprobs, "logprobs")
         if not self.prompts or not all(self.prompts):
             raise RequestError("prompt is empty", param="prompt")
         if len(self.prompts) * self.num_choices > MAX_CHOICES:
-            raise RequestError(f"prompt and n ask for more than {MAX_CHOICES} answers", param="prompt")
-        structured: StructuredOutput | None = read_structured(self.structured_outputs)
-        return self.sampling({"max_tokens": DEFAULT_MAX_TOKENS, **defaults}, logprobs=self.logprobs, structured=structured)
+            raise RequestError(f"prompt and n ask for more than {MAX_CHOICES} answers; send several requests", param="prompt")
+        form, structured = read_format(self.response_format), read_structured(self.structured_outputs)
+        if form is not None and structured is not None:
+            raise RequestError("response_format and structured_outputs exclude each other", param="structured_outputs")
+        own: dict[str, Any] = {"logprobs": self.num_logprobs, "structured": form or structured}
+        if self.wants_nothing:
+            own["max_tokens"] = 1
+        return self.sampling({"max_tokens": DEFAULT_MAX_TOKENS, **defaults}, **own)
 
 
 @dataclass(slots=True)
@@ -69,7 +89,7 @@ class CompletionAnswer(Chunks):
 
     def __init__(self, asked: CompletionRequest, prompts: Sequence[Prompt], tokenizer: Tokenizer, model: str) -> None:
         self._asked, self._tokenizer, self._model = asked, tokenizer, model
-        self._id, self._created = protocol.new_id("cmpl"), protocol.now()
+        self._id, self._created = protocol.new_id("cmpl-"), protocol.now()
         self._choices = [
             _Choice(prompt, tokenizer.decode(prompt.token_ids) if asked.echo else "")
             for prompt in prompts
@@ -90,6 +110,9 @@ class CompletionAnswer(Chunks):
                 yield self._chunk(index, choice.text, (), 0)
 
     def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        if self._asked.wants_nothing:
+            usage = delta.usage and replace(delta.usage, completion_tokens=0)
+            delta = replace(delta, text="", token_ids=(), logprobs=None, finish_reason="length", usage=usage)
         choice = self._choices[index]
         offset = len(choice.text)
         choice.usage, choice.finish_reason = delta.usage, delta.finish_reason
@@ -116,20 +139,22 @@ class CompletionAnswer(Chunks):
         return body
 
     def _body(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None, offset: int) -> dict[str, Any]:
-        shown = self._logprobs(logprobs, offset) if self._asked.logprobs is not None else None
+        shown = self._logprobs(logprobs, offset) if self._asked.num_logprobs is not None else None
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
     def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
         """As this older API has them, in parallel lists."""
         shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        as_ids = bool(self._asked.return_tokens_as_token_ids)
         for entry in entries:
-            own = protocol.token_logprob(entry.token_id, entry.logprob, self._tokenizer)
-            tops = [protocol.token_logprob(*top, self._tokenizer) for top in entry.top]
+            text = self._tokenizer.decode([entry.token_id], skip_special_tokens=False)
+            pairs = [*entry.top, (entry.token_id, entry.logprob)]  # the chosen token is there, likely or not
+            *tops, own = [protocol.token_logprob(*pair, self._tokenizer, as_ids=as_ids) for pair in pairs]
             shown["tokens"].append(own["token"])
             shown["token_logprobs"].append(own["logprob"])
-            shown["top_logprobs"].append({top["token"]: top["logprob"] for top in tops})
+            shown["top_logprobs"].append({top["token"]: top["logprob"] for top in [*tops, own]})
             shown["text_offset"].append(offset)
-            offset += len(own["token"])
+            offset += len(text)
         return shown
 
     def _usage(self) -> dict[str, Any]:

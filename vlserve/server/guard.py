@@ -48,7 +48,7 @@ async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], r
     try:
         return await handle(request)
     except RequestError as error:
-        status = {"model_not_found": 404, "body_too_large": 413}.get(error.code, 400)
+        status = {"model_not_found": 404, "response_not_found": 404, "body_too_large": 413}.get(error.code, 400)
         body = protocol.error_dict(str(error), kind="invalid_request_error", param=error.param, code=error.code)
         return JSONResponse(body, status)
     except OverloadedError as error:

@@ -59,15 +59,19 @@ ANSWERS: dict[str, Schema] = {
         usage=USAGE,
     ),
     "/v1/responses": _object(id=TEXT, object={"const": "response"}, status=TEXT, model=TEXT, output=_list({"type": "object"})),
+    "/v1/responses/{response_id}": _object(id=TEXT, object={"const": "response"}),
+    "/v1/responses/{response_id}/input_items": _object(object={"const": "list"}, data=_list({"type": "object"})),
+    "/v1/responses/{response_id}/cancel": _object(id=TEXT, object={"const": "response"}, status=TEXT),
     "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER)),
     "/detokenize": _object(prompt=TEXT),
 }
-STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+KEPT = "/v1/responses/{response_id}"
+STREAMS = (KEPT, "/v1/chat/completions", "/v1/completions", "/v1/responses")
 OPEN = ("/live", "/health")
 ERRORS = {
     400: "the request is wrong; the error names the field",
     401: "an API key is needed",
-    404: "another model's name",
+    404: "another model's name, or no such response",
     413: "the body is too large",
     429: "too many requests are open; try again after Retry-After seconds",
     500: "an error of the server",
@@ -78,7 +82,8 @@ ERRORS = {
 
 def read_route(path: str) -> dict[str, Any]:
     """Keywords of `add_api_route` for a GET route."""
-    status = (503,) if path == "/health" else () if path in OPEN else (401, 404) if "{" in path else (401,)
+    wrong = (400,) if path.startswith(KEPT) else ()
+    status = (503,) if path == "/health" else () if path in OPEN else (*wrong, 401, 404) if "{" in path else (401,)
     form = JSONResponse if path in ANSWERS else PlainTextResponse
     return {"responses": _responses(path, status), "response_model": None, "response_class": form}
 

@@ -1,7 +1,7 @@
 """What all routes share: reading a body strictly, the sampling fields, usage, log-probabilities, errors.
 
 A field that would change the answer and is not supported is refused by name; one that cannot change it
-is accepted. Nothing is accepted and then ignored.
+is accepted (neutral.py). Nothing is accepted and then ignored.
 """
 
 from __future__ import annotations
@@ -11,38 +11,18 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vlserve.config import MAX_LOGPROBS, SamplingParams
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
-from vlserve.migrating import explain_sampling
 from vlserve.pipeline.outputs import Usage
 from vlserve.prompt.tokenizer import Tokenizer
+from vlserve.server import neutral
 
 MAX_CHOICES = 16  # of one request
-# without any influence on the answer
-HARMLESS = frozenset(
-    (
-        *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("prompt_cache_options", "prediction", "request_id", "priority"),
-    )
-)
-# values that ask for nothing, of fields that are not supported otherwise: clients send them unasked
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "echo": (False,),
-    "verbosity": ("medium",),
-    "use_beam_search": (False,),
-    "background": (False,),
-    "truncation": ("disabled",),
-    "include": ([],),
-    "spaces_between_special_tokens": (True,),
-}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -58,11 +38,34 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None  # random padding that OpenAI adds; none is added here
 
 
+def _check_metadata(given: dict[str, str]) -> dict[str, str]:
+    if len(given) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in given.items()):
+        raise ValueError("expected at most 16 keys of at most 64 characters, with values of at most 512")
+    return given
+
+
 class Body(Strict):
-    """A request's body; unknown fields were looked at before, by `read_body`."""
+    """A request's body; unknown fields were looked at before, by `read_body`.
+
+    All but the first are checked and have no influence on the answer.
+    """
 
     model_config = ConfigDict(extra="ignore", strict=True)
     model: str | None = Field(None, description="the id that /v1/models lists; may be left out")
+    user: str | None = None
+    store: bool | None = None
+    metadata: Annotated[dict[str, str], AfterValidator(_check_metadata)] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    request_id: str | None = None
+    rid: str | list[str] | None = Field(None, description="SGLang's name of request_id")
+    priority: int | None = None
+    session_id: int | str | None = None
+    spaces_between_special_tokens: bool | None = Field(None, description="no tokenizer here writes such spaces")
 
     def renamed(self, error: RequestError) -> RequestError:
         """The error with this request's names for the fields."""
@@ -90,7 +93,9 @@ class SamplingBody(AnswerBody):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
+    min_new_tokens: int | None = Field(None, description="LMDeploy's name of min_tokens")
     max_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens; counts where both are given")
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -106,13 +111,23 @@ class SamplingBody(AnswerBody):
     def options(self) -> StreamOptions:
         return self.stream_options or StreamOptions()
 
+    def renamed(self, error: RequestError) -> RequestError:
+        """The error of a sampling parameter with the name that was sent."""
+        other = OTHER_NAMES.get(error.param or "")
+        return error if other is None or getattr(self, other) is None else rename(error, other)
+
     def sampling(self, defaults: Mapping[str, Any], **own: Any) -> list[SamplingParams]:
         """Parameters of each choice; raises RequestError naming the field. `defaults` are the checkpoint's."""
         if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
             raise RequestError(f"n is {self.n}; expected 1 to {MAX_CHOICES}", param="n")
         if self.cache_salt is not None and not 0 < len(self.cache_salt) <= 256:
-            raise RequestError("cache_salt must have 1 to 256 characters", param="cache_salt")
+            raise RequestError("cache_salt must have 1 to 256 characters, or be left out", param="cache_salt")
+        options = self.options()
+        if options.continuous_usage_stats and not self.stream:
+            message = "stream_options.continuous_usage_stats needs stream: true; a whole answer always has its usage"
+            raise RequestError(message, param="stream_options")
         fields = {name: getattr(self, name) for name in SamplingParams.__dataclass_fields__ if name in type(self).model_fields}
+        fields |= {name: getattr(self, other) for name, other in OTHER_NAMES.items() if getattr(self, other) is not None}
         fields |= {"logit_bias": _read_bias(self.logit_bias)} | own
         params = SamplingParams(**{**defaults, **{key: value for key, value in fields.items() if value is not None}})
         if self.num_choices == 1:
@@ -122,6 +137,8 @@ class SamplingBody(AnswerBody):
         return [SamplingParams(**given | {"seed": seed}) for seed in seeds]
 
 
+# other names of sampling fields; they count where both are given
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "min_tokens": "min_new_tokens"}
 B = TypeVar("B", bound=Body)
 A = TypeVar("A", bound=AnswerBody)
 
@@ -139,22 +156,21 @@ def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     for name in required:
         if values.get(name) is None:
             raise RequestError(f"{name} is missing", param=name)
-    values = {key: value for key, value in values.items() if value is not None and key not in HARMLESS}
+    values = {key: value for key, value in values.items() if not neutral.is_empty(key, value)}
     for key in sorted(set(values) - set(kind.model_fields)):
-        if values.pop(key) not in NEUTRAL.get(key, ()):
-            what = "only supported as " + json.dumps(NEUTRAL[key][0]) if key in NEUTRAL else "not a field that is supported"
-            what += explain_sampling(_shown(key), kind.model_fields)
-            raise RequestError(f"{_shown(key)} is {what}", param=_shown(key), code="unsupported_parameter")
+        if not neutral.is_neutral(key, values.pop(key)):
+            raise neutral.refusal(key, kind.model_fields)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = _place(first["loc"])
-        raise RequestError(f"{place}: {first['msg']}", param=place) from None
+        raise RequestError(f"{place}: {first['msg'].removeprefix('Value error, ')}", param=place) from None
 
 
-def _shown(key: str) -> str:
-    return key if len(key) <= 64 else key[:64] + "..."
+def rename(error: RequestError, new: str) -> RequestError:
+    """An error of a field with the name that the client knows it by."""
+    return RequestError(str(error).replace(error.param or "", new), param=new, code=error.code)
 
 
 def _place(location: Sequence[int | str]) -> str:
@@ -172,7 +188,8 @@ def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """An id that begins as OpenAI's do, e.g. with call_ or chatcmpl-."""
+    return prefix + uuid.uuid4().hex
 
 
 def envelope(id: str, kind: str, model: str, created: int) -> dict[str, Any]:
@@ -201,17 +218,16 @@ def logprobs_dict(entries: Sequence[TokenLogprob] | None, tokenizer: Tokenizer, 
         return None
 
     def one(id: int, logprob: float) -> dict[str, Any]:
-        shown = token_logprob(id, logprob, tokenizer)
-        return shown | {"token": f"token_id:{id}"} if as_ids else shown
+        return token_logprob(id, logprob, tokenizer, as_ids=as_ids)
 
     content = [one(e.token_id, e.logprob) | {"top_logprobs": [one(*top) for top in e.top]} for e in entries]
     return {"content": content, "refusal": None}
 
 
-def token_logprob(id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+def token_logprob(id: int, logprob: float, tokenizer: Tokenizer, *, as_ids: bool = False) -> dict[str, Any]:
     text = tokenizer.decode([id], skip_special_tokens=False)
     # JSON has no -Infinity; OpenAI uses -9999 for what cannot be
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    return {"token": f"token_id:{id}" if as_ids else text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
 def check_top_logprobs(number: int | None, name: str = "top_logprobs") -> None:
@@ -244,8 +260,9 @@ DONE = b"data: [DONE]\n\n"
 
 
 def _following(seed: int, i: int) -> int:
-    """The i-th after a seed; after the last of 64 bits comes the first."""
-    return (seed + i + 2**63) % 2**64 - 2**63
+    """The i-th after a seed; after the last of 64 bits comes the first, and -1, which means none, is left out."""
+    following = (seed + i + 2**63) % 2**64 - 2**63
+    return following + (seed < -1 <= following)
 
 
 def _read_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:

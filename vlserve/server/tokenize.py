@@ -30,7 +30,7 @@ class TokenizeRequest(Body):
 
     def prompt_options(self) -> PromptOptions:
         return PromptOptions(
-            tools=[tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+            tools=[tool.description() for tool in self.tools or ()],
             variables=self.chat_template_kwargs or {},
             continue_final=bool(self.continue_final_message),
             add_generation_prompt=self.add_generation_prompt is not False,
