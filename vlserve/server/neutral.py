@@ -79,6 +79,7 @@ INSTEAD: dict[str, str] = {
     "return_logprob": "send logprobs",
     "return_prompt_text": "send return_token_ids, and its prompt_token_ids to /detokenize",
     "extra_key": "send cache_salt",
+    "extra_body": "send its fields beside the others",
     "lora_path": "start another server with the adapter merged into its checkpoint",
     "adapter_name": "start another server with the adapter merged into its checkpoint",
     "min_dynamic_patch": "send mm_processor_kwargs, with what the model's preprocessing takes",
