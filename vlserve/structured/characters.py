@@ -106,14 +106,17 @@ def written(ranges: Ranges) -> str:
     if all(high < 0x80 or (low, high) == (0xD800, 0xDFFF) for low, high in left_out):
         inside = _class([r for r in left_out if r[1] < 0x80])
         return f"[^{inside}]" if inside else "[\\u0000-\\u{10ffff}]"
-    # a class that begins with ^ would be read as a negated one, even where it is written as an escape
-    begin = _character(ranges[-1][1]) if ranges[0][0] == ord("^") else ""
-    return f"[{begin}{_class(ranges)}]"
+    return f"[{_class(ranges)}]"
 
 
 def _class(ranges: Ranges) -> str:
-    """Control characters last: xgrammar writes them down as \\x1, which a hexadecimal digit must not follow."""
-    return "".join(_range(*r) for r in sorted(ranges, key=lambda r: (r[0] < 0x20, r)))
+    """Control characters last: xgrammar writes them down as \\x1, which a hexadecimal digit must not follow.
+
+    Nor may ^ be the first, even as an escape: the class would be read as a negated one.
+    """
+    ordered = sorted(ranges, key=lambda r: (r[0] < 0x20, r))
+    first = _character(ordered[-1][1]) if ordered and ordered[0][0] == ord("^") else ""
+    return first + "".join(_range(*r) for r in ordered)
 
 
 def _range(low: int, high: int) -> str:
