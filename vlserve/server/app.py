@@ -25,7 +25,7 @@ from vlserve.prompt.build import Prompt
 from vlserve.prompt.chat_messages import read_messages
 from vlserve.server import openapi, protocol, streams
 from vlserve.server.admission import Admission, Keys
-from vlserve.server.chat import ChatAnswer, ChatRequest
+from vlserve.server.chat import ChatAnswer, ChatRequest, ForPrompt
 from vlserve.server.completions import CompletionAnswer, CompletionRequest
 from vlserve.server.content import read_content
 from vlserve.server.guard import route_class, told
@@ -46,17 +46,21 @@ BODIES: dict[str, Any] = {
 }
 
 
+Prepared = tuple[list[Prompt], Sequence[SamplingParams]]  # prompts, and the parameters that each is answered with
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a request comes to: prompts being prepared, the parameters each is answered with, what the answer must look like.
 
-    `run` answers at once and goes on in the background.
+    `run` answers at once and goes on in the background; `for_prompt` makes the parameters ones that know their prompt.
     """
 
     preparing: Sequence[Coroutine[Any, Any, Prompt]]
     params: Sequence[SamplingParams]
     make: Callable[[Sequence[Prompt]], Answer]
     run: Callable[[Any, Any, ExitStack], Response] | None = None
+    for_prompt: ForPrompt | None = None
 
 
 def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> FastAPI:
@@ -181,7 +185,8 @@ class _Api:
         def plan(asked: ChatRequest) -> Plan:
             params, turns = asked.params(self._defaults), read_messages(asked.messages, local=False)
             prompt = self.pipeline.prepare(turns, asked.prompt_options())
-            return Plan([prompt], params, lambda prompts: ChatAnswer(asked, prompts[0], self.pipeline.tokenizer, self.name))
+            tokenizer, name = self.pipeline.tokenizer, self.name
+            return Plan([prompt], params, lambda p: ChatAnswer(asked, p[0], tokenizer, name), for_prompt=asked.for_prompt)
 
         return await self._answer(request, ChatRequest, "messages", plan)
 
@@ -200,8 +205,8 @@ class _Api:
         """A response, whole or as server-sent events, or in the background."""
 
         def plan(asked: ResponsesRequest) -> Plan:
-            prompt, params, make, run = self.kept.plan(request, asked, self._defaults)
-            return Plan([prompt], params, make, run)
+            prompt, params, make, run, for_prompt = self.kept.plan(request, asked, self._defaults)
+            return Plan([prompt], params, make, run, for_prompt)
 
         return await self._answer(request, ResponsesRequest, "input", plan)
 
@@ -260,12 +265,13 @@ class _Api:
             stack.callback(preparing.cancel)
             preparing.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to look at it
 
-            def begin(prompts: Sequence[Prompt]) -> tuple[Answer, AsyncIterator[tuple[int, Delta]]]:
+            def begin(prepared: Prepared) -> tuple[Answer, AsyncIterator[tuple[int, Delta]]]:
+                prompts, params = prepared
                 limit = self.config.request_timeout_s
                 left = None if limit is None else max(0.001, limit - (asyncio.get_running_loop().time() - begun))
-                pairs = [(prompt, sampling) for prompt in prompts for sampling in planned.params]
+                pairs = [(prompt, sampling) for prompt in prompts for sampling in params]
                 deltas = merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
-                self.on_asked(planned.params)
+                self.on_asked(params)
                 return planned.make(prompts), deltas
 
             may_be_late = asked.stream and planned.run is None
@@ -275,7 +281,7 @@ class _Api:
             if not done:  # a stream's silence must not last, so 200 is said before it is known whether there will be an answer
                 late = late_events(
                     preparing,
-                    lambda prompts: events(*begin(prompts)),
+                    lambda prepared: events(*begin(prepared)),
                     lambda error: asked.failure_event(told(error, "preparing an answer")[1]),
                 )
                 return EventResponse(late, stack.pop_all())
@@ -293,13 +299,14 @@ class _Api:
 
             return JSONResponse(await unless_disconnected(request, collect()))
 
-    async def _prepare(self, asked: protocol.AnswerBody, plan: Plan) -> list[Prompt]:
+    async def _prepare(self, asked: protocol.AnswerBody, plan: Plan) -> Prepared:
         try:
             prompts = list(await asyncio.gather(*plan.preparing))
             for prompt in prompts:
                 self.pipeline.check(prompt, plan.params[0])  # before a 200 is sent
-            await self.pipeline.check_structured(plan.params[0])
-            return prompts
+            params = plan.for_prompt(plan.params, prompts[0], self.pipeline.tokenizer) if plan.for_prompt else plan.params
+            await self.pipeline.check_structured(params[0])
+            return prompts, params
         except RequestError as error:
             raise asked.renamed(error) from None
 

@@ -11,7 +11,8 @@ from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag, Validat
 
 from vlserve.errors import RequestError
 from vlserve.server import protocol
-from vlserve.server.chat import ChatRequest, Function, FunctionName, StructuredBody
+from vlserve.server.chat import ChatRequest, Function, FunctionName
+from vlserve.server.constraints import StructuredBody
 from vlserve.server.protocol import AnswerBody, SamplingBody, Strict
 from vlserve.server.responses_input import Conversation, Item
 
