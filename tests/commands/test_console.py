@@ -37,7 +37,9 @@ def test_wrong_usage_is_one_line(arguments: list[str], message: str, capsys: pyt
     assert ended.value.code == 2 and message in told and told.count("\n") == 1 and "--help" in told
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_that_cannot_be_reached_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tried: list[tuple[str, int]] = []
 
     def no_network(address: tuple[str, int], timeout: float) -> socket.socket:
