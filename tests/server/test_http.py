@@ -136,7 +136,7 @@ def test_what_packages_decode_is_bounded_too(name: str) -> None:
         pytest.skip("an older package, whose output has no bound")
     decode = content._decoders()[name]
     assert decode(package.compress(b"x" * 1000), 2000) == b"x" * 1000
-    assert len(decode(package.compress(b"x" * 2**26), 5000)) == 5000
+    assert 5000 <= len(decode(package.compress(b"x" * 2**26), 5000)) < 2**17
 
 
 @pytest.mark.parametrize(
