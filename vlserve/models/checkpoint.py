@@ -85,9 +85,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     architecture = find_architecture(config)
     files = {name: _read_json(folder / name, optional=True) for name in FILES}
-    config = settle(config, architecture, read_stored(folder))
     try:
-        architecture.decoder(config)
+        architecture.decoder(settle(config, architecture, None))
         preprocessor = architecture.preprocessor(config, files)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else error
@@ -95,7 +94,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     generation = _read_json(folder / "generation_config.json", optional=True)
     return Checkpoint(
         folder=folder,
-        config=config,
+        config=settle(config, architecture, read_stored(folder)),
         generation=generation,
         end_token_ids=find_end_tokens(folder, config, generation),
         preprocessor=preprocessor,
