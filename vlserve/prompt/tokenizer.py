@@ -44,7 +44,9 @@ class Tokenizer:
         self._special = {token["id"]: token["content"] for token in self.added.values() if token["special"]}
         # looked for in the normalised text, which may have a blank where the token begins: transformers misses these too
         self._may_be_missed = {
-            name for name, token in self.added.items() if token["normalized"] and not token["single_word"] and name not in control
+            name
+            for name, token in self.added.items()
+            if token.get("normalized") and not token.get("single_word") and name not in control
         }
         self._unknown = _unknown_id(self._whole, description)
         # a token of ours in front of a text tells the tokenizer that it is not the beginning
