@@ -220,7 +220,8 @@ def test_other_servers_names_for_a_requests_options(checkpoint: Callable[..., Pa
     def features(**options: Any) -> int:
         return preprocessor.configured(options).prepare(picture, "auto").num_features // 4
 
-    assert features() == features(max_dynamic_patch=100) == features(dynamic_image_size=True) == 12 + 1
+    assert features() == features(dynamic_image_size=True) == 12 + 1
+    assert features(max_dynamic_patch=15) == features(max_patches=15) == 15 + 1
     assert features(max_dynamic_patch=2) == 2 + 1 and features(dynamic_image_size=False) == features(max_dynamic_patch=1) == 1
     assert features(min_dynamic_patch=12) == 12 + 1 and features(max_patches=None) == 12 + 1
 

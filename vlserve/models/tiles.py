@@ -69,10 +69,7 @@ class TilePreprocessor(Preprocessor):
         return Layout.of([*_ids(start, vocabulary), places, *_ids(end, vocabulary)])
 
     def configured(self, options: Mapping[str, Any]) -> Preprocessor:
-        """What transformers' processor takes for tiling, there or within `images_kwargs`, and other servers' names for it.
-
-        `max_patches` may be more than the checkpoint's own; for `max_dynamic_patch` that limit stays.
-        """
+        """What transformers' processor takes for tiling, there or within `images_kwargs`, and other servers' names for it."""
         nested = options.get("images_kwargs")
         if isinstance(nested, Mapping):
             options = {name: value for name, value in options.items() if name != "images_kwargs"}
@@ -85,8 +82,8 @@ class TilePreprocessor(Preprocessor):
             elif value is not None:
                 given[name] = _tile_option(name, value, f"mm_processor_kwargs.{place}")
         image = replace(self.image, **{name: given[name] for name in ("min_patches", "max_patches") if name in given})
-        most = given.get("max_dynamic_patch", MAX_PATCHES) if given.get("crop_to_patches", True) else 1
-        if most < image.max_patches:
+        most = given.get("max_dynamic_patch") if given.get("crop_to_patches", True) else 1
+        if most is not None:
             image = replace(image, max_patches=most, min_patches=min(most, image.min_patches))
         return replace(self, image=image)
 
@@ -101,7 +98,7 @@ def _tile_option(name: str, value: Any, param: str) -> Any:
             raise RequestError(f"{param} is {repr(value)[:100]}; expected true or false", param=param)
     elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RequestError(f"{param} is {repr(value)[:100]}; expected a whole number of 1 or more", param=param)
-    elif name != "max_dynamic_patch" and value > MAX_PATCHES:
+    elif value > MAX_PATCHES:
         raise RequestError(f"{param} is {value}; the limit is {MAX_PATCHES}", param=param)
     return value
 

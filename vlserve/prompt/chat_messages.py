@@ -238,6 +238,10 @@ def _read_file(file: Any, param: str) -> ImagePart:
     """OpenAI's file, where it is a picture in a data URL."""
     if not isinstance(file, Mapping):
         raise RequestError(f'{param} must be {{"file_data": "data:image/png;base64,..."}}', param=param)
+    for name in ("file_id", "file_url"):
+        if file.get(name):
+            reason = f"{param}.{name} is not supported; send a picture as file_data, data:image/png;base64,..."
+            raise RequestError(reason, param=f"{param}.{name}", code="unsupported_parameter")
     data, field = file.get("file_data"), f"{param}.file_data"
     head = data.lstrip()[:11].lower() if isinstance(data, str) else ""
     if not head.startswith("data:image/"):
