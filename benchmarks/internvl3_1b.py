@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from vlserve.llm.formats import Slot
 from vlserve.llm.tensor_parallel import Split
-from vlserve.models.checkpoint import DEMO, read_checkpoint
+from vlserve.models.checkpoint import DEMO
+from vlserve.models.internvl import INTERNVL
 
 TEXT = {
     "hidden_size": 896,
@@ -38,9 +39,8 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     config["text_config"] |= TEXT | {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
     config["vision_config"] |= VISION
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    checkpoint = read_checkpoint(folder)
     with torch.device("meta"):
-        targets = checkpoint.architecture.build(checkpoint.config, checkpoint.preprocessor, Split()).targets()
+        targets = INTERNVL.build(config, INTERNVL.preprocessor(config, {}), Split()).targets()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, target in sorted(targets.items()):

@@ -326,7 +326,7 @@ def choose_max_model_len(given: int | None, default: int | None, longest: int | 
         raise ModelError("config.json has no max_position_embeddings; give --max-model-len")
     if given is not None and longest is not None and given > longest:
         raise ConfigError(
-            f"max_model_len {given} is more than the {longest} of config.json's max_position_embeddings and rope scaling. "
-            f"Give {longest} or less, or a rope_scaling with a larger factor where the model's page tells one"
+            f"max_model_len {given} is more than the checkpoint's max_position_embeddings {longest}, rope scaling counted in. "
+            f"Give {longest} or less, or rope_scaling in config.json where the model's page says so"
         )
     return given or default or 1
