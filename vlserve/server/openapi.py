@@ -59,7 +59,7 @@ ANSWERS: dict[str, Schema] = {
         usage=USAGE,
     ),
     "/v1/responses": _object(id=TEXT, object={"const": "response"}, status=TEXT, model=TEXT, output=_list({"type": "object"})),
-    "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER)),
+    "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER), token_strs=_or_null(_list(TEXT))),
     "/detokenize": _object(prompt=TEXT),
 }
 STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
