@@ -38,7 +38,7 @@ class Vocabulary(Protocol):
         """The id of a token; raises ModelError when there is none."""
 
     def encode_plain(self, text: str) -> list[int]:
-        """Tokens of ordinary text."""
+        """Tokens of ordinary text within a prompt: no tokenizer begins it with a blank as it would a text of its own."""
 
 
 @dataclass(frozen=True, slots=True)

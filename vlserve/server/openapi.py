@@ -76,10 +76,14 @@ ANSWERS: dict[str, Schema] = {
         usage=USAGE,
     ),
     "/v1/responses": _object(id=TEXT, object={"const": "response"}, status=TEXT, model=TEXT, output=_list({"type": "object"})),
+<<<<<<< HEAD
     "/v1/responses/{response_id}": _object(id=TEXT, object={"const": "response"}),
     "/v1/responses/{response_id}/input_items": _object(object={"const": "list"}, data=_list({"type": "object"})),
     "/v1/responses/{response_id}/cancel": _object(id=TEXT, object={"const": "response"}, status=TEXT),
     "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER)),
+=======
+    "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER), token_strs=_or_null(_list(TEXT))),
+>>>>>>> w-c
     "/detokenize": _object(prompt=TEXT),
 }
 KEPT = "/v1/responses/{response_id}"
