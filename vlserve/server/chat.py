@@ -132,14 +132,12 @@ class ChatRequest(ConstrainedBody):
         """The parameters with room for reasoning before what the answer must look like."""
         if self.separate_reasoning is False:
             return list(params)
-        if is_thinking(prompt, tokenizer):
-            before = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": END_THINK}
-        elif self.must_call:  # text was never free here, and some models do not call without having thought
-            thought = {"type": "tag", "begin": THINK, "content": {"type": "any_text"}, "end": END_THINK}
-            before = {"type": "optional", "content": thought}
-        else:
+        thinking = is_thinking(prompt, tokenizer)
+        if not thinking and not self.must_call:  # some models do not call without having thought
             return list(params)
-        return [p if p.structured is None else replace(p, structured=after(before, p.structured)) for p in params]
+        thought = {"type": "tag", "begin": "" if thinking else THINK, "content": {"type": "any_text"}, "end": END_THINK}
+        formed = [p.structured and after(thought, p.structured, optional=not thinking) for p in params]
+        return [replace(p, structured=form) for p, form in zip(params, formed, strict=True)]
 
     def _structured(self) -> StructuredOutput | None:
         """What the answer must look like: calls that must come win, and a format holds for text beside calls that may."""
