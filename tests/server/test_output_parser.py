@@ -25,7 +25,8 @@ CASES: list[tuple[str, bool, bool, list[tuple[str, ...]]]] = [
     (f"Let me see.\n{CALL}\n{OTHER_ORDER}", True, False, [("content", "Let me see."), WEATHER, ("call", "second", '{"b": 1}')]),
     (f"<think>x</think>{CALL}", True, False, [("reasoning", "x"), WEATHER]),
     ("<tool_call>not json</tool_call>!", True, False, [("content", "<tool_call>not json</tool_call>!")]),
-    ('<tool_call>{"name": "f"', True, False, [("content", '<tool_call>{"name": "f"')]),
+    ('<tool_call>{"name": "f"', True, False, [("call", "f", "")]),
+    ('<tool_call>{"name": "f', True, False, [("content", '{"name": "f')]),
     ('<tool_call>{"name": "f", "arguments": {"a', True, False, [("call", "f", '{"a')]),
     ('<tool_call>{"name": "f"}</tool_call>', True, False, [("call", "f", "{}")]),
     ("<tool_call>[1]</tool_call>", True, False, [("content", "<tool_call>[1]</tool_call>")]),
@@ -63,3 +64,35 @@ def test_arguments_come_while_they_are_written() -> None:
     early = [piece for character in CALL[:60] for piece in parser.add(character)]
     assert early[0].name == "weather" and merged(early)[0][2] == '{"city": "Paris}",'[: len(merged(early)[0][2])]
     assert len(merged(early)[0][2]) > 5, "nothing is held back until the end"
+
+
+CALLS = f"{CALL}\n{CALL}"
+
+
+def test_a_call_that_was_cut_leaves_no_markup() -> None:
+    """Wherever the answer ends: no text, a call as soon as its name is known, with the arguments so far."""
+    arguments = WEATHER[2]
+    for end in range(len(CALLS) + 1):
+        for size in (1, 7, 200):
+            parser = ReplyParser(calls=True, only_calls=True)
+            pieces = [piece for i in range(0, end, size) for piece in parser.add(CALLS[i : min(end, i + size)])]
+            got = merged(pieces + parser.finish(cut=end < len(CALLS)))
+            assert all(kind == "call" and name == "weather" for kind, name, *_ in got), CALLS[:end]
+            assert all(arguments.startswith(text) for _, _, text in got)
+            num_named = sum(CALLS.startswith(CALLS[: i + 1]) and CALLS[: i + 1].endswith('"weather"') for i in range(end))
+            assert len(got) == num_named, CALLS[:end]
+
+
+@pytest.mark.parametrize(
+    "text,want",
+    [
+        ("Well <tool_c", [("content", "Well ")]),
+        ("1 <", [("content", "1 <")]),
+        ("<thi", []),
+        ("<think>hm</thin", [("reasoning", "hm")]),
+        ('Well\n<tool_call>\n{"na', [("content", "Well")]),
+    ],
+)
+def test_half_a_tag_of_an_answer_that_was_cut_is_no_text(text: str, want: list[tuple[str, ...]]) -> None:
+    parser = ReplyParser(calls=True)
+    assert merged(parser.add(text) + parser.finish(cut=True)) == want

@@ -201,6 +201,9 @@ def test_values_with_a_settled_meaning() -> None:
     assert params(RAW | {"max_tokens": 0}) == [SamplingParams(max_tokens=1)] and read(RAW | {"max_tokens": 0}).wants_nothing  # type: ignore[union-attr]
     assert "or none at all" in str(refused(CHAT | {"max_completion_tokens": 0}))
     assert params(RAW | {"logprobs": False}) == params(RAW) and params(RAW | {"logprobs": 0})[0].logprobs == 0
+    kwargs = {"seed": 1, "temperature": 0.5}  # as LMDeploy's client passes on what it does not know
+    assert params(CHAT | {"kwargs": kwargs, "temperature": 0.7}) == [SamplingParams(seed=1, temperature=0.7)]
+    assert refused(CHAT | {"kwargs": {"of_next_year": 1}}).param == "of_next_year"
     assert params(CHAT | {"logprobs": True, "top_logprobs": None})[0].logprobs == 0
 
 

@@ -89,6 +89,96 @@ def test_a_call_that_must_come(server: RunningServer, client: openai.OpenAI) -> 
     assert "function_call" in kinds
 
 
+STRUCTURES = [{"begin": "<n>", "schema": {"type": "integer", "minimum": 1, "maximum": 3}, "end": "</n>"}]
+SPELLINGS: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": {"type": "json_object", "schema": {"enum": [7]}}}, "7"),
+    ({"response_format": {"type": "json_object", "schema": '{"enum": [7]}'}}, "7"),
+    ({"response_format": {"type": "json_schema", "schema": {"enum": [7]}}}, "7"),
+    ({"response_format": {"type": "regex", "regex": "[0-9]{3}"}}, "[0-9]{3}"),
+    ({"response_format": {"type": "regex", "pattern": "[0-9]{3}"}}, "[0-9]{3}"),
+    ({"response_format": {"type": "regex_schema", "regex_schema": "call me [a-z]{1,9}"}}, "call me [a-z]{1,9}"),
+    ({"response_format": {"type": "grammar", "grammar": 'root ::= "ab"'}}, "ab"),
+    ({"response_format": {"type": "structural_tag", "format": {"type": "const_string", "value": "ab"}}}, "ab"),
+    ({"response_format": {"type": "structural_tag", "structures": STRUCTURES, "triggers": ["<n>"]}, "max_tokens": 3}, ".*"),
+    ({"response_format": {"type": "text"}, "regex": "[0-9]{3}"}, "[0-9]{3}"),
+    ({"regex": "[0-9]{3}", "guided_decoding_backend": "outlines", "guided_json": None}, "[0-9]{3}"),
+    ({"ebnf": 'root ::= "ab" | "c"'}, "ab|c"),
+    ({"grammar": 'root ::= "ab" | "c"'}, "ab|c"),
+    ({"json_schema": '{"enum": [7]}'}, "7"),
+    ({"json_schema": {"enum": [7]}}, "7"),
+    ({"guided_json": {"enum": [7]}}, "7"),
+    ({"guided_json": '{"enum": [7]}'}, "7"),
+    ({"guided_regex": "^(a|b)$"}, "a|b"),
+    ({"guided_choice": ["left", "right"]}, "left|right"),
+    ({"guided_grammar": 'root ::= "ab"'}, "ab"),
+    ({"structural_tag": {"type": "structural_tag", "format": {"type": "const_string", "value": "ab"}}}, "ab"),
+    ({"structured_outputs": {"json": {"enum": [7]}, "disable_any_whitespace": False}}, "7"),
+]
+
+
+def test_other_servers_spellings(server: RunningServer) -> None:
+    for fields, pattern in SPELLINGS:
+        got = answer(server, **fields)
+        assert re.fullmatch(pattern, got["choices"][0]["message"]["content"], re.DOTALL), (fields, got)
+        got = post(server, "/v1/completions", {"prompt": "x", "max_tokens": 99, **fields})
+        assert re.fullmatch(pattern, got["choices"][0]["text"], re.DOTALL), (fields, got)
+
+
+def test_calls_that_must_come_win_over_a_format_and_come_alone(server: RunningServer) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [7]}}}
+    for seed, form in enumerate(({"type": "json_object"}, schema, None, {"type": "text"})):
+        got = answer(server, tools=[tool("time")], tool_choice="required", response_format=form, seed=seed, max_tokens=300)
+        choice = got["choices"][0]
+        assert not choice["message"]["content"] and choice["message"]["tool_calls"], got
+        assert all(call["function"]["name"] == "time" for call in choice["message"]["tool_calls"])
+
+
+def test_a_format_holds_for_text_beside_calls_that_may_come(server: RunningServer) -> None:
+    kinds = set()
+    for seed in range(12):
+        schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [7]}}}
+        message = answer(server, tools=[tool("time")], response_format=schema, seed=seed)["choices"][0]["message"]
+        calls = message.get("tool_calls", [])
+        assert (message["content"] == "7") != bool(calls)
+        assert all(json.loads(call["function"]["arguments"]) for call in calls)
+        kinds.add(bool(calls))
+    assert kinds == {True, False}, "both come"
+
+
+def test_a_forced_call_that_is_cut_leaves_no_markup(server: RunningServer, client: openai.OpenAI) -> None:
+    flat: Any = [{"type": "function", **tool("weather")["function"]}]
+    for most in (1, 3, 8, 20, 26, 30):
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            fields: Any = {"tools": [tool("weather")], "tool_choice": choice, "max_tokens": most, "ignore_eos": True}
+            got = answer(server, **fields)["choices"][0]
+            assert got["finish_reason"] == "length" and not got["message"]["content"], got
+            calls = got["message"].get("tool_calls", [])
+            assert all(call["function"]["name"] == "weather" for call in calls) and len(calls) == (most > 25), (most, got)
+            fields["extra_body"] = {"ignore_eos": fields.pop("ignore_eos")}
+            chunks = list(
+                client.chat.completions.create(
+                    model="tiny", messages=chat("hi")["messages"], stream=True, temperature=1, **fields
+                )
+            )
+            assert not any(chunk.choices[0].delta.content for chunk in chunks)
+            assert chunks[-1].choices[0].finish_reason == "length"
+        response = client.responses.create(
+            model="tiny", input="hi", tools=flat, tool_choice="required", max_output_tokens=max(most, 16), temperature=1
+        )
+        assert response.status == "incomplete" and response.output_text == ""
+
+
+def test_what_must_come_comes_after_the_reasoning(server: RunningServer) -> None:
+    """The template opened <think>: that part is free, and the form holds for what follows."""
+    fields: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 400}
+    for seed in range(3):
+        message = answer(server, structured_outputs={"choice": ["yes"]}, seed=seed, **fields)["choices"][0]["message"]
+        assert message["content"] in ("yes", "") and (message["content"] or message["reasoning_content"])
+        got = answer(server, tools=[tool("time")], tool_choice="required", seed=seed, **fields)["choices"][0]
+        assert not got["message"]["content"]
+        assert got["finish_reason"] == "length" or got["message"]["tool_calls"]
+
+
 def test_no_call_where_none_is_asked(server: RunningServer) -> None:
     got = answer(server, tools=[tool("weather")], tool_choice="none", max_tokens=5)["choices"][0]
     assert "tool_calls" not in got["message"]
@@ -104,6 +194,15 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"grammar": "root ::= "}}, "structured_outputs.grammar", "grammar"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "exclude"),
+    ({"guided_json": {"type": "what"}}, "guided_json", "guided_json cannot be used: type is 'what'"),
+    ({"regex": "a", "guided_choice": ["b"]}, "guided_choice", "regex and guided_choice exclude each other; give one"),
+    ({"ebnf": "root ::= "}, "ebnf", "ebnf cannot be used"),
+    ({"guided_whitespace_pattern": "\\n"}, "guided_whitespace_pattern", "put the white space into a regex"),
+    ({"response_format": {"type": "json_schema", "schema": {"type": "what"}}}, "response_format.schema", "what"),
+    ({"response_format": {"type": "regex", "schema": {}}}, "response_format.schema", "regex takes regex or pattern"),
+    ({"response_format": {"type": "regex_schema"}}, "response_format.regex_schema", "is missing"),
+    ({"response_format": {"type": "structural_tag", "structures": []}}, "response_format.triggers", "is missing"),
+    ({"tools": [tool("f")], "tool_choice": "required", "regex": "a"}, "tool_choice", "regex and tool_choice exclude each other"),
     ({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
     ({"tools": [tool("f")] * 129}, "tools", "the limit is 128"),
     ({"tools": [tool("bad name")]}, "tools.0.function.name", "pattern"),

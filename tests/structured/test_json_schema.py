@@ -14,44 +14,29 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
-import torch
 import xgrammar
 
+from tests.structured.random_schemas import (
+    DECIMAL,
+    ZOD_DATETIME,
+    ZOD_DURATION,
+    ZOD_EMAIL,
+    ZOD_IPV4,
+    ZOD_UUID,
+    walks,
+)
+from tests.structured.walking import byte_compiler, matcher_of, wander
 from vlserve.config import StructuredOutput
 from vlserve.errors import RequestError
+from vlserve.structured.conjunction import SchemaError
 from vlserve.structured.grammar import to_grammar
-from vlserve.structured.json_schema import SchemaError, read_schema, rewrite_schema
+from vlserve.structured.json_schema import read_schema, rewrite_schema
 from vlserve.structured.regex import Budget
-
-# single bytes without control characters but the newline, as the engine has it for JSON; the last one ends
-BYTES = [bytes([byte]) if byte == 10 or byte >= 32 else b"" for byte in range(256)]
-SECOND = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
 
 
 @pytest.fixture(scope="module")
 def compiler() -> xgrammar.GrammarCompiler:
-    vocabulary = xgrammar.TokenizerInfo([*BYTES, b""], xgrammar.VocabType.RAW, vocab_size=257, stop_token_ids=[256])
-    return xgrammar.GrammarCompiler(vocabulary, max_threads=1)
-
-
-def wander(compiler: xgrammar.GrammarCompiler, schema: Any, rng: random.Random, most: int = 400) -> str | None:
-    """A document that the grammar lets through, drawn byte by byte; None when it has no end after `most` bytes."""
-    matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(to_grammar(StructuredOutput(json=json.dumps(schema)))))
-    bitmask, out = torch.zeros(1, 9, dtype=torch.int32), bytearray()
-    while len(out) < most:
-        matcher.fill_next_token_bitmask(bitmask, 0)
-        words = bitmask[0].tolist()
-        allowed = [t for t in range(257) if words[t // 32] >> (t % 32) & 1 and (t == 256 or BYTES[t])]
-        if out and out[-1] in SECOND:
-            allowed = [t for t in allowed if t in SECOND[out[-1]]]
-        assert allowed, f"{schema}: no way on after {bytes(out)!r}"
-        weights = [30 if t == 256 or t in (34, 93, 125) else 0.1 if t in (10, 32) else 1 if t < 128 else 0.05 for t in allowed]
-        (token,) = rng.choices(allowed, weights)
-        assert matcher.accept_token(token)
-        if token == 256:
-            return out.decode()
-        out.append(token)
-    return None
+    return byte_compiler()
 
 
 NAMES = ["a", "b", "ab", "c d", "é", 'x"y', "_"]
@@ -150,6 +135,80 @@ def test_what_the_grammar_lets_through_is_valid(compiler: xgrammar.GrammarCompil
     assert ended > 350
 
 
+def test_schemas_as_generators_write_them(compiler: xgrammar.GrammarCompiler) -> None:
+    done = walks(120, seed=14, compiler=compiler)
+    assert not done.wrong and done.num_documents > 200
+    assert sum(done.refused.values()) < 0.25 * done.num_schemas, done.refused
+
+
+# what generators write, with a document that may come and one that may not
+TAKEN: list[tuple[Any, Any, Any]] = [
+    ({"type": "string", "pattern": "^(a|b)$"}, "a", "xax"),
+    ({"type": "string", "pattern": r"^\d{4}-(0[1-9]|1[0-2])$"}, "7000-10", "7000-10x"),
+    ({"type": "string", "format": "date"}, "2026-12-01", "x2026-12-01"),
+    ({"type": "string", "format": "date-time"}, "2026-12-01T10:00:00Z", "2026-12-01T10:00:00Zx"),
+    ({"type": "string", "x-anything": 1, "min_items": 2, "minLenght": 3, "id": "a"}, "", 1),
+    ({"type": "string", "format": "email", "pattern": ZOD_EMAIL}, "a@b.co", "a..b@b.co"),
+    ({"type": "string", "format": "uuid", "pattern": ZOD_UUID}, "0" * 8 + "-0000-4000-8000-" + "0" * 12, "0" * 36),
+    ({"type": "string", "format": "date-time", "pattern": ZOD_DATETIME}, "2024-02-29T10:00:00Z", "2024-02-29T10:00:00+01:00"),
+    ({"type": "string", "format": "duration", "pattern": ZOD_DURATION}, "P1DT2H", "P1D2H"),
+    ({"type": "string", "format": "ipv4", "pattern": ZOD_IPV4}, "10.0.0.1", "10.0.0.256"),
+    ({"type": "string", "format": "cuid2", "pattern": "^[0-9a-z]+$"}, "ab0", "AB"),
+    ({"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083}, "https://a.b/c?d=e", "a b"),
+    ({"type": "string", "format": "path"}, "/a b", 1),
+    ({"type": "string", "format": "uuid4"}, "0" * 8 + "-0000-4000-8000-" + "0" * 12, "0" * 8 + "-0000-1000-8000-" + "0" * 12),
+    ({"type": "string", "pattern": DECIMAL}, "-1.5", "+."),
+    ({"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 3}, "abc", "abcd"),
+    ({"type": "integer", "format": "int32"}, 2**31 - 1, 2**31),
+    ({"type": "number", "multipleOf": 1, "minimum": 0, "maximum": 9}, 3, 2.5),
+    ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, 4, 3),
+    ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}}, {"k": 1}, {"k": "a"}),
+    ({"propertyNames": {"$ref": "#/$defs/C"}, "additionalProperties": {"type": "integer"}, "$defs": {"C": {"enum": ["a"]}}},
+     {"a": 1}, {"b": 1}),
+    ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "null"}, "required": ["a"]},
+     {"a": None}, {"b": None}),
+    ({"propertyNames": {"pattern": "^(a|b)$"}, "additionalProperties": {"type": "null"}}, {"a": None}, {"xa": None}),
+    ({"type": "array", "items": [{"type": "integer"}, {"type": "null"}], "additionalItems": False}, [1, None], [1, None, 2]),
+    ({"type": "array", "prefixItems": [{"type": "integer"}], "minItems": 1, "maxItems": 1}, [1], [1, 1]),
+    ({"type": "object", "required": ["a"], "additionalProperties": {"type": "integer"}}, {"a": 1, "b": 2}, {"b": 2}),
+    ({"type": "object", "properties": {"a": {"not": {}}, "b": {}}}, {"b": 1}, {"a": 1}),
+    ({"type": "string", "nullable": True}, None, 1),
+    ({"allOf": [{"$ref": "#/$defs/A"}, {"required": ["a"]}], "$defs": {"A": {"properties": {"a": {"type": "null"}}}}},
+     {"a": None}, {}),
+    ({"$ref": "#/$defs/A", "minimum": 3, "$defs": {"A": {"type": "integer", "maximum": 4}}}, 3, 2),
+    ({"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, {"b": 1}, {}),
+    ({"type": "string", "enum": ["a", "bc"], "minLength": 2}, "bc", "a"),
+    ({"anyOf": [False, {"type": "null"}]}, None, 1),
+    ({"minLength": 2}, "ab", "a"),
+    ({"unevaluatedProperties": False, "additionalProperties": {"type": "null"}}, {"a": None}, {"a": 1}),
+    ({"oneOf": [{"properties": {"k": {"const": k, "default": k}}} for k in "ab"], "discriminator": {"propertyName": "k"}},
+     {"k": "a"}, {}),
+    ({"oneOf": [{"type": "object", "properties": {k: {}}, "required": [k]} for k in "ab"]}, {"a": 1}, {"a": 1, "b": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema,good,bad", TAKEN, ids=[str(n) for n in range(len(TAKEN))])
+def test_what_generators_write_is_held(compiler: xgrammar.GrammarCompiler, schema: Any, good: Any, bad: Any) -> None:
+    matcher = matcher_of(compiler, schema)
+    for document, fits in ((good, True), (bad, False)):
+        matcher.reset()
+        assert (matcher.accept_string(json.dumps(document)) and matcher.is_completed()) == fits, document
+
+
+def test_what_leads_back_to_itself_is_read_once(compiler: xgrammar.GrammarCompiler) -> None:
+    """As pydantic writes a tree of two kinds of nodes, whose kinds have defaults."""
+    union = {"oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}], "discriminator": {"propertyName": "kind"}}
+    arms = {
+        kind: {
+            "type": "object",
+            "properties": {"kind": {"const": kind, "default": kind}, "in": {"anyOf": [union, {"type": "null"}]}},
+        }
+        for kind in "AB"
+    }
+    matcher = matcher_of(compiler, {**union, "$defs": arms})
+    assert matcher.accept_string('{"kind": "A", "in": {"kind": "B", "in": {"kind": "A"}}}') and matcher.is_completed()
+
+
 FORMATS: dict[str, Callable[[str], Any]] = {
     "date": date.fromisoformat,
     "date-time": lambda text: datetime.fromisoformat(text[:19]),
@@ -183,50 +242,51 @@ def test_29_february_is_a_day_of_leap_years_only(compiler: xgrammar.GrammarCompi
 
 
 UNSUPPORTED: list[tuple[Any, str]] = [
-    ({"type": "array", "uniqueItems": True}, r"'uniqueItems' is not supported \(at #\)"),
-    ({"items": {"not": {"type": "null"}}}, r"'not' is not supported \(at #/items\)"),
-    ({"properties": {"a": {"if": {}, "then": {}}}}, r"'if' is not supported \(at #/properties/a\)"),
-    ({"anyOf": [{"type": "null"}, {"type": "array", "contains": {}}]}, r"'contains' is not supported \(at #/anyOf/1\)"),
-    ({"type": "array", "minContains": 1}, "'minContains'"),
-    ({"type": "object", "dependentRequired": {}}, "'dependentRequired'"),
-    ({"type": "array", "additionalItems": False}, "'additionalItems'"),
+    ({"type": "array", "uniqueItems": True}, r"'uniqueItems' is not supported; leave it out .* \(at #\)"),
+    ({"items": {"not": {"type": "null"}}}, r"'not' is not supported; say what may come instead \(at #/items\)"),
+    ({"properties": {"a": {"if": {}, "then": {}}}}, r"'if' is not supported; use anyOf .* \(at #/properties/a\)"),
+    ({"anyOf": [{"type": "null"}, {"type": "array", "contains": {}}]}, r"'contains' is not supported; .* \(at #/anyOf/1\)"),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, "'dependentRequired'"),
     ({"$dynamicRef": "#a"}, r"'\$dynamicRef'"),
-    ({"type": "string", "minLenght": 3}, "'minLenght'"),
-    ({"type": "string", "nullable": True}, "'nullable'"),
-    ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "else": 1}}}, r"'else' is not supported \(at #/\$defs/a\)"),
-    ({"type": "number", "multipleOf": 0.1}, "multipleOf is supported for integers only"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"if": {}, "else": 1}}}, r"'if' is not supported; .* \(at #/\$defs/a\)"),
+    ({"type": "number", "multipleOf": 0.1}, "multipleOf is supported for whole numbers only"),
     ({"type": "integer", "multipleOf": 2000}, "multipleOf is 2000; expected a whole number from 1 to 1024"),
     ({"type": "integer", "multipleOf": 2, "minimum": 0}, "both its ends"),
-    ({"type": "integer", "format": "int32"}, "format is supported for strings only"),
-    ({"type": "string", "format": "json-pointer"}, "format 'json-pointer' is not supported; formats: date"),
-    ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern cannot be combined with maxLength"),
-    ({"type": "string", "format": "date", "pattern": "a"}, "format cannot be combined with pattern"),
-    ({"type": "string", "pattern": "(?=a)"}, r"pattern '\(\?=a\)' cannot be used: lookaround"),
+    ({"type": "string", "format": "regex"}, "format 'regex' is not supported; leave it out"),
+    ({"type": "string", "format": 3}, "format must be a text"),
+    ({"type": "string", "pattern": "a.*b", "maxLength": 30000}, "needs too large an automaton; use shorter"),
+    ({"type": "string", "pattern": "^a$", "minLength": 2}, "no text fits the pattern '.a.' together with the length limits"),
+    ({"type": "string", "pattern": "(?<=a)"}, r"pattern '\(\?<=a\)' cannot be used: lookbehind"),
     ({"type": "string", "maxLength": 10**9}, "maxLength is 1000000000; expected a whole number from 0 to 65536"),
     ({"type": "array", "maxItems": 10**9}, "maxItems"),
-    ({"type": "array", "items": [{}]}, "neither an object nor true"),
-    ({"type": "string", "const": 3}, "const has a value that is not of its type"),
-    ({"const": 3, "minimum": 2}, "const cannot be combined with minimum"),
+    ({"type": "array", "items": 3}, "neither an object nor true"),
+    ({"type": "string", "const": 3}, "const has no value of its type"),
+    ({"const": 3, "minimum": 4}, "that fits what stands beside it"),
+    ({"const": 3, "enum": [4]}, "const is not one of enum's values"),
+    ({"enum": [[1]], "minItems": 2}, "lists or objects cannot be combined with minItems"),
     ({"const": 2**60}, "more than a JSON number holds"),
     ({"enum": []}, "enum must be a list with values"),
     ({"anyOf": []}, "anyOf must be a list of schemas"),
-    ({"type": "object", "anyOf": [{}]}, "anyOf cannot be combined with type"),
-    ({"anyOf": [{}], "allOf": [{}]}, "anyOf cannot be combined with allOf"),
-    ({"allOf": [{"type": "object"}, {"type": "object"}]}, "allOf is supported with one schema only"),
+    ({"allOf": [{"type": "object"}, {"type": "string"}]}, "types 'object' and 'string' exclude each other"),
+    ({"allOf": [{"multipleOf": 0.5}, {"multipleOf": 0.7}]}, "multipleOf is asked for twice"),
+    ({"type": "array", "anyOf": [{"type": "object"}, {"type": "null"}]}, "exclude each other"),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf has alternatives that may both fit"),
-    ({"$ref": "#/$defs/a", "type": "object"}, r"\$ref cannot be combined with type"),
     ({"$ref": "http://example.com/a.json"}, "only references within the schema"),
     ({"$ref": "#/$defs/a"}, "points at nothing"),
-    ({"minLength": 3}, "minLength needs a type"),
-    ({"type": "object", "required": ["a"]}, "required names 'a', which properties does not have"),
+    ({"type": "object", "required": ["a"], "additionalProperties": False}, "required names 'a', which properties does not have"),
+    ({"type": "object", "required": ["a"], "properties": {"a": False}}, "at #/properties/a allows nothing"),
     ({"type": "object", "properties": {"a": {}}, "patternProperties": {"b": {}}}, "patternProperties cannot be combined"),
     ({"type": "object", "patternProperties": {"b": {}, "c": {}}}, "one pattern only"),
-    ({"type": "object", "propertyNames": {}, "additionalProperties": False}, "propertyNames cannot be combined"),
+    (
+        {"propertyNames": {"maxLength": 3}, "properties": {"a": {}}, "additionalProperties": {}},
+        "propertyNames cannot be combined",
+    ),
     ({"type": "object", "additionalProperties": True, "minProperties": 3}, "minProperties above 1"),
     ({"type": "object", "properties": {str(i): {} for i in range(40)}, "maxProperties": 9}, "at most 32 properties"),
     ({"type": "number", "minimum": 1e-9}, "finer than five places"),
-    ({"type": "number", "exclusiveMinimum": True}, "must be a number"),
+    ({"type": "number", "exclusiveMinimum": "1"}, "must be a number"),
     ({"type": []}, r"type is \[\]"),
+    ({"not": {}}, "allows nothing"),
     (False, "allows nothing"),
     ([], "neither an object nor true"),
 ]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import xgrammar
 
-from vlserve.structured.regex import Budget, rewrite
+from tests.structured.random_patterns import compare
+from vlserve.structured.regex import Budget, rewrite, rewrite_all
 
 ASCII = [chr(code) for code in range(1, 127)]
 
@@ -82,6 +83,23 @@ PATTERNS = [
     r"x{0,3}y",
     r"[^\x01ab]",
     r"[\x01\x02a-c]",
+    r"[\x01-\]\^-é]",
+    r"[\x01\^]",
+    r"^(a|b)$",
+    r"^((a|^b)|c$)",
+    r"a^b|^$",
+    r"(?=.b)a?b|(?!a).",
+    r"^(?!.*bb)[ab]+$",
+    r"(?:(?!bc).)*",
+    r"\ba|b\B",
+    r"(?i)A[^B]c?",
+    r"(?i:a)B",
+    r"(?s)a.b",
+    r"(b|(?=a))a",
+    r"(a*)^b?",
+    r"(?!(?!a)b)[abc]+",
+    r"\Aa\Z",
+    r"(x{2,}y?)?",
 ]
 
 
@@ -89,9 +107,42 @@ PATTERNS = [
 def test_expressions_mean_what_python_says(compiler: xgrammar.GrammarCompiler, pattern: str) -> None:
     rng = random.Random(pattern)
     texts = ["".join(letters) for n in range(4) for letters in itertools.product("abc", repeat=n)]
-    texts += ["".join(rng.choices("abcxy -^]_./1éü😀😎", k=rng.randint(1, 5))) for _ in range(300)]
+    letters = "abcxyAB -^]_./1\n→😀😎" + ("éü" if "é" in pattern else "")
+    texts += ["".join(rng.choices(letters, k=rng.randint(1, 5))) for _ in range(300)]
     assert fits(compiler, pattern, texts) == [t for t in texts if re.fullmatch(pattern, t, re.ASCII)]
+    texts = [text for text in texts if "\n" not in text]
     assert fits(compiler, pattern, texts, in_json=True) == [t for t in texts if re.search(pattern, t, re.ASCII)]
+
+
+def test_what_readers_disagree_on_is_left_out(compiler: xgrammar.GrammarCompiler) -> None:
+    """JavaScript, Rust and Python with or without Unicode: \\W, \\S, \\D and a dot let through what is none for all."""
+    disputed = ["é", "\u00a0", "\u0663", "\u2028", "ſ"]
+    for pattern, want in ((r"\w|\s|\d", []), (r"\W", ["\u00a0", "\u2028"]), (r"\S", ["é", "\u0663", "ſ"]), (".", None)):
+        got = fits(compiler, f"^({pattern})$", disputed, in_json=True)
+        assert got == ([t for t in disputed if t != "\u2028"] if want is None else want), pattern
+    assert fits(compiler, r"\D", disputed) == ["é", "\u00a0", "\u2028", "ſ"]
+    assert fits(compiler, "^(?!\\W)...?$", ["éa ", "ab "], in_json=True) == ["ab "]
+    assert fits(compiler, "(?i)^[^s]$", ["ſ", "s", "S", "t"], in_json=True) == ["t"]
+
+
+def test_random_expressions_are_neither_taken_nor_refused_wrongly() -> None:
+    done = compare(3000, seed=16)
+    assert not done.wrong and done.num_taken > 500
+    assert sum(done.refused.values()) - done.refused["no text fits it"] < 0.15 * done.num_patterns, done.refused
+
+
+def test_several_expressions_and_a_length_hold_at_once(compiler: xgrammar.GrammarCompiler) -> None:
+    texts = ["".join(letters) for n in range(6) for letters in itertools.product("ab.", repeat=n)]
+    for patterns, least, most in ((["^a", "b$"], 0, None), ([r"^[ab.]+$", r"\.", "^(?!b)"], 3, 4), (["a"], 2, 3), ([""], 2, 4)):
+        text = rewrite_all(patterns, Budget(), least=least, most=most)
+        matcher = xgrammar.GrammarMatcher(compiler.compile_regex(text))
+        for candidate in texts:
+            matcher.reset()
+            wanted = least <= len(candidate) <= (most or 9) and all(re.search(p, candidate) for p in patterns)
+            assert (matcher.accept_string(candidate) and matcher.is_completed()) == wanted, (patterns, candidate)
+    assert rewrite_all(["^[a-c]{2}$", "^..$"], Budget(), least=1) == rewrite("^[a-c]{2}$", Budget(), in_json=True)
+    with pytest.raises(ValueError, match="no text fits"):
+        rewrite_all(["^a", "^b"], Budget())
 
 
 @pytest.mark.parametrize("pattern", (".", ".*", "[^a]{1,3}", r"\S+", r"[\s\S]", "é|.", "[!-~]", r"\W"))
@@ -102,15 +153,16 @@ def test_nothing_breaks_out_of_a_json_string(compiler: xgrammar.GrammarCompiler,
 @pytest.mark.parametrize(
     "pattern,reason",
     [
-        ("(?=a)b", "lookaround"),
-        ("(?<!a)b", "lookaround"),
-        (r"(a)\1", "backreferences"),
-        (r"\ba", "anchors"),
-        ("a^b", "anchors"),
-        ("(a$)b", "anchors"),
-        ("(?i)a", "flags"),
-        ("(?i:a)", "flags"),
-        (r"\p{L}", "bad escape"),
+        ("(?=a)b", "no text fits"),
+        ("(?<!a)b", "lookbehind is not supported; say in the expression itself"),
+        (r"(a)\1", "backreferences are not supported; write the texts out"),
+        ("(?>a)", "atomic groups are not supported; use|unknown extension"),
+        ("a*+b", "possessive repeats are not supported; use|multiple repeat"),
+        ("((?=a)|b)*", "in a repeat needs a character beside it"),
+        ("((?=a)b){99}", "may repeat up to 16 times"),
+        ("(?m)^a", r"the flag \(\?m\) is not supported; write"),
+        ("(?i)é", "for ASCII letters only; write both cases"),
+        (r"\p{L}", "bad escape .*; write the characters as a class"),
         ("(a", "missing"),
         ("*a", "nothing to repeat"),
         ("a{70000}", "repeats 70000 times"),

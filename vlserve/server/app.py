@@ -24,7 +24,7 @@ from vlserve.prompt.build import Prompt
 from vlserve.prompt.chat_messages import read_messages
 from vlserve.server import openapi, protocol
 from vlserve.server.admission import Admission, Keys
-from vlserve.server.chat import ChatAnswer, ChatRequest
+from vlserve.server.chat import ChatAnswer, ChatRequest, ForPrompt
 from vlserve.server.completions import CompletionAnswer, CompletionRequest
 from vlserve.server.guard import route_class
 from vlserve.server.metrics import Metrics
@@ -47,13 +47,14 @@ BODIES: dict[str, Any] = {
 class Plan:
     """What a request comes to: prompts being prepared, the parameters each is answered with, what the answer must look like.
 
-    `run` answers at once and goes on in the background.
+    `run` answers at once and goes on in the background; `for_prompt` makes the parameters ones that know their prompt.
     """
 
     preparing: Sequence[Coroutine[Any, Any, Prompt]]
     params: Sequence[SamplingParams]
     make: Callable[[Sequence[Prompt]], Answer]
     run: Callable[[Any, Any, ExitStack], Response] | None = None
+    for_prompt: ForPrompt | None = None
 
 
 def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> FastAPI:
@@ -164,7 +165,8 @@ class _Api:
         def plan(asked: ChatRequest) -> Plan:
             params, turns = asked.params(self._defaults), read_messages(asked.messages, local=False)
             prompt = self.pipeline.prepare(turns, asked.prompt_options())
-            return Plan([prompt], params, lambda prompts: ChatAnswer(asked, prompts[0], self.pipeline.tokenizer, self.name))
+            tokenizer, name = self.pipeline.tokenizer, self.name
+            return Plan([prompt], params, lambda p: ChatAnswer(asked, p[0], tokenizer, name), for_prompt=asked.for_prompt)
 
         return await self._answer(request, ChatRequest, "messages", plan)
 
@@ -183,8 +185,8 @@ class _Api:
         """A response, whole or as server-sent events, or in the background."""
 
         def plan(asked: ResponsesRequest) -> Plan:
-            prompt, params, make, run = self.kept.plan(request, asked, self._defaults)
-            return Plan([prompt], params, make, run)
+            prompt, params, make, run, for_prompt = self.kept.plan(request, asked, self._defaults)
+            return Plan([prompt], params, make, run, for_prompt)
 
         return await self._answer(request, ResponsesRequest, "input", plan)
 
@@ -250,13 +252,13 @@ class _Api:
                     stack.callback(coroutine.close)
                 self.pipeline.client.check_alive()
                 stack.enter_context(self.admission.enter(len(planned.preparing) * len(planned.params) - 1))
-                prompts = await unless_disconnected(request, self._prepare(planned))
+                prompts, params = await unless_disconnected(request, self._prepare(planned))
             except RequestError as error:
                 raise asked.renamed(error) from None
             answer = planned.make(prompts)
             limit = self.config.request_timeout_s
             left = None if limit is None else max(0.001, limit - (asyncio.get_running_loop().time() - begun))
-            pairs = [(prompt, sampling) for prompt in prompts for sampling in planned.params]
+            pairs = [(prompt, sampling) for prompt in prompts for sampling in params]
             deltas = merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
             if planned.run is not None:
                 return planned.run(answer, deltas, stack.pop_all())
@@ -271,12 +273,13 @@ class _Api:
 
             return JSONResponse(await unless_disconnected(request, collect()))
 
-    async def _prepare(self, plan: Plan) -> list[Prompt]:
+    async def _prepare(self, plan: Plan) -> tuple[list[Prompt], Sequence[SamplingParams]]:
         prompts = list(await asyncio.gather(*plan.preparing))
         for prompt in prompts:
             self.pipeline.check(prompt, plan.params[0])  # before a 200 is sent
-        await self.pipeline.check_structured(plan.params[0])
-        return prompts
+        params = plan.for_prompt(plan.params, prompts[0], self.pipeline.tokenizer) if plan.for_prompt else plan.params
+        await self.pipeline.check_structured(params[0])
+        return prompts, params
 
     async def _raw_prompt(self, prompt: str | list[int], salt: str, beginning: bool) -> Prompt:
         if isinstance(prompt, str):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -17,10 +17,12 @@ from vlserve.prompt.build import Prompt
 from vlserve.prompt.conversation import PromptOptions
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
-from vlserve.server.output_parser import CALL, END_CALL, THINK, Piece, ReplyParser
-from vlserve.server.protocol import Chunks, SamplingBody, Strict
+from vlserve.server.constraints import ConstrainedBody, after, as_format
+from vlserve.server.output_parser import CALL, END_CALL, END_THINK, THINK, Piece, ReplyParser
+from vlserve.server.protocol import Chunks, Strict
 
 MAX_TOOLS = 128
+ForPrompt = Callable[[Sequence[SamplingParams], Prompt, Tokenizer], Sequence[SamplingParams]]
 FOR_SERVERS = ("strict", "cache_control", "defer_loading")  # keys of a tool that are not for the model
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -54,65 +56,12 @@ class NamedTool(Strict):
     function: FunctionName
 
 
-class JsonSchema(Strict):
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
-class StructuredBody(Strict):
-    """vLLM's structured_outputs: exactly one of these."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    structural_tag: dict[str, Any] | str | None = None
-
-
-def read_structured(body: StructuredBody | None) -> StructuredOutput | None:
-    """Raises RequestError when not exactly one of the fields is given."""
-    if body is None:
-        return None
-    given = body.model_dump(exclude_none=True, by_alias=True)
-    return StructuredOutput(**given | ({"choice": tuple(given["choice"])} if "choice" in given else {}))
-
-
-def structured_field(param: str, form: ResponseFormat | None) -> str:
-    """The field that asked for what a grammar's error names; `form` is response_format where that did."""
-    if not param.startswith("structured"):
-        return param
-    if form is None:
-        return "structured_outputs" + param[len("structured") :]
-    return "response_format.json_schema.schema" if form.type == "json_schema" else "response_format"
-
-
-def read_format(form: ResponseFormat | None) -> StructuredOutput | None:
-    """What OpenAI's response_format asks for; raises RequestError when its schema is missing."""
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return StructuredOutput(json_object=True)
-    if form.json_schema is None:
-        raise RequestError("response_format.json_schema is missing", param="response_format.json_schema")
-    return StructuredOutput(json=form.json_schema.schema_)
-
-
-class ChatRequest(SamplingBody):
+class ChatRequest(ConstrainedBody):
     messages: list[Any] | str = Field(
         description="OpenAI's messages: role and content, a text or a list of text and image_url parts; a text alone is a user's"
     )
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredBody | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -132,6 +81,11 @@ class ChatRequest(SamplingBody):
         """Whether function calls are looked for."""
         return bool(self.tools) and self.tool_choice != "none"
 
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is function calls and nothing else."""
+        return bool(self.tools) and self.tool_choice not in (None, "none", "auto")
+
     def params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
         """Each choice's parameters; raises RequestError naming the field."""
         if self.top_logprobs and not self.logprobs:
@@ -148,12 +102,9 @@ class ChatRequest(SamplingBody):
         param = error.param or ""
         if param == "chat_template_kwargs.enable_thinking" and self.enable_thinking is not None:
             return protocol.rename(error, "enable_thinking")
-        form = self.response_format
-        if self.tools and param.startswith("structured.structural_tag"):
-            new = "tools"
-        else:
-            new = structured_field(param, form if self.structured_outputs is None else None)
-        return super().renamed(error) if new == param else protocol.rename(error, new)
+        if self.tools and param.startswith("structured.structural_tag") and self._tool_form() is not None:
+            return protocol.rename(error, "tools")
+        return super().renamed(error)
 
     def prompt_options(self) -> PromptOptions:
         if self.add_generation_prompt and self.continue_final_message:
@@ -177,24 +128,35 @@ class ChatRequest(SamplingBody):
             mm_processor_kwargs=self.mm_processor_kwargs or {},
         )
 
-    def _structured(self) -> StructuredOutput | None:
-        """What the answer must look like; two of them at once are refused."""
-        wanted: dict[str, StructuredOutput] = {}
-        form = read_format(self.response_format)
-        if form is not None:
-            wanted["response_format"] = form
-        own = read_structured(self.structured_outputs)
-        if own is not None:
-            wanted["structured_outputs"] = own
-        tools = self._tool_form()
-        if tools is not None:
-            wanted["tool_choice"] = tools
-        if len(wanted) > 1:
-            raise RequestError(f"{' and '.join(wanted)} exclude each other", param=list(wanted)[-1])
-        return next(iter(wanted.values()), None)
+    def for_prompt(self, params: Sequence[SamplingParams], prompt: Prompt, tokenizer: Tokenizer) -> list[SamplingParams]:
+        """The parameters with room for reasoning before what the answer must look like."""
+        if self.separate_reasoning is False:
+            return list(params)
+        if is_thinking(prompt, tokenizer):
+            before = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": END_THINK}
+        elif self.must_call:  # text was never free here, and some models do not call without having thought
+            thought = {"type": "tag", "begin": THINK, "content": {"type": "any_text"}, "end": END_THINK}
+            before = {"type": "optional", "content": thought}
+        else:
+            return list(params)
+        return [p if p.structured is None else replace(p, structured=after(before, p.structured)) for p in params]
 
-    def _tool_form(self) -> StructuredOutput | None:
-        """What calls must look like: for a call that must come, and for functions that are strict."""
+    def _structured(self) -> StructuredOutput | None:
+        """What the answer must look like: calls that must come win, and a format holds for text beside calls that may."""
+        wanted, calls = self.wanted(), self._tool_form()
+        if calls is None or wanted is None:
+            form = wanted[1] if wanted is not None else None
+            return form if calls is None else StructuredOutput(structural_tag={"type": "structural_tag", "format": calls})
+        place, form = wanted
+        if self.must_call and not place.startswith("response_format"):
+            field = place.partition(".")[0]
+            message = f'{field} and tool_choice exclude each other; leave one out, or send tool_choice: "auto"'
+            raise RequestError(message, param="tool_choice")
+        either = calls if self.must_call else {"type": "or", "elements": [as_format(form), calls]}
+        return StructuredOutput(structural_tag={"type": "structural_tag", "format": either})
+
+    def _tool_form(self) -> dict[str, Any] | None:
+        """What calls must look like: calls that must come, that come in place of a format, and of strict functions."""
         choice, tools = self.tool_choice, self.tools or []
         if not tools:
             if choice not in (None, "none", "auto"):
@@ -206,8 +168,8 @@ class ChatRequest(SamplingBody):
             tools = [tool for tool in tools if tool.function.name == choice.function.name]
             if not tools:
                 raise RequestError(f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice")
-        must = choice == "required" or isinstance(choice, NamedTool)
-        if choice == "none" or not (must or any(tool.function.strict for tool in tools)):
+        no_text = self.must_call or self.wanted() is not None
+        if choice == "none" or not (no_text or any(tool.function.strict for tool in tools)):
             return None
         anything = {"type": "object"}
         tags = [
@@ -218,17 +180,14 @@ class ChatRequest(SamplingBody):
                 "end": f"}}\n{END_CALL}",
             }
             for tool in tools
-            for schema in ((tool.function.parameters if must or tool.function.strict else None) or anything,)
+            for schema in ((tool.function.parameters if self.must_call or tool.function.strict else None) or anything,)
         ]
         one = isinstance(choice, NamedTool) or self.parallel_tool_calls is False
-        form = {
-            "type": "triggered_tags",
-            "triggers": [CALL],
-            "tags": tags,
-            "at_least_one": must,
-            "stop_after_first": one,
-        }
-        return StructuredOutput(structural_tag={"type": "structural_tag", "format": form})
+        if no_text:
+            shape = {"type": "tags_with_separator", "separator": "\n", "at_least_one": True}
+        else:
+            shape = {"type": "triggered_tags", "triggers": [CALL], "at_least_one": False}
+        return {**shape, "tags": tags, "stop_after_first": one}
 
 
 def is_thinking(prompt: Prompt, tokenizer: Tokenizer) -> bool:
@@ -280,7 +239,7 @@ class ChatAnswer(Chunks):
         thinking = is_thinking(prompt, tokenizer)
         separate = asked.separate_reasoning is not False
         self._choices = [
-            Choice(ReplyParser(calls=asked.calls, reasoning=separate, thinking=thinking and separate))
+            Choice(ReplyParser(calls=asked.calls, reasoning=separate, thinking=thinking and separate, only_calls=asked.must_call))
             for _ in range(asked.num_choices)
         ]
 
@@ -305,7 +264,7 @@ class ChatAnswer(Chunks):
         choice.logprobs += delta.logprobs or ()
         pieces = choice.parser.add(delta.text)
         if delta.finish_reason is not None:
-            pieces += choice.parser.finish()
+            pieces += choice.parser.finish(cut=delta.finish_reason == "length")
         if self._asked.include_reasoning is False:
             pieces = [piece for piece in pieces if piece.kind != "reasoning"]
         if self._asked.parallel_tool_calls is False:

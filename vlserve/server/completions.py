@@ -15,20 +15,18 @@ from vlserve.pipeline.outputs import Delta, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
-from vlserve.server.chat import ResponseFormat, StructuredBody, read_format, read_structured, structured_field
-from vlserve.server.protocol import MAX_CHOICES, Chunks, SamplingBody
+from vlserve.server.constraints import ConstrainedBody
+from vlserve.server.protocol import MAX_CHOICES, Chunks
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-class CompletionRequest(SamplingBody):
+class CompletionRequest(ConstrainedBody):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="a text, token ids, or a list of either")
     echo: bool | None = None
     logprobs: int | Literal[False] | None = Field(None, description="0: of the chosen tokens only")
     best_of: int | None = None
     add_special_tokens: bool | None = Field(None, description="false leaves out the token that begins every text")
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredBody | None = None
     return_tokens_as_token_ids: bool | None = Field(None, description='tokens of log-probabilities as "token_id:123"')
 
     @property
@@ -47,11 +45,9 @@ class CompletionRequest(SamplingBody):
         return (self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens) == 0
 
     def renamed(self, error: RequestError) -> RequestError:
-        param = error.param or ""
-        if param == "messages":
+        if error.param == "messages":
             return RequestError(str(error), param="prompt", code=error.code)
-        new = structured_field(param, self.response_format if self.structured_outputs is None else None)
-        return super().renamed(error) if new == param else protocol.rename(error, new)
+        return super().renamed(error)
 
     def params(self, defaults: Mapping[str, Any]) -> list[SamplingParams]:
         """Parameters of each choice of a prompt; raises RequestError naming the field."""
@@ -65,10 +61,8 @@ class CompletionRequest(SamplingBody):
             raise RequestError("prompt is empty", param="prompt")
         if len(self.prompts) * self.num_choices > MAX_CHOICES:
             raise RequestError(f"prompt and n ask for more than {MAX_CHOICES} answers; send several requests", param="prompt")
-        form, structured = read_format(self.response_format), read_structured(self.structured_outputs)
-        if form is not None and structured is not None:
-            raise RequestError("response_format and structured_outputs exclude each other", param="structured_outputs")
-        own: dict[str, Any] = {"logprobs": self.num_logprobs, "structured": form or structured}
+        wanted = self.wanted()
+        own: dict[str, Any] = {"logprobs": self.num_logprobs, "structured": wanted and wanted[1]}
         if self.wants_nothing:
             own["max_tokens"] = 1
         return self.sampling({"max_tokens": DEFAULT_MAX_TOKENS, **defaults}, **own)

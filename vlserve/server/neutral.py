@@ -26,6 +26,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
     # vLLM's
+    "guided_whitespace_pattern": (),
     "use_beam_search": (False,),
     "early_stopping": (False,),
     "length_penalty": (1,),
@@ -71,6 +72,7 @@ INSTEAD: dict[str, str] = {
     "truncation": "shorten the input; /tokenize counts it",
     "thinking_token_budget": "send max_completion_tokens",
     "allowed_token_ids": "send structured_outputs or logit_bias",
+    "guided_whitespace_pattern": "JSON comes on one line; put the white space into a regex or a grammar",
     "chat_template": "the checkpoint's is used, with chat_template_kwargs",
     "documents": "put them into a message",
     "stop_regex": "send stop",
@@ -79,6 +81,7 @@ INSTEAD: dict[str, str] = {
     "return_logprob": "send logprobs",
     "return_prompt_text": "send return_token_ids, and its prompt_token_ids to /detokenize",
     "extra_key": "send cache_salt",
+    "extra_body": "send its fields beside the others",
     "lora_path": "start another server with the adapter merged into its checkpoint",
     "adapter_name": "start another server with the adapter merged into its checkpoint",
     "min_dynamic_patch": "send mm_processor_kwargs, with what the model's preprocessing takes",

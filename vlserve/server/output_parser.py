@@ -13,6 +13,7 @@ from typing import Literal
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
 # the usual order, which lets arguments be passed on while they come
+_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
 
@@ -31,10 +32,12 @@ class ReplyParser:
 
     Args:
         calls: look for function calls. reasoning: look for <think>. thinking: the prompt already opened it.
+        only_calls: the answer is held to calls, so that other text is the beginning of one.
     """
 
-    def __init__(self, *, calls: bool, reasoning: bool = True, thinking: bool = False) -> None:
+    def __init__(self, *, calls: bool, reasoning: bool = True, thinking: bool = False, only_calls: bool = False) -> None:
         self.num_calls = 0
+        self._only_calls, self._cut = only_calls, False
         self._calls = calls
         self._state: Literal["start", "reasoning", "content", "head", "arguments", "tail"]
         self._state = "reasoning" if thinking else "start" if reasoning else "content"
@@ -50,17 +53,29 @@ class ReplyParser:
         self._text += text
         return [piece for piece in self._read(last=False) if piece.text or piece.name is not None]
 
-    def finish(self) -> list[Piece]:
-        """What is left. A call that never became valid comes out as content, as it was written."""
+    def finish(self, *, cut: bool = False) -> list[Piece]:
+        """What is left. A call whose name is known comes as far as it was written; tags are never content.
+
+        Args:
+            cut: the answer was ended by its length, so that half a tag is one.
+        """
+        self._cut = cut or self._only_calls
         pieces = list(self._read(last=True))
-        if self._text:
-            broken = self._state in ("head", "tail")
-            kind: Literal["reasoning", "content"] = "reasoning" if self._state == "reasoning" else "content"
-            text = CALL + self._text if self._state == "head" else self._text
-            if not (broken and not self._text.strip()):
-                pieces.append(Piece(kind, text))
-            self._text = ""
+        if self._text and self._state == "head":
+            pieces += self._unfinished(self._text)
+        elif self._text:
+            pieces.append(Piece("reasoning" if self._state == "reasoning" else "content", self._text))
+        self._text = ""
         return [piece for piece in pieces if piece.text or piece.name is not None]
+
+    def _unfinished(self, text: str) -> Iterator[Piece]:
+        """A call that ended before its arguments began."""
+        match = _NAME.match(text)
+        if match:
+            yield Piece("call", "", self.num_calls, json.loads(match[1], strict=False))
+            self.num_calls += 1
+        elif not self._cut:
+            yield Piece("content", text)
 
     def _read(self, *, last: bool) -> Iterator[Piece]:
         progress = True
@@ -73,6 +88,8 @@ class ReplyParser:
         text = self._text.lstrip()
         if text.startswith(THINK):
             self._state, self._text, self._strip = "reasoning", text[len(THINK) :], True
+        elif last and self._half(THINK):
+            self._text = ""
         elif last or (text and not THINK.startswith(text)):
             self._state = "content"
         yield from ()
@@ -149,7 +166,9 @@ class ReplyParser:
             self._text = after
             return before, True
         if last:
-            return self._take(len(self._text)), False
+            half = self._half(tag)
+            text = self._take(len(self._text))
+            return text[: len(text) - half], False
         keep = len(self._text.rstrip("\n"))  # line ends before a tag belong to the tag
         for length in range(min(len(tag) - 1, keep), 0, -1):
             if self._text[:keep].endswith(tag[:length]) and keep == len(self._text):
@@ -157,6 +176,12 @@ class ReplyParser:
                 break
         keep = len(self._text[:keep].rstrip("\n"))
         return self._take(keep), False
+
+    def _half(self, tag: str) -> int:
+        """How many characters of a tag the text ends with, where that is no accident: the answer was cut."""
+        least = 1 if self._only_calls else 2  # a lone < may well be one
+        lengths = range(len(tag) - 1, least - 1, -1) if self._cut else ()
+        return next((n for n in lengths if self._text.endswith(tag[:n])), 0)
 
     def _drop_line_ends(self) -> None:
         if self._strip:

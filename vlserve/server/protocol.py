@@ -153,6 +153,9 @@ def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
         raise RequestError("the request's body is not valid JSON in UTF-8") from None
     if not isinstance(values, dict):
         raise RequestError("the request's body must be a JSON object")
+    more = values.get("kwargs")  # where LMDeploy's client puts what it does not know
+    if isinstance(more, dict):
+        values = more | {key: value for key, value in values.items() if key != "kwargs"}
     for name in required:
         if values.get(name) is None:
             raise RequestError(f"{name} is missing", param=name)

@@ -14,6 +14,7 @@ from vlserve.errors import RequestError
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.chat_messages import read_messages
 from vlserve.server.admission import Keys
+from vlserve.server.chat import ForPrompt
 from vlserve.server.responses_answer import ResponsesAnswer
 from vlserve.server.responses_input import Item, shortened
 from vlserve.server.responses_request import ResponsesRequest
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vlserve.pipeline.vl_pipeline import VLPipeline
 
 Items = Sequence[tuple[Item, str]]
+Make = Callable[[Sequence[Prompt]], ResponsesAnswer]
 Run = Callable[[Any, Any, ExitStack], Response]
 MAX_LISTED = 100
 
@@ -37,7 +39,9 @@ class Responses:
 
     def plan(
         self, request: Request, asked: ResponsesRequest, defaults: Mapping[str, Any]
-    ) -> tuple[Coroutine[Any, Any, Prompt], list[SamplingParams], Callable[[Sequence[Prompt]], ResponsesAnswer], Run | None]:
+    ) -> tuple[
+        Coroutine[Any, Any, Prompt], list[SamplingParams], Callable[[Sequence[Prompt]], ResponsesAnswer], Run | None, ForPrompt
+    ]:
         """The prompt being prepared, its parameters, what makes the answer, and what runs it in the background."""
         asked.check()
         owner = self._owner(request)
@@ -56,7 +60,8 @@ class Responses:
         def make(prompts: Sequence[Prompt]) -> ResponsesAnswer:
             keep = None if kept is None else lambda body: self._store.put(owner, kept, body)
             effort = asked.effort if has_dial else None
-            return ResponsesAnswer(asked, chat.calls, effort, params[0], prompts[0], self._pipeline.tokenizer, self._model, keep)
+            tokenizer, must = self._pipeline.tokenizer, chat.must_call
+            return ResponsesAnswer(asked, chat.calls, effort, params[0], prompts[0], tokenizer, self._model, keep, must)
 
         def run(answer: ResponsesAnswer, deltas: Any, held: ExitStack) -> Response:
             begun = BackgroundRun(answer, deltas, held, keeps_events=bool(asked.stream))
@@ -64,7 +69,7 @@ class Responses:
             return EventResponse(begun.listen(-1), ExitStack()) if asked.stream else JSONResponse(answer.whole())
 
         tries = shortened(items) if asked.truncation == "auto" else [items]
-        return _longest(tries, prepare), params, make, run if asked.background else None
+        return _longest(tries, prepare), params, make, run if asked.background else None, chat.for_prompt
 
     async def retrieve(self, request: Request, response_id: str) -> Response:
         """A kept response as it is now; with stream=true the events of one that was asked for so in the background."""

@@ -38,10 +38,11 @@ class ResponsesAnswer:
         tokenizer: Tokenizer,
         model: str,
         keep: Callable[[dict[str, Any]], None] | None = None,
+        only_calls: bool = False,
     ) -> None:
         self._asked, self._effort, self._params, self._tokenizer, self._model = asked, effort, params, tokenizer, model
         self._keep = keep
-        self._parser = ReplyParser(calls=calls, thinking=is_thinking(prompt, tokenizer))
+        self._parser = ReplyParser(calls=calls, thinking=is_thinking(prompt, tokenizer), only_calls=only_calls)
         self.id, self._created = protocol.new_id("resp_"), protocol.now()
         self._completed: int | None = None
         self.status = "queued" if asked.background else "in_progress"
@@ -110,7 +111,7 @@ class ResponsesAnswer:
         self._reasoning_tokens += len(delta.token_ids) * self._parser.is_reasoning
         pieces = self._parser.add(delta.text)
         if delta.finish_reason is not None:
-            pieces += self._parser.finish()
+            pieces += self._parser.finish(cut=delta.finish_reason == "length")
         if self._asked.parallel_tool_calls is False:
             pieces = [piece for piece in pieces if piece.call == 0]
         logprobs = self._logprobs(delta.logprobs)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from vlserve.errors import RequestError
-from vlserve.server.chat import ChatRequest, Function, FunctionName, StructuredBody
+from vlserve.server.chat import ChatRequest, Function, FunctionName
+from vlserve.server.constraints import StructuredBody
 from vlserve.server.protocol import AnswerBody, SamplingBody, Strict
 from vlserve.server.responses_input import Conversation, Item
 

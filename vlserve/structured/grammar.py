@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vlserve.config import StructuredOutput
 from vlserve.errors import RequestError
 from vlserve.structured import regex
-from vlserve.structured.json_schema import SchemaError, read_schema, rewrite_schema
+from vlserve.structured.conjunction import SchemaError
+from vlserve.structured.json_schema import read_schema, rewrite_schema
 
 if TYPE_CHECKING:
     import xgrammar

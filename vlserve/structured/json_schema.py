@@ -1,87 +1,64 @@
 """The part of JSON Schema that xgrammar turns into a grammar exactly, and a schema rewritten as it reads it best.
 
-xgrammar passes over keywords that it does not know, and over some combinations. Here they are refused by name and
-place, so that an answer that is complete is valid. Objects are closed: properties that the schema does not name are
-written only where additionalProperties asks for them.
+xgrammar passes over keywords that it does not know, and over some combinations. Here what asserts something and cannot
+be held is refused by name and place, so that an answer that is complete is valid. Keywords that JSON Schema does not
+define are annotations, as it says. Objects are closed: properties that the schema does not name are written only where
+additionalProperties asks for them.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
-from vlserve.structured import regex
+from vlserve.structured import formats, regex
+from vlserve.structured.conjunction import (
+    TYPES,
+    NothingFits,
+    Schema,
+    SchemaError,
+    all_apart,
+    as_tuple,
+    constants,
+    fits,
+    merge,
+    of_types,
+)
 
 MAX_DEPTH, MAX_SUBSCHEMAS, MAX_COUNTED_PROPERTIES, MAX_ITEMS, MAX_LENGTH = 32, 512, 32, 10_000, 65_536
 MAX_MULTIPLE, MAX_MULTIPLE_RANGE = 1024, 10_000
 
-Schema = Mapping[str, Any]
-
-_ANNOTATIONS = frozenset(
-    [
-        "title",
-        "description",
-        "default",
-        "example",
-        "examples",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "$schema",
-        "$id",
-        "$comment",
-        "discriminator",
-        "contentEncoding",
-        "contentMediaType",
-        "$defs",
-        "definitions",
-    ]
-)
-_KEYWORDS: dict[str, frozenset[str]] = {
-    "null": frozenset(),
-    "boolean": frozenset(),
-    "integer": frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"]),
-    "number": frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"]),
-    "string": frozenset(["minLength", "maxLength", "pattern", "format"]),
-    "array": frozenset(["items", "prefixItems", "unevaluatedItems", "minItems", "maxItems"]),
-    "object": frozenset(
-        [
-            "properties",
-            "required",
-            "patternProperties",
-            "propertyNames",
-            "additionalProperties",
-            "unevaluatedProperties",
-            "minProperties",
-            "maxProperties",
-        ]
+_KEYWORDS: dict[str, tuple[str, ...]] = {
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "string": ("minLength", "maxLength", "pattern", "format"),
+    "array": ("items", "prefixItems", "unevaluatedItems", "minItems", "maxItems", "uniqueItems"),
+    "object": (
+        *("properties", "required", "patternProperties", "propertyNames", "additionalProperties", "unevaluatedProperties"),
+        *("minProperties", "maxProperties"),
     ),
 }
-_TYPED = frozenset().union(*_KEYWORDS.values())
-
-_DAY = r"(\d{4}-(0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|\d{4}-(0[469]|11)-(0[1-9]|[12]\d|30)|\d{4}-02-(0[1-9]|1\d|2[0-8])"
-_LEAP_DAY = r"|(\d\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29)"
-_TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
-_BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"
-_FORMATS: dict[str, str | None] = {  # None: xgrammar's own
-    "date": f"^{_DAY}{_LEAP_DAY}$",
-    "time": f"^{_TIME}$",
-    "date-time": f"^{_DAY}{_LEAP_DAY}T{_TIME}$",
-    "ipv4": rf"^{_BYTE}(\.{_BYTE}){{3}}$",
-    "email": rf"^[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@{_LABEL}(\.{_LABEL})+$",
-    "hostname": rf"^{_LABEL}(\.{_LABEL})*$",
-    "uuid": None,
-    "duration": None,
-    "ipv6": None,
-    "uri": None,
+_COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
+_KNOWN = {key for keys in _KEYWORDS.values() for key in keys} | {"type", "const", "enum", "nullable", *_COMBINING}
+# what JSON Schema defines and a grammar cannot follow, with what to do instead
+_REFUSED = {
+    "not": "say what may come instead",
+    "if": "use anyOf with the cases written out",
+    "contains": "leave it out and check the answer",
+    "dependentRequired": "use anyOf with the cases written out",
+    "dependentSchemas": "use anyOf with the cases written out",
+    "dependencies": "use anyOf with the cases written out",
+    "$dynamicRef": "use $ref",
+    "$recursiveRef": "use $ref",
 }
-
-
-class SchemaError(ValueError):
-    """A schema that cannot be used; the message names the keyword and its place."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "not": (False,),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "dependencies": ({},),
+}
 
 
 def read_schema(text: str) -> str:
@@ -96,7 +73,10 @@ def read_schema(text: str) -> str:
 def rewrite_schema(root: Any, budget: regex.Budget) -> Any:
     """As `read_schema`, for a schema that is part of something else."""
     reader = _Reader(root, budget)
-    schema = reader.schema(root, "#", 0)
+    try:
+        schema = reader.schema(root, "#", 0)
+    except RecursionError:
+        raise SchemaError("the schema's references lead back to themselves without an end") from None
     return {**schema, "$defs": reader.definitions} if reader.definitions else schema
 
 
@@ -113,50 +93,64 @@ class _Reader:
         self._num_subschemas += 1
         if depth > MAX_DEPTH or self._num_subschemas > MAX_SUBSCHEMAS:
             raise SchemaError(f"the schema is too large: {MAX_SUBSCHEMAS} parts and a depth of {MAX_DEPTH} are allowed")
+        known = self._asserted(schema, place)
+        if known.pop("nullable", False) is True and constants(known, place) != [None]:
+            return {"anyOf": [self._known(known, place, depth), {"enum": [None]}]}
+        return self._known(known, place, depth)
+
+    def _known(self, schema: Schema, place: str, depth: int) -> Any:
+        combining = [key for key in _COMBINING if key in schema]
+        if combining == ["$ref"] and len(schema) == 1:
+            return self._reference(schema["$ref"], place, depth)
+        if combining:
+            return self._named_once(schema, place, depth)
+        values = constants(schema, place)
+        return self._typed(schema, place, depth) if values is None else self._values(values, schema, place)
+
+    def _asserted(self, schema: Any, place: str) -> dict[str, Any]:
+        """A schema's keywords without those that assert nothing."""
         if schema is True:
             return {}
+        if schema is False:
+            raise NothingFits(f"the schema at {place} allows nothing")
         if not isinstance(schema, Mapping):
-            what = "allows nothing" if schema is False else "is neither an object nor true"
-            raise SchemaError(f"the schema at {place} {what}")
-        self._check_known(schema, place)
-        for keyword, read in (
-            ("$ref", self._reference),
-            ("const", self._values),
-            ("enum", self._values),
-            ("anyOf", self._alternatives),
-            ("oneOf", self._alternatives),
-            ("allOf", self._only_one),
-        ):
-            if keyword in schema:
-                beside = sorted(set(schema) - _ANNOTATIONS - {keyword, "type"} - _extensions(schema))
-                if beside or ("type" in schema and keyword not in ("const", "enum")):
-                    raise SchemaError(f"{keyword} cannot be combined with {(beside or ['type'])[0]} (at {place})")
-                return read(schema, keyword, place, depth)
-        return self._typed(schema, place, depth)
-
-    def _check_known(self, schema: Schema, place: str) -> None:
-        known = _ANNOTATIONS | _TYPED | {"type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"} | _extensions(schema)
-        neutral = {"uniqueItems": False, "nullable": False}
-        for keyword in schema:
-            if keyword not in known and schema[keyword] is not neutral.get(keyword, ...):
-                raise SchemaError(f"the keyword {keyword!r} is not supported (at {place})")
+            raise SchemaError(f"the schema at {place} is neither an object nor true")
+        if schema.get("not", ...) in ({}, True):
+            raise NothingFits(f"the schema at {place} allows nothing")
+        for keyword, hint in _REFUSED.items():
+            inert = keyword == "if" and not {"then", "else"} & set(schema)
+            if keyword in schema and schema[keyword] not in _NEUTRAL.get(keyword, ()) and not inert:
+                raise SchemaError(f"the keyword {keyword!r} is not supported; {hint} (at {place})")
         if "$id" in schema and place != "#":
-            raise SchemaError(f"$id is supported at the root only (at {place})")
+            raise SchemaError(f"$id is supported at the root only; leave it out (at {place})")
+        kept = {key: value for key, value in schema.items() if key in _KNOWN}
+        if isinstance(kept.get("items"), list):  # as drafts before 2020-12 write tuples
+            kept["prefixItems"], rest = kept.pop("items"), schema.get("additionalItems")
+            kept |= {} if rest is None else {"items": rest}
+        return kept
 
-    def _reference(self, schema: Schema, keyword: str, place: str, depth: int) -> Any:
-        target = schema["$ref"]
-        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise SchemaError(f"$ref is {target!r}; only references within the schema (#/...) are supported (at {place})")
-        if target not in self._names:
-            self._names[target] = name = f"d{len(self._names)}"
-            self.definitions[name] = self.schema(self._find(target, place), target, depth + 1)
-        name = self._names[target]
+    def _reference(self, target: Any, place: str, depth: int) -> Any:
+        found = self._find(target, place)
+        return self._definition(target, lambda: self.schema(found, target, depth + 1))
+
+    def _definition(self, key: str, read: Callable[[], Any]) -> Any:
+        """A reference to what was read under this key, or is being read."""
+        if key not in self._names:
+            self._names[key] = name = f"d{len(self._names)}"
+            try:
+                self.definitions[name] = read()
+            except NothingFits:
+                del self._names[key]
+                raise
+        name = self._names[key]
         return {"$ref": "#" if name == "#" else f"#/$defs/{name}"}
 
-    def _find(self, target: str, place: str) -> Any:
+    def _find(self, target: Any, place: str) -> Any:
+        if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
+            raise SchemaError(f"$ref is {target!r}; only references within the schema (#/...) are supported (at {place})")
         found = self._root
         for part in target.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
+            part = unquote(part).replace("~1", "/").replace("~0", "~")
             if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
                 found = found[int(part)]
             elif isinstance(found, Mapping) and part in found:
@@ -165,71 +159,96 @@ class _Reader:
                 raise SchemaError(f"$ref {target!r} points at nothing (at {place})")
         return found
 
-    def _values(self, schema: Schema, keyword: str, place: str, depth: int) -> Any:
-        values = [schema["const"]] if keyword == "const" else schema["enum"]
-        if not isinstance(values, list) or not values:
-            raise SchemaError(f"enum must be a list with values (at {place})")
-        types = _types(schema, place)
-        for value in values:
-            _check_value(value, place)
-            if types is not None and not any(_has_type(value, type) for type in types):
-                raise SchemaError(f"{keyword} has a value that is not of its type (at {place})")
-        return {"enum": values}
+    def _named_once(self, schema: Schema, place: str, depth: int) -> Any:
+        """Below the root, what is put together with references has a name: it may lead back to itself."""
+        key = json.dumps(schema, sort_keys=True)
+        if not depth or '"$ref"' not in key:
+            return self._combined(schema, place, depth)
+        return self._definition(key, lambda: self._combined(schema, place, depth))
 
-    def _alternatives(self, schema: Schema, keyword: str, place: str, depth: int) -> Any:
-        arms = schema[keyword]
+    def _combined(self, schema: Schema, place: str, depth: int) -> Any:
+        """Alternatives are written one by one, each together with all that stands beside them."""
+        plain, alternatives = self._conjoined([schema], place)
+        if not alternatives:
+            return self._known(plain, place, depth)
+        keyword, arms = alternatives[0]
         if not isinstance(arms, list) or not arms:
             raise SchemaError(f"{keyword} must be a list of schemas (at {place})")
-        read = [self.schema(arm, f"{place}/{keyword}/{i}", depth + 1) for i, arm in enumerate(arms)]
+        beside = [plain] * bool(plain) + [{key: other} for key, other in alternatives[1:]]
+        wholes = [{"allOf": [*beside, arm]} if beside else arm for arm in arms]
         if keyword == "oneOf":
-            resolved = [self._resolve(arm) for arm in arms]
-            for i, arm in enumerate(resolved):
-                if not all(self._are_disjoint(arm, other) for other in resolved[:i]):
-                    raise SchemaError(
-                        f"oneOf has alternatives that may both fit; give them different types or a required property "
-                        f"with different constants, or use anyOf (at {place})"
-                    )
-        return {"anyOf": read}
+            wholes = self._apart(wholes, place)
+        read = []
+        for i, whole in enumerate(wholes):
+            try:
+                read.append(self.schema(whole, f"{place}/{keyword}/{i}", depth + 1))
+            except NothingFits as error:
+                nothing = error
+        if not read:
+            raise nothing
+        return {"anyOf": read} if len(read) > 1 else read[0]
 
-    def _only_one(self, schema: Schema, keyword: str, place: str, depth: int) -> Any:
-        arms = schema["allOf"]
-        if not isinstance(arms, list) or len(arms) != 1:
-            raise SchemaError(f"allOf is supported with one schema only (at {place})")
-        return self.schema(arms[0], f"{place}/allOf/0", depth + 1)
+    def _conjoined(self, schemas: Sequence[Any], place: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+        """All of them as one without $ref and allOf, and the lists of alternatives beside it."""
+        plain: dict[str, Any] = {}
+        alternatives: list[tuple[str, Any]] = []
+        waiting, seen = list(schemas), set()
+        while waiting:
+            part = self._asserted(waiting.pop(0), place)
+            if part.pop("nullable", False) is True:
+                waiting.insert(0, {"anyOf": [part, {"const": None}]})
+                continue
+            target, arms = part.pop("$ref", None), part.pop("allOf", [])
+            if not isinstance(arms, list):
+                raise SchemaError(f"allOf must be a list of schemas (at {place})")
+            if target is not None and target not in seen:
+                seen.add(target)
+                arms = [self._find(target, place), *arms]
+            alternatives += [(key, part.pop(key)) for key in ("oneOf", "anyOf") if key in part]
+            plain = merge(plain, part, place) if plain else part
+            waiting += arms
+        return plain, sorted(alternatives, key=lambda pair: pair[0] != "oneOf")
 
-    def _resolve(self, schema: Any) -> Any:
-        for _ in range(MAX_DEPTH):
-            if not isinstance(schema, Mapping) or "$ref" not in schema:
-                break
-            schema = self._find(schema["$ref"], "oneOf")
-        return schema
+    def _apart(self, arms: list[Any], place: str) -> list[Any]:
+        """The alternatives of oneOf, with what tells them apart required; SchemaError when two may both fit."""
+        known: list[Schema] = []
+        for arm in list(arms):
+            try:
+                known.append(self._conjoined([arm], place)[0])
+            except NothingFits:
+                arms = [other for other in arms if other is not arm]
+        if all_apart(known, self._resolved):
+            return arms
+        for name in dict.fromkeys(name for arm in known for name in arm.get("properties", {})):
+            required = [{**arm, "required": [*arm.get("required", []), name]} for arm in known]
+            if all(name in arm.get("properties", {}) for arm in known) and all_apart(required, self._resolved):
+                return [{"allOf": [arm, {"required": [name]}]} for arm in arms]
+        raise SchemaError(
+            f"oneOf has alternatives that may both fit; give them different types or a required property "
+            f"with different constants, or use anyOf (at {place})"
+        )
 
-    def _are_disjoint(self, a: Any, b: Any) -> bool:
-        """No value fits both, as far as types, constants and required constants of objects say."""
-        if not isinstance(a, Mapping) or not isinstance(b, Mapping):
-            return False
-        kinds_a, kinds_b = _kinds(a), _kinds(b)
-        if kinds_a is not None and kinds_b is not None and not kinds_a & kinds_b:
-            return True
-        values_a, values_b = _constants(a), _constants(b)
-        if values_a is not None and values_b is not None:
-            return not any(_equal(x, y) for x in values_a for y in values_b)
-        if kinds_a != {"object"} or kinds_b != {"object"}:
-            return False
-        for name in set(a.get("required", ())) & set(b.get("required", ())):
-            arms = [self._resolve(s.get("properties", {}).get(name)) for s in (a, b)]
-            if self._are_disjoint(*arms):
-                return True
-        return False
+    def _resolved(self, schema: Any) -> Schema:
+        try:
+            return self._conjoined([schema], "oneOf")[0]
+        except SchemaError:
+            return {}
+
+    def _values(self, values: list[Any], schema: Schema, place: str) -> Any:
+        for value in values:
+            _check_value(value, place)
+        _types(schema, place)
+        kept = [value for value in values if fits(value, schema, place)]
+        if not kept:
+            what = "const" if "const" in schema else "enum"
+            raise NothingFits(f"{what} has no value of its type that fits what stands beside it (at {place})")
+        return {"enum": kept}
 
     def _typed(self, schema: Schema, place: str, depth: int) -> Any:
-        given = sorted(set(schema) & _TYPED)
         types = _types(schema, place)
         if types is None:
-            types = [name for name in ("object", "array") if given and set(given) <= _KEYWORDS[name]]
-            if given and not types:
-                raise SchemaError(f"{given[0]} needs a type beside it (at {place})")
-            if not given:
+            types = [name for name, keys in _KEYWORDS.items() if any(key in schema for key in keys)]
+            if not types:
                 return {}
         read: dict[str, Callable[[Schema, str, int], dict[str, Any]]] = {
             "integer": self._integer,
@@ -242,49 +261,53 @@ class _Reader:
         return arms[0] if len(arms) == 1 else {"anyOf": arms}
 
     def _integer(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
-        kept = self._number(schema, place, depth)
+        kept = _bounds(schema, place)
+        for name in as_tuple(schema.get("format", ())):
+            if name in formats.INTEGERS:
+                low, high = formats.INTEGERS[name]
+                kept |= {"minimum": max(low, kept.get("minimum", low)), "maximum": min(high, kept.get("maximum", high))}
         step = schema.get("multipleOf")
-        if step is None:
+        if step is None or step == 1:
             return kept
         _check_count(step, "multipleOf", place, MAX_MULTIPLE, least=1)
-        low = [schema[key] for key in ("minimum", "exclusiveMinimum") if key in schema]
-        high = [schema[key] for key in ("maximum", "exclusiveMaximum") if key in schema]
+        low = [kept[key] for key in ("minimum", "exclusiveMinimum") if key in kept]
+        high = [kept[key] for key in ("maximum", "exclusiveMaximum") if key in kept]
         if (low or high) and not (low and high and min(high) - max(low) < MAX_MULTIPLE_RANGE):
             raise SchemaError(f"multipleOf with a range needs both its ends, less than {MAX_MULTIPLE_RANGE} apart (at {place})")
         self._take(("multipleOf", step, *low, *high), step // 8, place)
         return {**kept, "multipleOf": int(step)}
 
     def _number(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
-        types = _types(schema, place) or []
-        if "number" in types and "multipleOf" in schema:
-            raise SchemaError(f"multipleOf is supported for integers only (at {place})")
-        if "format" in schema and "string" not in types:
-            raise SchemaError(f"format is supported for strings only (at {place})")
-        for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            value = schema.get(key, 0)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 2**53:
-                raise SchemaError(f"{key} must be a number between -2^53 and 2^53 (at {place})")
-            if value and abs(value) < 1e-5:
-                raise SchemaError(f"{key} is {value}, finer than five places after the point (at {place})")
-        return {key: schema[key] for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum") if key in schema}
+        step = schema.get("multipleOf", 0.5)
+        if "multipleOf" in schema and (isinstance(step, bool) or not isinstance(step, (int, float)) or step % 1):
+            raise SchemaError(f"multipleOf is supported for whole numbers only; leave it out and round (at {place})")
+        return {"type": "integer", **self._integer(schema, place, depth)} if "multipleOf" in schema else _bounds(schema, place)
 
     def _string(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
-        given = [key for key in ("format", "pattern", "minLength", "maxLength") if key in schema]
-        if len(given) > 1 and given[0] in ("format", "pattern"):
-            raise SchemaError(f"{given[0]} cannot be combined with {given[1]} (at {place})")
-        if "format" in schema:
-            name = schema["format"]
-            if name not in _FORMATS:
-                raise SchemaError(f"the format {name!r} is not supported; formats: {', '.join(_FORMATS)} (at {place})")
-            pattern = _FORMATS[name]
-            return {"format": name} if pattern is None else {"pattern": self._pattern(pattern, place)}
-        if "pattern" in schema:
-            return {"pattern": self._pattern(schema["pattern"], place)}
-        for key in given:
-            _check_count(schema[key], key, place, MAX_LENGTH)
-        kept = {key: int(schema[key]) for key in given}
-        self._take(tuple(kept.items()), min(max(kept.values(), default=0), regex.UNROLLED), place)
-        return kept
+        texts = self._texts(schema, place)
+        if not texts.patterns and not texts.formats:
+            kept = {"minLength": texts.least, "maxLength": texts.most}
+            kept = {key: kept[key] for key in kept if key in schema}
+            self._take(tuple(kept.items()), min(max(texts.least, texts.most or 0), regex.UNROLLED), place)
+            return kept
+        alone = not texts.patterns and len(texts.formats) == 1 and texts.least <= 1 and texts.most is None
+        if alone and texts.formats[0] in formats.OWN:
+            return {"format": texts.formats[0]}
+        return {"pattern": self._pattern(texts, place)}
+
+    def _texts(self, schema: Schema, place: str) -> _Texts:
+        for key in ("minLength", "maxLength"):
+            _check_count(schema.get(key, 0), key, place, MAX_LENGTH)
+        patterns = as_tuple(schema.get("pattern", ()))
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise SchemaError(f"pattern must be a text (at {place})")
+        try:
+            names = [formats.known(name, place) for name in as_tuple(schema.get("format", ()))]
+        except ValueError as error:
+            raise SchemaError(str(error)) from None
+        known = tuple(dict.fromkeys(name for name in names if name is not None))
+        most = schema.get("maxLength")
+        return _Texts(patterns, known, int(schema.get("minLength", 0)), None if most is None else int(most))
 
     def _array(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
         kept: dict[str, Any] = {}
@@ -292,6 +315,8 @@ class _Reader:
             if key in schema:
                 _check_count(schema[key], key, place, MAX_ITEMS)
                 kept[key] = int(schema[key])
+        if schema.get("uniqueItems", False) is not False and kept.get("maxItems", 2) > 1:
+            raise SchemaError(f"the keyword 'uniqueItems' is not supported; leave it out and check the answer (at {place})")
         if "prefixItems" in schema:
             if not isinstance(schema["prefixItems"], list) or not schema["prefixItems"]:
                 raise SchemaError(f"prefixItems must be a list of schemas (at {place})")
@@ -300,56 +325,75 @@ class _Reader:
             ]
         rest = [key for key in ("items", "unevaluatedItems") if key in schema]
         if len(rest) == 2:
-            raise SchemaError(f"unevaluatedItems has no meaning beside items (at {place})")
+            rest.pop()  # no item is left for unevaluatedItems
         value = schema[rest[0]] if rest else "prefixItems" not in schema
         kept["items"] = value if value is False else self.schema(value, f"{place}/{rest[0] if rest else 'items'}", depth + 1)
         return kept
 
     def _object(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
-        properties = _dictionary(schema, "properties", place)
-        patterns = _dictionary(schema, "patternProperties", place)
         required = schema.get("required", [])
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             raise SchemaError(f"required must be a list of names (at {place})")
-        unnamed = [name for name in required if name not in properties]
-        if unnamed:
-            raise SchemaError(f"required names {unnamed[0]!r}, which properties does not have (at {place})")
-        rest = [key for key in ("additionalProperties", "unevaluatedProperties") if key in schema]
-        if len(rest) == 2:
-            raise SchemaError(f"unevaluatedProperties has no meaning beside additionalProperties (at {place})")
-        only = [key for key in ("patternProperties", "propertyNames") if key in schema]
-        others = [key for key in ("properties", *only, *rest) if key in schema and key not in only[:1]]
-        others = [key for key in others if not (key in rest and only[:1] == ["patternProperties"] and schema[key] is False)]
-        if only and others:
-            raise SchemaError(f"{only[0]} cannot be combined with {others[0]} (at {place})")
+        rest = schema.get("additionalProperties", schema.get("unevaluatedProperties"))
+        properties = dict(_dictionary(schema, "properties", place))
+        given = _dictionary(schema, "patternProperties", place)
+        patterns = {_Texts((pattern,), (), 0, None): value for pattern, value in given.items()}
+        if "propertyNames" in schema:
+            properties, patterns, rest = self._named(schema["propertyNames"], properties, patterns, rest, place)
+        for name in required:
+            if name not in properties:
+                if patterns or rest is False:
+                    raise NothingFits(f"required names {name!r}, which properties does not have (at {place})")
+                properties[name] = True if rest is None else rest
+        if patterns and (properties or rest not in (None, False)):
+            raise SchemaError(
+                f"patternProperties cannot be combined with properties or additionalProperties; "
+                f"name the properties, or leave those out (at {place})"
+            )
+        if len(patterns) > 1:
+            raise SchemaError(f"patternProperties is supported with one pattern only; join them with | (at {place})")
         kept: dict[str, Any] = {}
         if properties:
-            kept["properties"] = {
-                name: self.schema(value, f"{place}/properties/{name}", depth + 1) for name, value in properties.items()
-            }
+            kept["properties"] = self._properties(properties, required, rest not in (None, False), place, depth)
             kept["required"] = list(dict.fromkeys(required))
-        if patterns:
-            if len(patterns) > 1:
-                raise SchemaError(f"patternProperties is supported with one pattern only (at {place})")
-            kept["patternProperties"] = {
-                self._pattern(name, place): self.schema(value, f"{place}/patternProperties/{name}", depth + 1)
-                for name, value in patterns.items()
-            }
-        if "propertyNames" in schema:
-            names = schema["propertyNames"]
-            kept["propertyNames"] = self.schema(
-                {"type": "string", **names} if isinstance(names, Mapping) and "$ref" not in names else names,
-                f"{place}/propertyNames",
-                depth + 1,
-            )
-        if rest:
-            value = schema[rest[0]]
-            kept["additionalProperties"] = value if value is False else self.schema(value, f"{place}/{rest[0]}", depth + 1)
-        elif not properties and not only and "properties" not in schema:
+        for texts, value in patterns.items():
+            kept["patternProperties"] = {self._pattern(texts, place): self.schema(value, f"{place}/patternProperties", depth + 1)}
+        if rest is not None and not patterns:
+            kept["additionalProperties"] = rest is not False and self.schema(rest, f"{place}/additionalProperties", depth + 1)
+        elif not patterns and not properties and "properties" not in schema:
             kept["additionalProperties"] = {}
-        is_open = bool(only) or kept.get("additionalProperties", False) is not False
-        self._count_properties(schema, kept, is_open, place)
+        self._count_properties(schema, kept, bool(patterns) or kept.get("additionalProperties", False) is not False, place)
         return kept
+
+    def _properties(self, properties: Schema, required: list[str], is_open: bool, place: str, depth: int) -> dict[str, Any]:
+        """Those that may come; one that nothing fits is left out."""
+        kept = {}
+        for name, value in properties.items():
+            try:
+                kept[name] = self.schema(value, f"{place}/properties/{name}", depth + 1)
+            except NothingFits:
+                if name in required or is_open:
+                    raise
+        return kept
+
+    def _named(self, wanted: Any, properties: dict[str, Any], patterns: _Patterns, rest: Any, place: str) -> _Members:
+        """Properties, those by pattern and additional ones, as far as their names are what propertyNames wants."""
+        names, alternatives = self._conjoined([wanted, {"type": "string"}], f"{place}/propertyNames")
+        if alternatives:
+            raise SchemaError(f"propertyNames is supported without anyOf and oneOf; use enum or pattern (at {place})")
+        values = constants(names, place)
+        if values is not None and not patterns:
+            others = {} if rest is False else dict.fromkeys(filter(_is_text, values), True if rest is None else rest)
+            return {n: value for n, value in {**others, **properties}.items() if n in values and fits(n, names, place)}, {}, False
+        asks = set(names) & set(_KEYWORDS["string"])
+        if not asks and values is None:
+            return properties, patterns, {} if rest is None and not properties and not patterns else rest
+        if patterns or (properties and rest not in (None, False)):
+            what = "patternProperties" if patterns else "properties and additionalProperties"
+            raise SchemaError(f"propertyNames cannot be combined with {what}; leave one of them out (at {place})")
+        if properties or rest is False:
+            return {name: value for name, value in properties.items() if fits(name, names, place)}, {}, False
+        return {}, {self._texts(names, place): True if rest is None else rest}, None
 
     def _count_properties(self, schema: Schema, kept: dict[str, Any], is_open: bool, place: str) -> None:
         for key in ("minProperties", "maxProperties"):
@@ -362,13 +406,14 @@ class _Reader:
             # a name that comes twice is counted twice
             raise SchemaError(f"minProperties above 1 is supported with properties that are all named (at {place})")
 
-    def _pattern(self, given: Any, place: str) -> str:
-        if not isinstance(given, str):
-            raise SchemaError(f"pattern must be a text (at {place})")
+    def _pattern(self, texts: _Texts, place: str) -> str:
+        given = [*texts.patterns, *map(formats.pattern_of, texts.formats)] or [""]
         try:
-            return f"^{regex.rewrite(given, self._budget, in_json=True)}$"
+            return f"^{regex.rewrite_all(given, self._budget, least=texts.least, most=texts.most)}$"
+        except regex.NoTextFits:
+            raise NothingFits(f"no text fits {_shown(texts)} (at {place})") from None
         except ValueError as error:
-            raise SchemaError(f"the pattern {given[:100]!r} cannot be used: {error} (at {place})") from None
+            raise SchemaError(f"{_shown(texts)} cannot be used: {error} (at {place})") from None
 
     def _take(self, part: Any, num_states: int, place: str) -> None:
         try:
@@ -377,19 +422,52 @@ class _Reader:
             raise SchemaError(f"the schema cannot be used: {error} (at {place})") from None
 
 
-def _extensions(schema: Schema) -> set[str]:
-    return {key for key in schema if key.startswith("x-")}
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What is asked of a string: expressions to be found in it, formats, and its length."""
+
+    patterns: tuple[str, ...]
+    formats: tuple[str, ...]
+    least: int
+    most: int | None
+
+
+_Patterns = dict[_Texts, Any]  # properties by what their names must be
+_Members = tuple[dict[str, Any], _Patterns, Any]
+
+
+def _shown(texts: _Texts) -> str:
+    asked = [f"the pattern {pattern[:100]!r}" for pattern in texts.patterns] + [f"the format {name!r}" for name in texts.formats]
+    length = [] if not texts.least and texts.most is None else ["the length limits"]
+    return " together with ".join(asked + length)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _types(schema: Schema, place: str) -> list[str] | None:
     """The types in their order; None when `type` is not given."""
     if "type" not in schema:
         return None
-    given = schema["type"]
-    types = [given] if isinstance(given, str) else given
-    if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in _KEYWORDS for t in types):
-        raise SchemaError(f"type is {given!r}; expected {', '.join(_KEYWORDS)} or a list of these (at {place})")
+    types = of_types(schema["type"])
+    if not types or not all(isinstance(t, str) and t in TYPES for t in types):
+        raise SchemaError(f"type is {schema['type']!r}; expected {', '.join(TYPES)} or a list of these (at {place})")
     return list(dict.fromkeys(types))
+
+
+def _bounds(schema: Schema, place: str) -> dict[str, Any]:
+    """The limits of a number; drafts before 6 write exclusive ones as true beside the limit."""
+    kept = {key: schema[key] for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum") if key in schema}
+    for key, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(kept.get(key), bool) and kept.pop(key) and limit in kept:
+            kept[key] = kept.pop(limit)
+    for key, value in kept.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 2**53:
+            raise SchemaError(f"{key} must be a number between -2^53 and 2^53 (at {place})")
+        if value and abs(value) < 1e-5:
+            raise SchemaError(f"{key} is {value}, finer than five places after the point (at {place})")
+    return kept
 
 
 def _dictionary(schema: Schema, key: str, place: str) -> Mapping[str, Any]:
@@ -405,42 +483,11 @@ def _check_count(value: Any, key: str, place: str, most: int, *, least: int = 0)
 
 
 def _check_value(value: Any, place: str) -> None:
-    if isinstance(value, list):
-        for item in value:
-            _check_value(item, place)
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    if isinstance(value, (list, Mapping)):
+        for item in value if isinstance(value, list) else value.values():
             _check_value(item, place)
     elif isinstance(value, int) and abs(value) > 2**53:
         raise SchemaError(f"{value} is more than a JSON number holds exactly (at {place})")
-
-
-def _kinds(schema: Schema) -> set[str] | None:
-    """Types, with integers among the numbers; None when any may come."""
-    values = _constants(schema)
-    if values is not None:
-        return {next(type for type in _KEYWORDS if type != "integer" and _has_type(v, type)) for v in values}
-    types = _types(schema, "oneOf")
-    return None if types is None else {"number" if type == "integer" else type for type in types}
-
-
-def _constants(schema: Schema) -> list[Any] | None:
-    if "const" in schema:
-        return [schema["const"]]
-    return schema.get("enum")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
-
-
-def _has_type(value: Any, type: str) -> bool:
-    if type == "integer":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == math.floor(value)
-    classes: dict[str, Any] = {"number": (int, float), "string": str, "array": list, "object": Mapping, "boolean": bool}
-    if type == "null":
-        return value is None
-    return isinstance(value, classes[type]) and (type == "boolean" or not isinstance(value, bool))
 
 
 def _no_constant(name: str) -> None:
