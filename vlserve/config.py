@@ -309,7 +309,7 @@ class StructuredOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one answer is drawn. Raises RequestError naming the field that is wrong."""
+    """How one answer is drawn; None is a field's default. Raises RequestError naming the field that is wrong."""
 
     max_tokens: int | None = _option(None, "tokens of the answer at most; default: what is left of the context")
     temperature: float = _option(0.0, "0 takes the likeliest token, more gives variety; 2 at most")
@@ -333,6 +333,9 @@ class SamplingParams:
     )
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) is None and f.default is not None:
+                object.__setattr__(self, f.name, {} if f.name == "logit_bias" else f.default)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))

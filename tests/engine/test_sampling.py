@@ -50,6 +50,13 @@ def test_filters_keep_what_they_say() -> None:
     assert set(frequencies(300, temperature=1.0, min_p=0.3)) == {4, 0}  # e^-1 is 0.37 of the best, e^-2 is 0.14
 
 
+def test_a_top_p_of_nothing_needs_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("vlserve.engine.sampling.draw_tokens", lambda logits, tokens, draws: drawn.extend(draws))
+    assert pick(LOGITS, sequence(temperature=2.0, top_p=0.0, seed=1)) == 4 and not drawn
+    assert pick(LOGITS, sequence(temperature=2.0, top_p=0.1, seed=1)) == 4 and len(drawn) == 1
+
+
 def test_penalties_bias_and_minimum_are_applied() -> None:
     assert pick(LOGITS, sequence()) == 4
     assert pick(LOGITS, sequence(logit_bias={2: 50.0})) == 2

@@ -194,6 +194,7 @@ def test_ranges(field: str, right: list[float], wrong: list[float]) -> None:
 
 
 def test_values_with_a_settled_meaning() -> None:
+    assert SamplingParams(**dict.fromkeys(SamplingParams.__dataclass_fields__)) == SamplingParams()  # type: ignore[arg-type]
     assert params(CHAT | {"seed": -1}) == [SamplingParams()] == [SamplingParams(seed=-1)]
     assert [p.seed for p in params(CHAT | {"seed": -1, "n": 2})] == [None, None]
     assert [p.seed for p in params(CHAT | {"seed": -3, "n": 4})] == [-3, -2, 0, 1], "no choice is without a seed"
