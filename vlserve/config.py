@@ -141,6 +141,10 @@ class ServerConfig:
     max_queue: int = _option(512, "answers that may wait beside the max_num_seqs that run; more requests get status 429")
     request_timeout_s: float | None = _option(None, "seconds that one request may take; default: no limit")
     drain_seconds: float = _option(30.0, "on SIGTERM, seconds for open requests to end; a second signal ends at once")
+    keep_alive: float = _option(
+        75.0,
+        "seconds that an idle connection stays open; more than a proxy in front keeps its own (nginx: 60), or requests get lost",
+    )
     max_body_mib: int = _option(64, "size of one request's body, pictures included, in MiB")
     store_responses: bool = _option(
         False,
@@ -171,12 +175,14 @@ class ServerConfig:
             raise ConfigError(f"request_timeout_s is {self.request_timeout_s!r}; expected a number above 0")
         if not (self.drain_seconds >= 0 and math.isfinite(self.drain_seconds)):
             raise ConfigError(f"drain_seconds is {self.drain_seconds!r}; expected 0 or more")
+        if not (self.keep_alive > 0 and math.isfinite(self.keep_alive)):
+            raise ConfigError(f"keep_alive is {self.keep_alive!r}; expected a number above 0")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile belong together; give both or none")
         for key in self.api_keys:
-            if not key.isascii() or not key.isprintable() or " " in key or len(key) < 8:
+            if not key.isascii() or not key.isprintable() or " " in key or not key:
                 where = "in api_key_file or VLSERVE_API_KEYS"
-                raise ConfigError(f"an API key {where} must have 8 or more printable ASCII characters and no space")
+                raise ConfigError(f"an API key {where} must be printable ASCII characters, one or more, without a space")
         for name, allowed in (("log_format", LOG_FORMATS), ("log_level", LOG_LEVELS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")

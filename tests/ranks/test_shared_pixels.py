@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.test_system_limits import no_more_files
 from vlserve.engine.messages import pixel_file
 from vlserve.engine.pixel_store import PixelStore
-from vlserve.errors import OverloadedError
+from vlserve.errors import EngineError
 from vlserve.models.architecture import Layout, Span
 from vlserve.ranks import shared_pixels
 from vlserve.ranks.client import EngineClient
@@ -134,18 +135,45 @@ def test_an_ordinary_folder_serves_when_shared_memory_is_full(fallback: Path, fu
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_when_everything_is_full_the_error_says_where_and_nothing_stays(
-    fallback: Path, shared: Path, full: Callable[[list[Path]], None]
+def test_when_everything_is_full_the_client_hears_no_path_and_the_log_has_it(
+    fallback: Path, full: Callable[[list[Path]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = PixelFiles(fallback)
     full(files.folders)
-    with pytest.raises(OverloadedError, match=f"no room for the picture in {shared} and {fallback}; try again later"):
+    with pytest.raises(EngineError, match="^the server's file system is full; try again later$"):
         files.put(RED, CONTENT)
+    assert "No space left on device" in caplog.text and "--shm-size" in caplog.text
     assert held(files) == [[], []]
     full([])
     files.put(RED, CONTENT)
     files.release(RED)
     assert held(files) == [[], []], "the failed attempt is not counted"
+    files.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_other_refusals_are_not_told_as_a_lack_of_room(
+    fallback: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = PixelFiles(fallback)
+    with (
+        no_more_files(),
+        pytest.raises(EngineError, match="^the server has too many files and connections open; try again later$"),
+    ):
+        files.put(RED, CONTENT)
+    assert "Too many open files" in caplog.text and str(shared) in caplog.text and "ulimit -n" in caplog.text
+    files.put(RED, CONTENT)
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        PixelStore(files.folders).open(RED, TILES.nbytes)
+
+    def denied(*arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(shared))
+
+    monkeypatch.setattr(os, "posix_fallocate", denied)
+    with pytest.raises(EngineError, match="^the server cannot keep pictures; its log says more$"):
+        files.put(BLUE, CONTENT)
+    assert "Permission denied" in caplog.text
+    assert held(files) == [[pixel_file(RED)], []]
     files.close()
 
 

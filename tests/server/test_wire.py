@@ -46,7 +46,9 @@ def test_a_whole_answer(server: RunningServer) -> None:
     assert head[0] == "http/1.1 200 ok" and "content-type: application/json" in head
     assert f"content-length: {len(body)}" in head
     answer = json.loads(body)
-    assert list(answer) == ["id", "object", "created", "model", "choices", "usage"]
+    assert list(answer) == ["id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"]
+    assert answer["system_fingerprint"].startswith("vlserve-") and answer["service_tier"] == "default"
+    assert set(answer["usage"]["completion_tokens_details"]) >= {"reasoning_tokens", "accepted_prediction_tokens"}
     head, body = curl(server, "/v1/chat/completions", {"messages": 1})
     assert head[0] == "http/1.1 400 bad request" and "content-type: application/json" in head
     assert list(json.loads(body)["error"]) == ["message", "type", "param", "code"]
@@ -138,6 +140,23 @@ def test_stream_options_without_a_stream_are_no_error(server: RunningServer, pat
     for stream in ({}, {"stream": False}, {"stream": None}):
         answer = httpx2.post(server.base + path, json=body | stream, timeout=60)
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "path,body", [("/v1/chat/completions", chat("hi", max_tokens=3)), ("/v1/completions", {"prompt": "It is"})]
+)
+def test_usage_as_it_grows(server: RunningServer, path: str, body: dict[str, Any]) -> None:
+    body = body | {"max_tokens": 3, "ignore_eos": True, "stream": True}
+    *running, last = chunks(
+        curl(server, path, body | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}})[1]
+    )
+    counts = [chunk["usage"]["completion_tokens"] for chunk in running]
+    assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] == 3
+    assert {chunk["usage"]["prompt_tokens"] for chunk in running} == {last["usage"]["prompt_tokens"]}
+    if "messages" in body:
+        assert counts[0] == 0, "the chunk before the first token"
+    for options in ({"include_usage": False, "continuous_usage_stats": True}, {"continuous_usage_stats": True}):
+        assert not any("usage" in chunk for chunk in chunks(curl(server, path, body | {"stream_options": options})[1]))
 
 
 KEY, WRONG_KEY = "key-that-is-right", "key-that-is-wrong"

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import vlserve
+from vlserve.commands.console import Parser, argument_text, knows_unicode, use_what_the_console_has
 from vlserve.commands.flags import Config, add_flags, flag_fields, flag_name, given
 from vlserve.config import EngineConfig, MediaConfig, SamplingParams, ServerConfig, read_options
 from vlserve.errors import ConfigError, VLServeError
 from vlserve.migrating import explain_flags
 from vlserve.ranks.torchrun_slurm import find_machine
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
+from vlserve.system_limits import describe, find_refusal, raise_open_files
 
 COMMANDS: dict[str, dict[str, Config]] = {
     "serve": {"server": ServerConfig, "engine": EngineConfig, "media": MediaConfig},
@@ -35,6 +37,8 @@ TOOLS: tuple[str, ...] = ("plan", "doctor", "shard", "quantize", "bench")  # mod
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error that is explained, 2 for wrong usage."""
+    raise_open_files()
+    use_what_the_console_has()
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -53,10 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read the output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes there
         return 128 + signal.SIGPIPE
+    except Exception as error:
+        if find_refusal(error) is None:
+            raise
+        print(f"vlserve: error: {describe(error)} ({error})", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vlserve",
         description="Serve and ask vision-language models.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -136,6 +145,8 @@ def _check_address(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
+        if find_refusal(error) is not None:
+            raise
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; give another --host or --port") from None
 
 
@@ -147,9 +158,10 @@ def _run(options: argparse.Namespace) -> int:
     from vlserve.pipeline.vl_pipeline import VLPipeline
 
     with VLPipeline(**given(options, EngineConfig, MediaConfig)) as pipeline:
-        prompt = (options.prompt, options.image) if options.image else options.prompt
+        text = argument_text(options.prompt)
+        prompt = (text, options.image) if options.image else text
         if options.json:
-            print(json.dumps(asdict(pipeline(prompt, sampling=sampling)), ensure_ascii=False))
+            print(json.dumps(asdict(pipeline(prompt, sampling=sampling)), ensure_ascii=not knows_unicode(sys.stdout)))
             return 0
         for delta in pipeline.stream(prompt, sampling=sampling):
             print(delta.text, end="", flush=True)

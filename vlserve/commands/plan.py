@@ -127,6 +127,7 @@ def _failed(tp: int | None, reason: str) -> dict[str, Any]:
 def _find_config(model: str, revision: str | None) -> Path:
     """The config.json of `demo`, a folder or a Hub name (this file alone is downloaded), or the given file itself."""
     from vlserve.models.checkpoint import DEMO
+    from vlserve.models.hub import why_unreachable
 
     path = DEMO if model == "demo" else Path(model).expanduser()
     if path.is_file():
@@ -140,10 +141,11 @@ def _find_config(model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unreachable = why_unreachable()
     try:
-        return Path(hf_hub_download(model, "config.json", revision=revision))
+        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=bool(unreachable)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = unreachable or str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"model {model!r}: no such folder here, and the Hugging Face Hub did not give it: {reason}") from error
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from vlserve.engine.cuda_graphs import Recorder
 from vlserve.engine.grammar import GrammarCompiler
 from vlserve.engine.loading import Progress, load_model, resolve_device, resolve_max_model_len
 from vlserve.engine.memory import graph_budget
-from vlserve.engine.messages import Add, PromptPositions, Stats, TokenEvent
+from vlserve.engine.messages import STEP_TOKENS, Add, PromptPositions, Stats, TokenEvent
 from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.runner import Runner, Started
 from vlserve.engine.scheduler import Chunk, Scheduler
@@ -92,6 +93,7 @@ class Engine:
         )
         self.overlaps = config.overlap and self.runner.device.type == "cuda"
         self._open: Started | None = None  # the device computes it
+        self._step_sizes, self._step_tokens = [0] * (len(STEP_TOKENS) + 1), 0
 
     @property
     def has_work(self) -> bool:
@@ -139,6 +141,7 @@ class Engine:
             time.sleep(COMPILING_PAUSE_S)
         events += self._finish()
         if step is not None:
+            self._count(chunks)
             with self._failing(chunks, events):
                 self.runner.sample(step)
                 self.scheduler.expect(chunks)
@@ -167,6 +170,11 @@ class Engine:
             reason = f"the engine could not compute this step: {type(error).__name__}"
             events += self._ended(self.scheduler.fail(chunks, reason))
 
+    def _count(self, chunks: list[Chunk]) -> None:
+        number = sum(chunk.stop - chunk.start for chunk in chunks)
+        self._step_tokens += number
+        self._step_sizes[bisect_left(STEP_TOKENS, number)] += 1
+
     def stats(self) -> Stats:
         """A few additions; cheap enough for every step."""
         scheduler, pool, runner = self.scheduler, self.scheduler.pool, self.runner
@@ -184,6 +192,8 @@ class Engine:
             step_s=runner.step_s,
             comm_s=runner.comm_s,
             device_bytes=[runner.device_bytes()],
+            step_sizes=self._step_sizes,
+            step_tokens=self._step_tokens,
         )
 
     def _ended(self, events: list[TokenEvent]) -> list[TokenEvent]:

@@ -135,6 +135,9 @@ class TokenEvent(msgspec.Struct, frozen=True):
     encode_s: float = 0.0
 
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
 class Stats(msgspec.Struct, frozen=True):
     """The engine's gauges now, and its counters since it started."""
 
@@ -151,6 +154,8 @@ class Stats(msgspec.Struct, frozen=True):
     step_s: float  # seconds in steps, the encoder's included
     comm_s: float  # of these, seconds in collectives with the other ranks
     device_bytes: list[dict[str, int]]  # of each rank of this machine, by kind
+    step_sizes: list[int] = []  # steps by the tokens they computed: up to each of STEP_TOKENS, and above
+    step_tokens: int = 0  # of all steps
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

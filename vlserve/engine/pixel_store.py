@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,10 +23,14 @@ class PixelStore:
         self._lent = pixels
 
     def open(self, digest: bytes, num_bytes: int) -> torch.Tensor:
-        """The units' numbers one after another, [num_bytes] uint8; raises FileNotFoundError."""
+        """The units' numbers one after another, [num_bytes] uint8; raises FileNotFoundError, OSError when refused."""
         if digest in self._lent:
             return self._lent[digest]
         path = next((folder / pixel_file(digest) for folder in self._folders if (folder / pixel_file(digest)).exists()), None)
         if path is None:
             raise FileNotFoundError(f"the pixels of a picture are gone: {pixel_file(digest)}")
-        return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
+        try:
+            return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
+        except RuntimeError:  # all that torch says
+            os.close(os.open(path, os.O_RDONLY))  # fails with the system's reason, where it is one
+            raise

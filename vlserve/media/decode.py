@@ -18,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from vlserve.config import MediaConfig
 from vlserve.errors import RequestError
+from vlserve.system_limits import refused
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", *(name for name in ("WEBP", "AVIF") if features.check(name.lower())))
 MAX_JPEG_SCANS = 100  # progressive pictures have about ten; each one is a pass over all pixels
@@ -57,8 +58,8 @@ def decode_image(source: Source, *, param: str, config: MediaConfig | None = Non
             image.load()
             image = _upright(image)
         return _to_rgb(image)
-    except Exception:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
-        raise _damaged(param) from None
+    except Exception as error:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
+        raise refused(error, "decoding a picture") or _damaged(param) from None
 
 
 def _open(source: Source, param: str, config: MediaConfig) -> Image.Image:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
+import os
 import re
 import socket
 import ssl
@@ -25,8 +27,10 @@ import httpx2
 from vlserve.config import MediaConfig
 from vlserve.errors import VLServeError
 from vlserve.media.decode import image_error
+from vlserve.system_limits import refused
 from vlserve.timing import PreparationClock
 
+log = logging.getLogger(__name__)
 Lookup = Callable[[str, int], Sequence[str]]  # host and port to addresses; blocks; raises OSError
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -141,12 +145,13 @@ class Fetcher:
                         continue
                     return await self._read(response, headers, param, take)
             raise _Refused(f"the picture's URL leads on more than {MAX_REDIRECTS} times")
-        except _Refused as refused:
-            raise image_error(param, str(refused), refused.code) from None
+        except _Refused as reason:
+            raise image_error(param, str(reason), reason.code) from None
         except VLServeError:
             raise
-        except Exception:  # noqa: BLE001  (whatever the network and its libraries come up with)
-            raise image_error(param, "the picture could not be fetched", "failed_to_download_image") from None
+        except Exception as error:  # noqa: BLE001  (whatever the network and its libraries come up with)
+            failed = image_error(param, "the picture could not be fetched", "failed_to_download_image")
+            raise refused(error, "fetching a picture") or failed from None
 
     async def _read(
         self, response: httpcore2.Response, headers: dict[bytes, bytes], param: str, take: Callable[[int, str], None]
@@ -195,6 +200,7 @@ def check_url(url: str, config: MediaConfig) -> httpx2.URL:
     if _is_listed(host, config.denied_media_hosts) or (
         config.allowed_media_hosts and not _is_listed(host, config.allowed_media_hosts)
     ):
+        log.info("a picture was refused, since --allowed-media-hosts and --denied-media-hosts rule its host out")
         raise _Refused("the picture's host is not one that this server fetches from")
     return parts
 
@@ -243,9 +249,12 @@ class _CheckedBackend(httpcore2.AsyncNetworkBackend):
             try:
                 found = await asyncio.get_running_loop().run_in_executor(self._executor, self._look_up, host, port)
             except (OSError, UnicodeError):
+                os.close(os.open(os.devnull, os.O_RDONLY))  # fails where descriptors have run out; resolvers do not say so
                 found = []
         if not found or not all(is_allowed(address, allow_private=self._allow_private) for address in found):
             # one message for both: it must not tell which names exist inside
+            if found and not self._allow_private and all(is_allowed(address, allow_private=True) for address in found):
+                log.info("a picture was refused, since its host is private; --allow-private-media would fetch it")
             raise _Refused("the picture's host is unknown or not on the public internet")
         return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import errno
+import logging
 import os
 import stat
 from pathlib import Path
@@ -20,7 +21,9 @@ from PIL import Image
 from vlserve.config import MediaConfig
 from vlserve.media.decode import Source, image_error
 from vlserve.prompt.chat_messages import ImagePart
+from vlserve.system_limits import refused
 
+log = logging.getLogger(__name__)
 MAX_PERCENT = 2**20  # characters of %xx; taking them apart takes fifty times their memory
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a pipe must not wait for its other end
 
@@ -82,11 +85,17 @@ def _read_file_url(url: str, part: ImagePart, config: MediaConfig) -> bytes:
     if part.local:
         return _read_path(path, part.param, config)
     if config.allowed_local_media_path is None:
+        log.info("a file: URL was refused; --allowed-local-media-path FOLDER would give the pictures below a folder")
         message = "expected a data: or http(s): URL; this server gives no files"
         raise image_error(part.param, message, "invalid_image_url")
     try:
         return _read_open_file(_open_below(config.allowed_local_media_path, path), part.param, config)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        known = refused(error, "reading a picture's file")
+        if known is not None:
+            raise known from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not below it"
+        log.info("a file: URL was refused: %s; see --allowed-local-media-path and the rights of the files below it", reason)
         message = "no such picture in the folder that this server gives files from"
         raise image_error(part.param, message, "image_file_not_found") from None
 
@@ -95,6 +104,9 @@ def _read_path(path: str | os.PathLike[str], param: str, config: MediaConfig) ->
     try:
         return _read_open_file(os.open(os.path.expanduser(path), _OPEN), param, config)
     except (OSError, ValueError) as error:
+        known = refused(error, "reading a picture's file")
+        if known is not None:
+            raise known from None
         reason = error.strerror if isinstance(error, OSError) else "not a path"
         raise image_error(param, f"cannot read {path}: {reason}", "image_file_not_found") from None
 

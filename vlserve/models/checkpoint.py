@@ -16,6 +16,7 @@ from vlserve.llm.quantisation import FILES as QUANTISATION_FILES
 from vlserve.llm.quantisation import Quantisation, find_quantisation
 from vlserve.llm.shards import read_shards
 from vlserve.models.architecture import FILES, Architecture, Preprocessor
+from vlserve.models.hub import why_unreachable
 from vlserve.models.registry import find_architecture
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -67,10 +68,11 @@ def find_folder(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unreachable = why_unreachable()
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES, local_files_only=bool(unreachable)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = unreachable or str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"model {model!r}: no such folder here, and the Hugging Face Hub did not give it: {reason}") from error
 
 

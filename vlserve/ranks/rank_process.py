@@ -37,6 +37,7 @@ from vlserve.engine.messages import (
     ToRank,
 )
 from vlserve.errors import VLServeError
+from vlserve.system_limits import describe, raise_open_files
 
 if TYPE_CHECKING:
     from vlserve.engine.engine import Engine, Seat
@@ -67,6 +68,7 @@ def main() -> None:
     if not line:  # the front is gone already
         os._exit(1)
     arguments = msgspec.json.decode(line, type=RankArguments)
+    raise_open_files()
     _end_with_parent(arguments.parent)
     context = zmq.Context()
     events = context.socket(zmq.PUSH)
@@ -129,7 +131,7 @@ class _Rank:
             kind, message = type(error).__name__, str(error)
         else:
             traceback.print_exception(error)
-            kind, message = "EngineError", f"the engine failed: {type(error).__name__}: {error}"
+            kind, message = "EngineError", f"the engine failed: {type(error).__name__}: {describe(error)}"
             text = str(error).lower()
             if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
                 message = "out of memory; try a smaller kv_cache_gib, max_model_len or a 16-bit dtype, or a larger tp"
@@ -225,9 +227,9 @@ class _Rank:
                         ended += engine.abort(message.ids)
                     elif isinstance(message, Add):
                         engine.add(message)
-                except (msgspec.ValidationError, ValueError, FileNotFoundError) as error:  # one request's, not the others'
-                    id = msgspec.msgpack.decode(frame)["id"]
-                    ended.append(TokenEvent(id=id, token_id=None, finish_reason="error", error=f"the request is wrong: {error}"))
+                except (msgspec.ValidationError, ValueError, OSError) as error:  # one request's, not the others'
+                    id, reason = msgspec.msgpack.decode(frame)["id"], f"the request could not be taken: {describe(error)}"
+                    ended.append(TokenEvent(id=id, token_id=None, finish_reason="error", error=reason))
             ended += engine.step()
             engine.runner.keep_alive(TICK_S)
             self._send(Step(events=ended, stats=engine.stats()))

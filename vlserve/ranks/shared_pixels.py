@@ -6,6 +6,8 @@ A file is there while a request that needs it is open. Where shared memory is mi
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import shutil
 import threading
@@ -13,10 +15,14 @@ from collections import Counter
 from pathlib import Path
 
 from vlserve.engine.messages import pixel_file
-from vlserve.errors import OverloadedError
+from vlserve.errors import EngineError
 from vlserve.ranks.private_folders import PrivateFolder
+from vlserve.system_limits import DENIED, refused
 
+log = logging.getLogger(__name__)
 SHARED = Path("/dev/shm")
+# another folder may still do
+OF_THE_FOLDER = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, *DENIED)
 
 
 class PixelFiles:
@@ -33,24 +39,32 @@ class PixelFiles:
         self._lock = threading.Lock()
 
     def put(self, digest: bytes, content: memoryview) -> None:
-        """The units as plain bytes; raises OverloadedError when there is no room for them."""
+        """The units as plain bytes; raises EngineError when the system does not take them, and says in the log why."""
         with self._lock:
             self._users[digest] += 1
             if self._users[digest] > 1:
                 return
-            for folder in self.folders:
-                path = folder / pixel_file(digest)
-                try:
-                    with path.open("wb") as file:
-                        if hasattr(os, "posix_fallocate"):  # a full file system says so here, not by a signal when it is mapped
-                            os.posix_fallocate(file.fileno(), 0, content.nbytes)
-                        file.write(content)
-                    return
-                except OSError:
+            try:
+                self._write(pixel_file(digest), content)
+            except OSError as error:
+                del self._users[digest]
+                raise refused(error, f"keeping a picture in {' or '.join(map(str, self.folders))}") or _not_kept(error) from None
+
+    def _write(self, name: str, content: memoryview) -> None:
+        """Into the first folder that takes it; raises the last one's OSError."""
+        for folder in self.folders:
+            path = folder / name
+            try:
+                with path.open("wb") as file:
+                    if hasattr(os, "posix_fallocate"):  # a full file system says so here, not by a signal when it is mapped
+                        os.posix_fallocate(file.fileno(), 0, content.nbytes)
+                    file.write(content)
+                return
+            except OSError as error:
+                with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-            del self._users[digest]
-        where = " and ".join(str(folder.parent) for folder in self.folders)
-        raise OverloadedError(f"there is no room for the picture in {where}; try again later, or send fewer pictures at once")
+                if error.errno not in OF_THE_FOLDER or folder == self.folders[-1]:
+                    raise
 
     def release(self, digest: bytes) -> None:
         with self._lock:
@@ -64,3 +78,9 @@ class PixelFiles:
         shutil.rmtree(self.folders[-1], ignore_errors=True)
         if self._shared is not None:
             self._shared.close()
+
+
+def _not_kept(error: OSError) -> EngineError:
+    """For what is no limit of the system: rights, a folder that somebody removed, a faulty disk."""
+    log.error("a picture could not be kept for the ranks: %s; see that the folder is there and may be written", error)
+    return EngineError("the server cannot keep pictures; its log says more")

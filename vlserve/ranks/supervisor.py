@@ -40,6 +40,7 @@ from vlserve.engine.messages import (
 from vlserve.errors import ConfigError, EngineError, VLServeError
 from vlserve.ranks.launch import Ranks
 from vlserve.ranks.private_folders import PrivateFolder
+from vlserve.system_limits import describe
 
 log = logging.getLogger(__name__)
 POLL_MS = 200  # how soon a dead rank is noticed
@@ -177,7 +178,7 @@ class Supervisor:
                 self._give_up(type(failure)(f"{failure}{again}"))
         except Exception as error:
             log.exception("the thread that watches the ranks failed")
-            self._give_up(EngineError(f"the engine cannot be reached: {error}"))
+            self._give_up(EngineError(f"the engine cannot be reached: {describe(error)}"))
         finally:
             self._context.destroy(linger=0)
             self._free()

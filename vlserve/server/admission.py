@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vlserve.errors import ConfigError, EngineError, OverloadedError
 
+log = logging.getLogger(__name__)
 KEYS_VARIABLE = "VLSERVE_API_KEYS"
+SHORT = 8  # characters
 
 
 class Keys:
     """API keys, compared in constant time; without any, everyone may come in."""
 
     def __init__(self, keys: Iterable[str]) -> None:
+        keys = list(keys)
         self._digests = [_digest(key) for key in keys]
+        if any(len(key) < SHORT for key in keys):
+            log.warning("an API key has fewer than %d characters and can be guessed; give a longer one", SHORT)
 
     def allow(self, authorization: str | None) -> bool:
         """Whether an Authorization header's value is `Bearer` and one of the keys."""
@@ -36,6 +42,8 @@ class Keys:
 def read_keys(path: str | None, variable: str | None) -> tuple[str, ...]:
     """Keys from a file (one a line, # begins a comment line) and from the environment variable's value (commas)."""
     keys = [key.strip() for key in (variable or "").split(",")]
+    if variable is not None and not any(keys):  # e.g. VLSERVE_API_KEYS=$KEY where KEY is not set: the server would be open
+        raise ConfigError(f"{KEYS_VARIABLE} has no key; put one in it, or unset it to serve without keys")
     if path is not None:
         try:
             lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()

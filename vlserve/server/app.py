@@ -18,19 +18,22 @@ from fastapi.responses import JSONResponse
 
 import vlserve
 from vlserve.config import SamplingParams, ServerConfig
-from vlserve.errors import RequestError
+from vlserve.errors import EngineError, RequestError
+from vlserve.pipeline.outputs import Delta
 from vlserve.pipeline.vl_pipeline import VLPipeline
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.chat_messages import read_messages
-from vlserve.server import openapi, protocol
+from vlserve.server import openapi, protocol, streams
 from vlserve.server.admission import Admission, Keys
 from vlserve.server.chat import ChatAnswer, ChatRequest, ForPrompt
 from vlserve.server.completions import CompletionAnswer, CompletionRequest
-from vlserve.server.guard import route_class
+from vlserve.server.content import read_content
+from vlserve.server.guard import route_class, told
+from vlserve.server.http_edge import HttpEdge, plain_path
 from vlserve.server.metrics import Metrics
 from vlserve.server.responses import Responses
 from vlserve.server.responses_request import ResponsesRequest
-from vlserve.server.streams import Answer, EventResponse, events, merge, unless_disconnected
+from vlserve.server.streams import Answer, EventResponse, events, late_events, merge, unless_disconnected
 from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 BODY_SECONDS = 120
@@ -57,6 +60,9 @@ class Plan:
     for_prompt: ForPrompt | None = None
 
 
+Prepared = tuple[list[Prompt], Sequence[SamplingParams]]
+
+
 def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> FastAPI:
     """The whole server as an app; the pipeline is closed when the app shuts down."""
     config = config or ServerConfig()
@@ -66,13 +72,21 @@ def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> Fast
         yield
         await asyncio.to_thread(pipeline.close)
 
-    app = FastAPI(title="vlserve", version=vlserve.__version__, lifespan=lifespan, openapi_url=None)
+    app = FastAPI(title="vlserve", version=vlserve.__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     routes = router(pipeline, config)
     app.state.admission = routes.admission  # type: ignore[attr-defined]
     routes.add_api_route("/openapi.json", lambda: openapi.document(routes, tuple(BODIES.values())), include_in_schema=False)
     app.include_router(routes)
     if config.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_private_network=True,  # a public page that may call, may call here too, where "here" is a private address
+        )
+    app.add_middleware(HttpEdge)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -97,6 +111,7 @@ def router(pipeline: VLPipeline, config: ServerConfig | None = None) -> APIRoute
     keys = Keys(config.api_keys)
     api = _Api(pipeline, config, keys)
     metrics = Metrics(pipeline, api.name)
+    api.on_asked = metrics.asked
     routes = APIRouter(route_class=metrics.watched(route_class(keys)))
     routes.admission = api.admission  # type: ignore[attr-defined]
     routes.add_api_route("/metrics", metrics.expose, methods=["GET"], **openapi.read_route("/metrics"))
@@ -127,7 +142,9 @@ class _Api:
         self.kept = Responses(pipeline, config, keys, self.name)
         self.admission = Admission(pipeline.config.max_num_seqs + config.max_queue)
         self._defaults = protocol.sampling_defaults(pipeline.checkpoint.generation)
+        self.on_asked: Callable[[Sequence[SamplingParams]], None] = lambda params: None
         self._created = protocol.now()
+        self._permission = protocol.model_permission(self._created)
 
     async def live(self) -> dict[str, str]:
         """Whether the server's process lives."""
@@ -156,7 +173,10 @@ class _Api:
         return {"object": "list", "data": [self._model()]}
 
     async def model(self, model: str) -> dict[str, Any]:
-        self._check_model(model)
+        if not model.strip("/"):  # /v1/models/ where the router is mounted in another app
+            return await self.models()
+        if plain_path(f"/{model}") != plain_path(f"/{self.name}"):  # a folder's name loses slashes on its way
+            self._check_model(model)
         return self._model()
 
     async def chat(self, request: Request) -> Response:
@@ -218,25 +238,13 @@ class _Api:
 
     async def _read(self, request: Request, kind: type[protocol.B], *required: str) -> protocol.B:
         try:
-            body = await asyncio.wait_for(self._read_body(request), BODY_SECONDS)
+            body = await asyncio.wait_for(read_content(request, self.config.max_body_mib * 2**20), BODY_SECONDS)
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             raise RequestError(f"the request's body did not arrive within {BODY_SECONDS} s") from None
         asked = protocol.read_body(body, kind, required=required)
         if asked.model is not None:
             self._check_model(asked.model)
         return asked
-
-    async def _read_body(self, request: Request) -> bytes:
-        body, most = bytearray(), self.config.max_body_mib * 2**20
-        too_large = RequestError(f"the request's body has more than {most} bytes", code="body_too_large")
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > most:  # said before it is sent
-            raise too_large
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise too_large
-        return bytes(body)
 
     async def _answer(
         self, request: Request, kind: type[protocol.A], required: str, plan: Callable[[protocol.A], Plan]
@@ -248,18 +256,38 @@ class _Api:
             asked = await self._read(request, kind, required)
             try:
                 planned = plan(asked)
-                for coroutine in planned.preparing:
-                    stack.callback(coroutine.close)
-                self.pipeline.client.check_alive()
-                stack.enter_context(self.admission.enter(len(planned.preparing) * len(planned.params) - 1))
-                prompts, params = await unless_disconnected(request, self._prepare(planned))
             except RequestError as error:
                 raise asked.renamed(error) from None
-            answer = planned.make(prompts)
-            limit = self.config.request_timeout_s
-            left = None if limit is None else max(0.001, limit - (asyncio.get_running_loop().time() - begun))
-            pairs = [(prompt, sampling) for prompt in prompts for sampling in params]
-            deltas = merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
+            try:
+                self.pipeline.client.check_alive()
+                stack.enter_context(self.admission.enter(len(planned.preparing) * len(planned.params) - 1))
+            except EngineError:
+                for coroutine in planned.preparing:
+                    coroutine.close()
+                raise
+            preparing = asyncio.ensure_future(self._prepare(asked, planned))
+            stack.callback(preparing.cancel)
+            preparing.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to look at it
+
+            def begin(prepared: Prepared) -> tuple[Answer, AsyncIterator[tuple[int, Delta]]]:
+                prompts, params = prepared
+                limit = self.config.request_timeout_s
+                left = None if limit is None else max(0.001, limit - (asyncio.get_running_loop().time() - begun))
+                pairs = [(prompt, sampling) for prompt in prompts for sampling in params]
+                deltas = merge([self.pipeline.answer(prompt, sampling, timeout_s=left) for prompt, sampling in pairs])
+                self.on_asked(params)
+                return planned.make(prompts), deltas
+
+            is_late = streams.QUIET_S if asked.stream and planned.run is None else None
+            done, _ = await unless_disconnected(request, asyncio.wait([preparing], timeout=is_late))
+            if not done:  # a stream's silence must not last, so 200 is said before it is known whether there will be an answer
+                late = late_events(
+                    preparing,
+                    lambda prepared: events(*begin(prepared)),
+                    lambda error: asked.failure_event(told(error, "preparing an answer")[1]),
+                )
+                return EventResponse(late, stack.pop_all())
+            answer, deltas = begin(preparing.result())
             if planned.run is not None:
                 return planned.run(answer, deltas, stack.pop_all())
             if asked.stream:
@@ -273,13 +301,16 @@ class _Api:
 
             return JSONResponse(await unless_disconnected(request, collect()))
 
-    async def _prepare(self, plan: Plan) -> tuple[list[Prompt], Sequence[SamplingParams]]:
-        prompts = list(await asyncio.gather(*plan.preparing))
-        for prompt in prompts:
-            self.pipeline.check(prompt, plan.params[0])  # before a 200 is sent
-        params = plan.for_prompt(plan.params, prompts[0], self.pipeline.tokenizer) if plan.for_prompt else plan.params
-        await self.pipeline.check_structured(params[0])
-        return prompts, params
+    async def _prepare(self, asked: protocol.AnswerBody, plan: Plan) -> Prepared:
+        try:
+            prompts = list(await asyncio.gather(*plan.preparing))
+            for prompt in prompts:
+                self.pipeline.check(prompt, plan.params[0])  # before a 200 is sent
+            params = plan.for_prompt(plan.params, prompts[0], self.pipeline.tokenizer) if plan.for_prompt else plan.params
+            await self.pipeline.check_structured(params[0])
+            return prompts, params
+        except RequestError as error:
+            raise asked.renamed(error) from None
 
     async def _raw_prompt(self, prompt: str | list[int], salt: str, beginning: bool) -> Prompt:
         if isinstance(prompt, str):
@@ -291,7 +322,8 @@ class _Api:
 
     def _model(self) -> dict[str, Any]:
         body = {"id": self.name, "object": "model", "created": self._created, "owned_by": "vlserve"}
-        return body | {"max_model_len": self._max_model_len()}
+        body |= {"root": self.name, "parent": None, "max_model_len": self._max_model_len()}
+        return body | {"permission": [self._permission]}
 
     def _max_model_len(self) -> int | None:
         ready = self.pipeline.client.ready

@@ -205,12 +205,13 @@ class Choice:
     """One answer as it grows."""
 
     parser: ReplyParser
+    usage: Usage
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    usage: Usage | None = None
+    reasoning_tokens: int = 0
     timing: Timing | None = None
     finish_reason: str | None = None
 
@@ -239,13 +240,16 @@ class ChatAnswer(Chunks):
         thinking = is_thinking(prompt, tokenizer)
         separate = asked.separate_reasoning is not False
         self._choices = [
-            Choice(ReplyParser(calls=asked.calls, reasoning=separate, thinking=thinking and separate, only_calls=asked.must_call))
+            Choice(
+                ReplyParser(calls=asked.calls, reasoning=separate, thinking=thinking and separate, only_calls=asked.must_call),
+                protocol.first_usage(prompt),
+            )
             for _ in range(asked.num_choices)
         ]
 
     def whole(self) -> dict[str, Any]:
         """The answer, once every choice has its finish_reason."""
-        usage = protocol.usage_dict([c.usage for c in self._choices if c.usage is not None])
+        usage = self._usage()
         body = protocol.envelope(self._id, "chat.completion", self._model, self._created)
         body |= {"choices": [self._choice(i) for i in range(len(self._choices))], "usage": usage}
         return body | ({"prompt_token_ids": self._prompt.token_ids} if self._asked.return_token_ids else {})
@@ -259,7 +263,8 @@ class ChatAnswer(Chunks):
     def add(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """The chunks that an engine's delta gives, none when its text is not certain yet."""
         choice = self._choices[index]
-        choice.usage, choice.timing = delta.usage, delta.timing
+        choice.usage, choice.timing = delta.usage or choice.usage, delta.timing
+        choice.reasoning_tokens += len(delta.token_ids) * choice.parser.is_reasoning
         choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs or ()
         pieces = choice.parser.add(delta.text)
@@ -286,7 +291,10 @@ class ChatAnswer(Chunks):
         """The usage chunk, when it was asked for."""
         if self._asked.options().include_usage:
             body = protocol.envelope(self._id, "chat.completion.chunk", self._model, self._created)
-            yield body | {"choices": [], "usage": protocol.usage_dict([c.usage for c in self._choices if c.usage is not None])}
+            yield body | {"choices": [], "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        return protocol.usage_dict([c.usage for c in self._choices], sum(c.reasoning_tokens for c in self._choices))
 
     def _choice(self, index: int) -> dict[str, Any]:
         choice = self._choices[index]
@@ -310,9 +318,5 @@ class ChatAnswer(Chunks):
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason, **extra}
         body = protocol.envelope(self._id, "chat.completion.chunk", self._model, self._created) | {"choices": [choice]}
-        usage = self._choices[index].usage
-        options = self._asked.options()
-        if options.include_usage or options.continuous_usage_stats:
-            running = options.continuous_usage_stats and usage is not None
-            body["usage"] = protocol.usage_dict([usage]) if running and usage is not None else None
-        return body
+        own = self._choices[index]
+        return body | protocol.chunk_usage(self._asked.options(), own.usage, own.reasoning_tokens)

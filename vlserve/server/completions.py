@@ -71,10 +71,10 @@ class CompletionRequest(ConstrainedBody):
 @dataclass(slots=True)
 class _Choice:
     prompt: Prompt
+    usage: Usage
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    usage: Usage | None = None
     finish_reason: str | None = None
 
 
@@ -85,7 +85,7 @@ class CompletionAnswer(Chunks):
         self._asked, self._tokenizer, self._model = asked, tokenizer, model
         self._id, self._created = protocol.new_id("cmpl-"), protocol.now()
         self._choices = [
-            _Choice(prompt, tokenizer.decode(prompt.token_ids) if asked.echo else "")
+            _Choice(prompt, protocol.first_usage(prompt), tokenizer.decode(prompt.token_ids) if asked.echo else "")
             for prompt in prompts
             for _ in range(asked.num_choices)
         ]
@@ -109,7 +109,7 @@ class CompletionAnswer(Chunks):
             delta = replace(delta, text="", token_ids=(), logprobs=None, finish_reason="length", usage=usage)
         choice = self._choices[index]
         offset = len(choice.text)
-        choice.usage, choice.finish_reason = delta.usage, delta.finish_reason
+        choice.usage, choice.finish_reason = delta.usage or choice.usage, delta.finish_reason
         choice.text += delta.text
         choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs or ()
@@ -126,11 +126,7 @@ class CompletionAnswer(Chunks):
     def _chunk(self, index: int, text: str, logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
         choice = self._choices[index]
         body = self._envelope() | {"choices": [self._body(index, text, logprobs, choice.finish_reason, offset)]}
-        options = self._asked.options()
-        if options.include_usage or options.continuous_usage_stats:
-            running = choice.usage if options.continuous_usage_stats else None
-            body["usage"] = protocol.usage_dict([running]) if running is not None else None
-        return body
+        return body | protocol.chunk_usage(self._asked.options(), choice.usage)
 
     def _body(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None, offset: int) -> dict[str, Any]:
         shown = self._logprobs(logprobs, offset) if self._asked.num_logprobs is not None else None
@@ -154,10 +150,14 @@ class CompletionAnswer(Chunks):
     def _usage(self) -> dict[str, Any]:
         number = self._asked.num_choices
         groups = [self._choices[i : i + number] for i in range(0, len(self._choices), number)]
-        each = [protocol.usage_dict([c.usage for c in group if c.usage is not None]) for group in groups]
-        details = [usage.pop("prompt_tokens_details") for usage in each]
-        whole = {key: sum(usage[key] for usage in each) for key in each[0]}
-        return whole | {"prompt_tokens_details": {key: sum(d[key] for d in details) for key in details[0]}}
+        return _sum([protocol.usage_dict([c.usage for c in group]) for group in groups])
 
     def _envelope(self) -> dict[str, Any]:
         return protocol.envelope(self._id, "text_completion", self._model, self._created)
+
+
+def _sum(each: Sequence[Any]) -> Any:
+    """Numbers added up, in dictionaries of the same keys too."""
+    if not isinstance(each[0], dict):
+        return sum(each)
+    return {key: _sum([one[key] for one in each]) for key in each[0]}

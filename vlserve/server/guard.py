@@ -17,9 +17,13 @@ from starlette.requests import ClientDisconnect
 from vlserve.errors import DeadlineError, EngineError, OverloadedError, RequestError
 from vlserve.server import protocol
 from vlserve.server.admission import Keys
+from vlserve.server.content import known_encodings
+from vlserve.system_limits import refused
 
 log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error; the server's log says more"
+# by an error's code; else 400
+STATUSES = {"model_not_found": 404, "response_not_found": 404, "body_too_large": 413, "unsupported_content_encoding": 415}
 OPEN_ROUTES = ("health", "live")  # names of the routes that ask for no key
 
 
@@ -47,18 +51,6 @@ async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], r
     """The response, or our errors as OpenAI's error objects."""
     try:
         return await handle(request)
-    except RequestError as error:
-        status = {"model_not_found": 404, "response_not_found": 404, "body_too_large": 413}.get(error.code, 400)
-        body = protocol.error_dict(str(error), kind="invalid_request_error", param=error.param, code=error.code)
-        return JSONResponse(body, status)
-    except OverloadedError as error:
-        body = protocol.error_dict(str(error), kind="rate_limit_error", code="overloaded")
-        return JSONResponse(body, 429, {"Retry-After": "1"})
-    except DeadlineError as error:
-        return JSONResponse(protocol.error_dict(str(error), kind="server_error", code=engine_error_code(error)), 504)
-    except EngineError as error:
-        body = protocol.error_dict(str(error), kind="server_error", code=engine_error_code(error))
-        return JSONResponse(body, 503, {"Retry-After": "5"})
     except (HTTPException, RequestValidationError):  # the including app's own
         raise
     except ClientDisconnect:
@@ -67,9 +59,26 @@ async def _guarded(handle: Callable[[Request], Coroutine[Any, Any, Response]], r
         if asyncio.current_task() is not None and await request.is_disconnected():
             return Response(status_code=499)
         raise
-    except Exception:
-        log.exception("%s %s failed", request.method, getattr(request.scope.get("route"), "path", "?"))  # not the client's text
-        return JSONResponse(protocol.error_dict(INTERNAL_ERROR, kind="server_error"), 500)
+    except Exception as error:  # noqa: BLE001  (told to the client, and the log)
+        what = f"{request.method} {getattr(request.scope.get('route'), 'path', '?')}"  # not the client's text
+        status, body, headers = told(error, what)
+        return JSONResponse(body, status, headers)
+
+
+def told(error: Exception, what: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, error object and headers of whatever `what` raised; the log hears of what is no client's doing."""
+    if isinstance(error, RequestError):
+        status = STATUSES.get(error.code, 400)
+        body = protocol.error_dict(str(error), kind="invalid_request_error", param=error.param, code=error.code)
+        return status, body, {"Accept-Encoding": ", ".join(known_encodings())} if status == 415 else {}
+    if isinstance(error, OverloadedError):
+        return 429, protocol.error_dict(str(error), kind="rate_limit_error", code="overloaded"), {"Retry-After": "1"}
+    known = error if isinstance(error, EngineError) else refused(error, what)
+    if known is None:
+        log.exception("%s failed", what)
+        return 500, protocol.error_dict(INTERNAL_ERROR, kind="server_error"), {}
+    body = protocol.error_dict(str(known), kind="server_error", code=engine_error_code(known))
+    return (504, body, {}) if isinstance(known, DeadlineError) else (503, body, {"Retry-After": "5"})
 
 
 def engine_error_code(error: EngineError) -> str:

@@ -26,6 +26,13 @@ def configure_logging(config: ServerConfig) -> None:
     handler.setFormatter(JsonFormatter() if config.log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("vlserve").setLevel(config.log_level.upper())
+    logging.getLogger("uvicorn.error").addFilter(_is_no_advice_on_upgrades)
+
+
+def _is_no_advice_on_upgrades(record: logging.LogRecord) -> bool:
+    """`Upgrade: h2c` is answered in HTTP/1.1, which is all right; uvicorn warns of it and advises to install WebSockets."""
+    text = record.getMessage()
+    return text != "Unsupported upgrade request." and not text.startswith("No supported WebSocket library")
 
 
 def access_line(

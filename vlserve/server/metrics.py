@@ -7,11 +7,12 @@ somebody asks for them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,14 +20,16 @@ from typing import TYPE_CHECKING, Any, get_args
 from fastapi import Response
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from vlserve.engine.messages import FinishReason, Stats
+from vlserve.config import SamplingParams
+from vlserve.engine.messages import STEP_TOKENS, FinishReason, Ready, Stats
 from vlserve.pipeline.outputs import Timing, Usage
 from vlserve.server.gpus import Gpus
+from vlserve.server.http_edge import answer_in_full
 from vlserve.server.logs import access_line
 from vlserve.timing import Preparation
 
@@ -38,6 +41,8 @@ log = logging.getLogger(__name__)
 # seconds; from a small model on a GPU to a large one on a CPU
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 1000)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
+SIZE_BUCKETS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))  # tokens
+CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 IMAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 QUIET = ("/health", "/live", "/metrics")  # asked every few seconds by machines: only --log-level debug shows them
@@ -74,6 +79,11 @@ class Metrics:
         self._fetch = self._histogram("image_fetch", "Fetching a picture from its URL.", IMAGE_BUCKETS)
         self._image_decode = self._histogram("image_decode", "Decoding a picture to RGB pixels.", IMAGE_BUCKETS)
         self._tiling = self._histogram("image_tiling", "Resizing a picture and cutting it into tiles.", IMAGE_BUCKETS)
+        self._inference = self._histogram("request_inference_time", "From being scheduled to the last token.")
+        self._request_prompt = self._sizes("request_prompt_tokens", "Tokens of a prompt, of answers that came to an end.")
+        self._request_generation = self._sizes("request_generation_tokens", "Tokens of an answer that came to an end.")
+        self._params_n = self._sizes("request_params_n", "`n` of requests over HTTP.", CHOICE_BUCKETS)
+        self._params_max_tokens = self._sizes("request_params_max_tokens", "`max_tokens` of requests over HTTP that have one.")
         self._encode = self._histogram(
             "image_encode", "The encoder's run for a request's pictures; not for those that were cached.", IMAGE_BUCKETS
         )
@@ -102,6 +112,12 @@ class Metrics:
             for seconds in entries:
                 histogram.observe(seconds)
 
+    def asked(self, params: Sequence[SamplingParams]) -> None:
+        """A request over HTTP, with the parameters of each of its choices."""
+        self._params_n.observe(len(params))
+        if params[0].max_tokens is not None:
+            self._params_max_tokens.observe(params[0].max_tokens)
+
     def first_token(self, prompt: Prompt, ttft_s: float) -> None:
         self._prompt_tokens.inc(len(prompt.token_ids))
         self._image_tokens.inc(prompt.num_image_tokens)
@@ -119,6 +135,9 @@ class Metrics:
             access.answers.append((reason, usage))
         if timing is None:
             return
+        self._request_prompt.observe(usage.prompt_tokens)
+        self._request_generation.observe(usage.completion_tokens)
+        self._inference.observe(timing.total_s - timing.prepare_s - timing.queue_s)
         self._e2e.observe(timing.total_s)
         self._queue.observe(timing.queue_s)
         self._prefill.observe(timing.ttft_s - timing.prepare_s - timing.queue_s)
@@ -138,7 +157,11 @@ class Metrics:
 
         class Watched(route_class):  # type: ignore[valid-type, misc]
             async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-                await metrics._watch(super().handle, self.path, scope, receive, send)
+                async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+                    await metrics._watch(handle, self.path, scope, receive, send)
+
+                handle = super().handle
+                await answer_in_full(watched, scope, receive, send)
 
         return Watched
 
@@ -173,6 +196,10 @@ class Metrics:
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(f"vlserve:{name}", help, ["model_name"], registry=self.registry).labels(self._model_name)
 
+    def _sizes(self, name: str, help: str, buckets: tuple[int, ...] = SIZE_BUCKETS) -> Histogram:
+        histogram = Histogram(f"vlserve:{name}", help, ["model_name"], registry=self.registry, buckets=buckets)
+        return histogram.labels(self._model_name)
+
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...] = REQUEST_BUCKETS) -> Histogram:
         histogram = Histogram(
             f"vlserve:{name}_seconds", f"Seconds. {help}", ["model_name"], registry=self.registry, buckets=buckets
@@ -191,13 +218,17 @@ class _EngineCollector:
 
     def __init__(self, pipeline: VLPipeline, model_name: str) -> None:
         # not the pipeline: the registry would keep one alive that was dropped
-        self._client, self._model_name = pipeline.client, model_name
+        self._client, self._config, self._model_name = pipeline.client, pipeline.config, model_name
         self._gpus = None if pipeline.config.device == "cpu" else Gpus()
 
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
         if stats is not None:
             yield from self._engine(stats, alive=self._client.error is None)
+            if stats.step_sizes:
+                yield self._steps(stats)
+        if self._client.ready is not None:
+            yield self._cache(self._client.ready)
         readings = self._gpus.read() if self._gpus is not None else []
         if not readings:
             return
@@ -244,6 +275,28 @@ class _EngineCollector:
             for kind, num_bytes in kinds.items():
                 device.add_metric([self._model_name, str(rank), kind], num_bytes)
         yield device
+
+    def _steps(self, stats: Stats) -> Metric:
+        histogram = HistogramMetricFamily("vlserve:iteration_tokens_total", "Tokens computed in a step.", labels=["model_name"])
+        names = [*(f"{size}.0" for size in STEP_TOKENS), "+Inf"]
+        counts = itertools.accumulate(stats.step_sizes)
+        histogram.add_metric([self._model_name], list(zip(names, counts, strict=True)), stats.step_tokens)
+        return histogram
+
+    def _cache(self, ready: Ready) -> Metric:
+        """Labels as vLLM's, so that dashboards find `num_gpu_blocks` and `block_size`, on whatever device the blocks are."""
+        labels = {
+            "block_size": ready.block_size,
+            "num_gpu_blocks": ready.num_blocks,
+            "cache_dtype": self._config.kv_cache_dtype,
+            "enable_prefix_caching": self._config.prefix_caching,
+            "gpu_memory_utilization": self._config.gpu_memory_utilization,
+        }
+        info = GaugeMetricFamily(
+            "vlserve:cache_config_info", "The KV cache of each rank; always 1.", labels=["model_name", *labels]
+        )
+        info.add_metric([self._model_name, *map(str, labels.values())], 1)
+        return info
 
 
 def _usage(stats: Stats) -> float:

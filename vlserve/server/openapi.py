@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
 import vlserve
+from vlserve.server.neutral import NEUTRAL
 
 Schema = dict[str, Any]
 REFERENCE = "#/components/schemas/{model}"
@@ -33,8 +34,24 @@ def _or_null(schema: Schema) -> Schema:
 
 ERROR = _object(error=_object(message=TEXT, type=TEXT, param=_or_null(TEXT), code=_or_null(TEXT)))
 STATUS = _object(status=TEXT)
-MODEL = _object(id=TEXT, object={"const": "model"}, created=INTEGER, owned_by=TEXT, max_model_len=_or_null(INTEGER))
-USAGE = _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER, prompt_tokens_details={"type": "object"})
+NUMBERS: Schema = {"type": "object", "additionalProperties": INTEGER}
+MODEL = _object(
+    id=TEXT,
+    object={"const": "model"},
+    created=INTEGER,
+    owned_by=TEXT,
+    root=TEXT,
+    parent={"type": "null"},
+    max_model_len=_or_null(INTEGER),
+    permission=_list({"type": "object"}),
+)
+USAGE = _object(
+    prompt_tokens=INTEGER,
+    completion_tokens=INTEGER,
+    total_tokens=INTEGER,
+    prompt_tokens_details=NUMBERS,
+    completion_tokens_details=NUMBERS,
+)
 MESSAGE = _object(role={"const": "assistant"}, content=_or_null(TEXT))
 ANSWERS: dict[str, Schema] = {
     "/live": STATUS,
@@ -73,6 +90,7 @@ ERRORS = {
     401: "an API key is needed",
     404: "another model's name, or no such response",
     413: "the body is too large",
+    415: "the body's Content-Encoding is not one that is taken",
     429: "too many requests are open; try again after Retry-After seconds",
     500: "an error of the server",
     503: "loading, shutting down, or failed; try again after Retry-After seconds",
@@ -105,10 +123,26 @@ def document(routes: APIRouter, bodies: Sequence[type[BaseModel]]) -> dict[str, 
     for body in bodies:
         schema = body.model_json_schema(ref_template=REFERENCE)
         schemas.update(schema.pop("$defs", {}))
-        schemas[body.__name__] = schema
+        schemas[body.__name__] = schema | _others(body)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     return made
+
+
+def _others(body: type[BaseModel]) -> Schema:
+    """What is done with fields beside a body's own: some may have one value, what is empty may have any name, and all others are
+    refused by name."""
+    own = body.model_json_schema(ref_template=REFERENCE)["properties"]
+    empty: list[Any] = [None, "", [], {}]
+    bound: Schema = {
+        name: {"enum": [*values, *empty], "description": "not supported; accepted only with a value that asks for nothing"}
+        for name, values in NEUTRAL.items()
+    }
+    return {
+        "description": "Any other field is refused: status 400, code unsupported_parameter, and param names it.",
+        "properties": bound | own,
+        "additionalProperties": {"enum": empty},
+    }
 
 
 def _responses(path: str, errors: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:

@@ -15,14 +15,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+import vlserve
 from vlserve.config import MAX_LOGPROBS, SamplingParams
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import RequestError
 from vlserve.pipeline.outputs import Usage
+from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import neutral
 
 MAX_CHOICES = 16  # of one request
+FINGERPRINT = f"vlserve-{vlserve.__version__}"  # what serves
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -55,7 +58,7 @@ class Body(Strict):
     user: str | None = None
     store: bool | None = None
     metadata: Annotated[dict[str, str], AfterValidator(_check_metadata)] | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
@@ -76,6 +79,10 @@ class AnswerBody(Body):
     """A request for answers."""
 
     stream: bool | None = Field(None, description="server-sent events instead of one object")
+
+    def failure_event(self, error: Mapping[str, Any]) -> bytes:
+        """The event of an error object, of a failure before there was any part of an answer."""
+        return event(error)
 
 
 class SamplingBody(AnswerBody):
@@ -196,14 +203,36 @@ def new_id(prefix: str) -> str:
 
 
 def envelope(id: str, kind: str, model: str, created: int) -> dict[str, Any]:
-    return {"id": id, "object": kind, "created": created, "model": model}
+    body = {"id": id, "object": kind, "created": created, "model": model}
+    return body | {"system_fingerprint": FINGERPRINT, "service_tier": "default"}
+
+
+def model_permission(created: int) -> dict[str, Any]:
+    """The one entry of a model's `permission`, as vLLM has it; OpenAI had it once, and old clients read it."""
+    allowed = ("sampling", "logprobs", "view")
+    forbidden = ("create_engine", "search_indices", "fine_tuning")
+    body = {"id": new_id("modelperm-"), "object": "model_permission", "created": created}
+    body |= {f"allow_{name}": True for name in allowed} | {f"allow_{name}": False for name in forbidden}
+    return body | {"organization": "*", "group": None, "is_blocking": False}
 
 
 def now() -> int:
     return int(time.time())
 
 
-def usage_dict(usages: Sequence[Usage]) -> dict[str, Any]:
+def first_usage(prompt: Prompt) -> Usage:
+    """Before the first token."""
+    return Usage(prompt_tokens=len(prompt.token_ids), completion_tokens=0, image_tokens=prompt.num_image_tokens, cached_tokens=0)
+
+
+def chunk_usage(options: StreamOptions, usage: Usage, reasoning_tokens: int = 0) -> dict[str, Any]:
+    """What a chunk says of usage: nothing unless asked for, and null before the end unless asked for all along."""
+    if not options.include_usage:
+        return {}
+    return {"usage": usage_dict([usage], reasoning_tokens) if options.continuous_usage_stats else None}
+
+
+def usage_dict(usages: Sequence[Usage], reasoning_tokens: int = 0) -> dict[str, Any]:
     """Of all choices together: the prompt counts once."""
     first = usages[0]
     completion_tokens = sum(usage.completion_tokens for usage in usages)
@@ -211,7 +240,17 @@ def usage_dict(usages: Sequence[Usage]) -> dict[str, Any]:
         "prompt_tokens": first.prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": first.prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": first.cached_tokens, "image_tokens": first.image_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": first.cached_tokens,
+            "image_tokens": first.image_tokens,
+            "audio_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
 
 

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag, Validat
 from vlserve.errors import RequestError
 from vlserve.server.chat import ChatRequest, Function, FunctionName
 from vlserve.server.constraints import StructuredBody
-from vlserve.server.protocol import AnswerBody, SamplingBody, Strict
+from vlserve.server.protocol import AnswerBody, SamplingBody, Strict, event
 from vlserve.server.responses_input import Conversation, Item
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,6 @@ class ResponsesRequest(SamplingBody):
     previous_response_id: str | None = Field(None, description="needs --store-responses")
     background: bool | None = Field(None, description="answer at once and be asked again; needs --store-responses")
     # without influence on the answer, as user, metadata and others that every route takes; most are given back
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     client_metadata: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
     # refused with a way out
@@ -216,6 +215,10 @@ class ResponsesRequest(SamplingBody):
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise RequestError(f"{place}: {first['msg']}", param=place) from None
+
+    def failure_event(self, error: Mapping[str, Any]) -> bytes:
+        fields = {key: value for key, value in error["error"].items() if key != "type"}
+        return b"event: error\n" + event({"type": "error", "sequence_number": 0, **fields})
 
     def renamed(self, error: RequestError) -> RequestError:
         """An error of the chat route with this API's names; those found before there was a chat request have them already."""

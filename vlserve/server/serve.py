@@ -45,6 +45,8 @@ class _Server(uvicorn.Server):
                 host=config.host,
                 port=config.port,
                 timeout_graceful_shutdown=LAST_WORDS_S,
+                timeout_keep_alive=config.keep_alive,
+                http="h11",  # httptools, taken where it is installed, drops the body behind `Upgrade: h2c` (curl --http2, Java)
                 log_config=None,  # as configured above
                 access_log=False,  # the routes write their own
                 log_level="warning",

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from vlserve.errors import EngineError
 from vlserve.pipeline.outputs import Delta
 from vlserve.server import protocol
 from vlserve.server.guard import INTERNAL_ERROR, engine_error_code
+from vlserve.system_limits import refused
 
 log = logging.getLogger(__name__)
+QUIET_S = 15.0  # proxies wait for 60 s or longer, some clients for 30
+COMMENT = b": keep-alive\n\n"
 T = TypeVar("T")
 
 
@@ -35,15 +39,56 @@ class Answer(Protocol):
 
 
 class EventResponse(StreamingResponse):
-    """Server-sent events; `held` is closed at the end, however it ends."""
+    """Server-sent events; `held` is closed at the end, however it ends.
+
+    A comment line goes out after each QUIET_S without an event: proxies and clients end connections on which nothing moves.
+    """
 
     def __init__(self, events: AsyncIterator[bytes], held: ExitStack) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        last = time.monotonic()
+
+        async def watched_send(message: Message) -> None:
+            nonlocal last
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                reminder.cancel()
+            last = time.monotonic()
+            await send(message)
+
+        async def remind() -> None:
+            while True:
+                quiet = time.monotonic() - last
+                if quiet < QUIET_S:
+                    await asyncio.sleep(QUIET_S - quiet)
+                else:
+                    await watched_send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+
         with self._held:
-            await super().__call__(scope, receive, send)
+            reminder = asyncio.ensure_future(remind())
+            try:
+                await super().__call__(scope, receive, watched_send)
+            finally:
+                reminder.cancel()
+
+
+async def late_events(
+    preparing: asyncio.Task[T], begin: Callable[[T], AsyncIterator[bytes]], failed: Callable[[Exception], bytes]
+) -> AsyncIterator[bytes]:
+    """The events of an answer that was not prepared within QUIET_S, when the stream began without it."""
+    try:
+        prepared = await preparing
+    except Exception as error:  # noqa: BLE001  (told to the client, and the log)
+        yield failed(error)
+        return
+    stream = begin(prepared)
+    try:
+        async for event in stream:
+            yield event
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
 
 
 async def events(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[bytes]:
@@ -59,7 +104,11 @@ async def events(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]]) -> As
     except EngineError as error:
         yield answer.event(answer.failure(str(error), engine_error_code(error)))
         return
-    except Exception:
+    except Exception as error:
+        known = refused(error, "a stream")
+        if known is not None:
+            yield answer.event(answer.failure(str(known), engine_error_code(known)))
+            return
         log.exception("a stream failed")
         yield answer.event(answer.failure(INTERNAL_ERROR, "internal_error"))
         return
