@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlserve.commands.main import _parser, main
 from vlserve.config import MediaConfig
-from vlserve.errors import EngineError
+from vlserve.errors import EngineError, RequestError
 from vlserve.media.decode import decode_image
 from vlserve.media.fetch import Fetcher, _ssl_context
 from vlserve.media.sources import read_source
@@ -95,3 +95,25 @@ def test_the_soft_limit_of_open_files_is_raised() -> None:
         "print(r.getrlimit(r.RLIMIT_NOFILE)[0] == (65536 if h < 0 else min(h, 65536)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
+
+
+def test_a_refused_picture_names_the_operators_option_in_the_log_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "vlserve")
+    for folder, url in ((None, "file:///etc/secret.png"), (str(tmp_path), "file:///etc/secret.png")):
+        with pytest.raises(RequestError) as error:
+            read_source(ImagePart(source=url, param="messages", local=False), MediaConfig(allowed_local_media_path=folder))
+        assert "--" not in str(error.value) and "--allowed-local-media-path" in caplog.text
+        caplog.clear()
+
+    async def fetch(config: MediaConfig) -> None:
+        fetcher = Fetcher(config, look_up=lambda host, port: ["10.1.2.3"])
+        await fetcher.fetch_all([("http://secret.example/x.png", "messages")], lambda count, param: None, PreparationClock())
+
+    for config, option in (
+        (MediaConfig(), "--allow-private-media"),
+        (MediaConfig(denied_media_hosts=("secret.example",)), "--denied"),
+    ):
+        with pytest.raises(RequestError) as error:
+            asyncio.run(fetch(config))
+        assert "--" not in str(error.value) and option in caplog.text and "secret" not in caplog.text
+        caplog.clear()

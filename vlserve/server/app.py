@@ -63,6 +63,9 @@ class Plan:
     for_prompt: ForPrompt | None = None
 
 
+Prepared = tuple[list[Prompt], Sequence[SamplingParams]]
+
+
 def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> FastAPI:
     """The whole server as an app; the pipeline is closed when the app shuts down."""
     config = config or ServerConfig()
@@ -274,10 +277,15 @@ class _Api:
                 self.on_asked(params)
                 return planned.make(prompts), deltas
 
+<<<<<<< HEAD
             may_be_late = asked.stream and planned.run is None
             done, _ = await unless_disconnected(
                 request, asyncio.wait([preparing], timeout=streams.QUIET_S if may_be_late else None)
             )
+=======
+            is_late = streams.QUIET_S if asked.stream and planned.run is None else None
+            done, _ = await unless_disconnected(request, asyncio.wait([preparing], timeout=is_late))
+>>>>>>> w-f
             if not done:  # a stream's silence must not last, so 200 is said before it is known whether there will be an answer
                 late = late_events(
                     preparing,

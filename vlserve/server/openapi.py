@@ -134,17 +134,28 @@ def document(routes: APIRouter, bodies: Sequence[type[BaseModel]]) -> dict[str, 
 
 
 def _others(body: type[BaseModel]) -> Schema:
+<<<<<<< HEAD
     """What is done with fields beside a body's own: some may have values that ask for nothing, null may have any name, and all
     others are refused by name."""
     own = body.model_json_schema(ref_template=REFERENCE)["properties"]
+=======
+    """What is done with fields beside a body's own: some may have one value, what is empty may have any name, and all others are
+    refused by name."""
+    own = body.model_json_schema(ref_template=REFERENCE)["properties"]
+    empty: list[Any] = [None, "", [], {}]
+>>>>>>> w-f
     bound: Schema = {
-        name: {"enum": [*values, None], "description": "not supported; accepted only with a value that asks for nothing"}
+        name: {"enum": [*values, *empty], "description": "not supported; accepted only with a value that asks for nothing"}
         for name, values in NEUTRAL.items()
     }
     return {
         "description": "Any other field is refused: status 400, code unsupported_parameter, and param names it.",
         "properties": bound | own,
+<<<<<<< HEAD
         "additionalProperties": {"type": "null"},
+=======
+        "additionalProperties": {"enum": empty},
+>>>>>>> w-f
     }
 
 

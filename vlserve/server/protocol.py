@@ -211,7 +211,7 @@ def model_permission(created: int) -> dict[str, Any]:
     """The one entry of a model's `permission`, as vLLM has it; OpenAI had it once, and old clients read it."""
     allowed = ("sampling", "logprobs", "view")
     forbidden = ("create_engine", "search_indices", "fine_tuning")
-    body = {"id": new_id("modelperm"), "object": "model_permission", "created": created}
+    body = {"id": new_id("modelperm-"), "object": "model_permission", "created": created}
     body |= {f"allow_{name}": True for name in allowed} | {f"allow_{name}": False for name in forbidden}
     return body | {"organization": "*", "group": None, "is_blocking": False}
 

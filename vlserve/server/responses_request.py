@@ -13,7 +13,7 @@ from vlserve.errors import RequestError
 from vlserve.server import protocol
 from vlserve.server.chat import ChatRequest, Function, FunctionName
 from vlserve.server.constraints import StructuredBody
-from vlserve.server.protocol import AnswerBody, SamplingBody, Strict
+from vlserve.server.protocol import AnswerBody, SamplingBody, Strict, event
 from vlserve.server.responses_input import Conversation, Item
 
 log = logging.getLogger(__name__)
@@ -220,6 +220,10 @@ class ResponsesRequest(SamplingBody):
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise RequestError(f"{place}: {first['msg']}", param=place) from None
+
+    def failure_event(self, error: Mapping[str, Any]) -> bytes:
+        fields = {key: value for key, value in error["error"].items() if key != "type"}
+        return b"event: error\n" + event({"type": "error", "sequence_number": 0, **fields})
 
     def renamed(self, error: RequestError) -> RequestError:
         """An error of the chat route with this API's names; those found before there was a chat request have them already."""
