@@ -277,15 +277,8 @@ class _Api:
                 self.on_asked(params)
                 return planned.make(prompts), deltas
 
-<<<<<<< HEAD
-            may_be_late = asked.stream and planned.run is None
-            done, _ = await unless_disconnected(
-                request, asyncio.wait([preparing], timeout=streams.QUIET_S if may_be_late else None)
-            )
-=======
             is_late = streams.QUIET_S if asked.stream and planned.run is None else None
             done, _ = await unless_disconnected(request, asyncio.wait([preparing], timeout=is_late))
->>>>>>> w-f
             if not done:  # a stream's silence must not last, so 200 is said before it is known whether there will be an answer
                 late = late_events(
                     preparing,

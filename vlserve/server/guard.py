@@ -22,17 +22,8 @@ from vlserve.system_limits import refused
 
 log = logging.getLogger(__name__)
 INTERNAL_ERROR = "internal error; the server's log says more"
-<<<<<<< HEAD
-STATUSES = {  # by an error's code; else 400
-    "model_not_found": 404,
-    "response_not_found": 404,
-    "body_too_large": 413,
-    "unsupported_content_encoding": 415,
-}
-=======
 # by an error's code; else 400
 STATUSES = {"model_not_found": 404, "response_not_found": 404, "body_too_large": 413, "unsupported_content_encoding": 415}
->>>>>>> w-f
 OPEN_ROUTES = ("health", "live")  # names of the routes that ask for no key
 
 

@@ -76,12 +76,6 @@ ANSWERS: dict[str, Schema] = {
         usage=USAGE,
     ),
     "/v1/responses": _object(id=TEXT, object={"const": "response"}, status=TEXT, model=TEXT, output=_list({"type": "object"})),
-<<<<<<< HEAD
-    "/v1/responses/{response_id}": _object(id=TEXT, object={"const": "response"}),
-    "/v1/responses/{response_id}/input_items": _object(object={"const": "list"}, data=_list({"type": "object"})),
-    "/v1/responses/{response_id}/cancel": _object(id=TEXT, object={"const": "response"}, status=TEXT),
-    "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER)),
-=======
     "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER), token_strs=_or_null(_list(TEXT))),
 >>>>>>> w-c
     "/detokenize": _object(prompt=TEXT),
@@ -143,7 +137,6 @@ def _others(body: type[BaseModel]) -> Schema:
     refused by name."""
     own = body.model_json_schema(ref_template=REFERENCE)["properties"]
     empty: list[Any] = [None, "", [], {}]
->>>>>>> w-f
     bound: Schema = {
         name: {"enum": [*values, *empty], "description": "not supported; accepted only with a value that asks for nothing"}
         for name, values in NEUTRAL.items()
@@ -151,11 +144,7 @@ def _others(body: type[BaseModel]) -> Schema:
     return {
         "description": "Any other field is refused: status 400, code unsupported_parameter, and param names it.",
         "properties": bound | own,
-<<<<<<< HEAD
-        "additionalProperties": {"type": "null"},
-=======
         "additionalProperties": {"enum": empty},
->>>>>>> w-f
     }
 
 
