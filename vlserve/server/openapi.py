@@ -76,8 +76,10 @@ ANSWERS: dict[str, Schema] = {
         usage=USAGE,
     ),
     "/v1/responses": _object(id=TEXT, object={"const": "response"}, status=TEXT, model=TEXT, output=_list({"type": "object"})),
+    "/v1/responses/{response_id}": _object(id=TEXT, object={"const": "response"}),
+    "/v1/responses/{response_id}/input_items": _object(object={"const": "list"}, data=_list({"type": "object"})),
+    "/v1/responses/{response_id}/cancel": _object(id=TEXT, object={"const": "response"}, status=TEXT),
     "/tokenize": _object(count=INTEGER, max_model_len=_or_null(INTEGER), tokens=_list(INTEGER), token_strs=_or_null(_list(TEXT))),
->>>>>>> w-c
     "/detokenize": _object(prompt=TEXT),
 }
 KEPT = "/v1/responses/{response_id}"
@@ -128,11 +130,6 @@ def document(routes: APIRouter, bodies: Sequence[type[BaseModel]]) -> dict[str, 
 
 
 def _others(body: type[BaseModel]) -> Schema:
-<<<<<<< HEAD
-    """What is done with fields beside a body's own: some may have values that ask for nothing, null may have any name, and all
-    others are refused by name."""
-    own = body.model_json_schema(ref_template=REFERENCE)["properties"]
-=======
     """What is done with fields beside a body's own: some may have one value, what is empty may have any name, and all others are
     refused by name."""
     own = body.model_json_schema(ref_template=REFERENCE)["properties"]

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from vlserve.errors import RequestError
-from vlserve.server import protocol
 from vlserve.server.chat import ChatRequest, Function, FunctionName
 from vlserve.server.constraints import StructuredBody
 from vlserve.server.protocol import AnswerBody, SamplingBody, Strict, event
@@ -189,10 +188,6 @@ class ResponsesRequest(SamplingBody):
         if self.num_choices != 1:
             raise RequestError(f"n is {self.n}; a response is one answer, so leave n out", param="n")
         self._check_tools()
-
-    def failure_event(self, error: Mapping[str, Any]) -> bytes:
-        fields = {key: value for key, value in error["error"].items() if key != "type"}
-        return b"event: error\n" + protocol.event({"type": "error", "sequence_number": 0, **fields})
 
     def to_chat(self, items: Sequence[tuple[Item, str]]) -> ChatRequest:
         """The same request for the chat route; raises RequestError naming this API's field.
