@@ -44,8 +44,6 @@ BODIES: dict[str, Any] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-
-
 Prepared = tuple[list[Prompt], Sequence[SamplingParams]]  # prompts, and the parameters that each is answered with
 
 
@@ -61,9 +59,6 @@ class Plan:
     make: Callable[[Sequence[Prompt]], Answer]
     run: Callable[[Any, Any, ExitStack], Response] | None = None
     for_prompt: ForPrompt | None = None
-
-
-Prepared = tuple[list[Prompt], Sequence[SamplingParams]]
 
 
 def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> FastAPI:
