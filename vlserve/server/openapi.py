@@ -148,7 +148,7 @@ def _others(body: type[BaseModel]) -> Schema:
 def _responses(path: str, errors: tuple[int, ...]) -> dict[int | str, dict[str, Any]]:
     content: dict[str, Any] = {"application/json": {"schema": ANSWERS[path]}} if path in ANSWERS else {"text/plain": {}}
     if path in STREAMS:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": {"description": "server-sent events, whose data is JSON"}}
     wrong = STATUS if path == "/health" else ERROR
     found: dict[int | str, dict[str, Any]] = {200: {"description": "the answer", "content": content}}
     for status in errors:
