@@ -8,10 +8,14 @@ from typing import Any, Literal
 
 import openai
 import pytest
+import xgrammar
 from pydantic import BaseModel, Field
 
 from tests.server.running import RunningServer, chat
 from tests.server.test_routes import post
+from vlserve.prompt.build import Prompt
+from vlserve.server.chat import ChatRequest
+from vlserve.structured.grammar import to_grammar
 
 
 class Seen(BaseModel):
@@ -135,9 +139,10 @@ def test_calls_that_must_come_win_over_a_format_and_come_alone(server: RunningSe
 
 def test_a_format_holds_for_text_beside_calls_that_may_come(server: RunningServer) -> None:
     kinds = set()
-    for seed in range(12):
+    for seed in range(6):
         schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [7]}}}
-        message = answer(server, tools=[tool("time")], response_format=schema, seed=seed)["choices"][0]["message"]
+        fields: dict[str, Any] = {"tools": [tool("time", strict=True)], "parallel_tool_calls": False, "seed": seed}
+        message = answer(server, response_format=schema, **fields)["choices"][0]["message"]
         calls = message.get("tool_calls", [])
         assert (message["content"] == "7") != bool(calls)
         assert all(json.loads(call["function"]["arguments"]) for call in calls)
@@ -147,36 +152,53 @@ def test_a_format_holds_for_text_beside_calls_that_may_come(server: RunningServe
 
 def test_a_forced_call_that_is_cut_leaves_no_markup(server: RunningServer, client: openai.OpenAI) -> None:
     flat: Any = [{"type": "function", **tool("weather")["function"]}]
-    for most in (1, 3, 8, 20, 26, 30):
-        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
-            fields: Any = {"tools": [tool("weather")], "tool_choice": choice, "max_tokens": most, "ignore_eos": True}
-            got = answer(server, **fields)["choices"][0]
-            assert got["finish_reason"] == "length" and not got["message"]["content"], got
-            calls = got["message"].get("tool_calls", [])
-            assert all(call["function"]["name"] == "weather" for call in calls) and len(calls) == (most > 25), (most, got)
-            fields["extra_body"] = {"ignore_eos": fields.pop("ignore_eos")}
-            chunks = list(
-                client.chat.completions.create(
-                    model="tiny", messages=chat("hi")["messages"], stream=True, temperature=1, **fields
-                )
-            )
-            assert not any(chunk.choices[0].delta.content for chunk in chunks)
-            assert chunks[-1].choices[0].finish_reason == "length"
-        response = client.responses.create(
-            model="tiny", input="hi", tools=flat, tool_choice="required", max_output_tokens=max(most, 16), temperature=1
-        )
-        assert response.status == "incomplete" and response.output_text == ""
+    named = {"type": "function", "function": {"name": "weather"}}
+    messages: Any = chat("hi")["messages"]
+    num_calls = 0
+    for seed, most in enumerate((1, 3, 8, 25, 30)):
+        fields: Any = {
+            "tools": [tool("weather")],
+            "tool_choice": named if most % 2 else "required",
+            "max_tokens": most,
+            "seed": seed,
+        }
+        got = answer(server, **fields)["choices"][0]
+        assert got["finish_reason"] == "length" and not got["message"]["content"], got
+        calls = got["message"].get("tool_calls", [])
+        assert all(call["function"]["name"] == "weather" for call in calls)
+        num_calls += len(calls)
+        chunks = list(client.chat.completions.create(model="tiny", messages=messages, stream=True, temperature=1, **fields))
+        assert not any(chunk.choices[0].delta.content for chunk in chunks)
+        assert chunks[-1].choices[0].finish_reason == "length"
+    assert num_calls, "arguments so far are a call"
+    response = client.responses.create(
+        model="tiny", input="hi", tools=flat, tool_choice="required", max_output_tokens=16, temperature=1
+    )
+    assert response.status == "incomplete" and response.output_text == ""
 
 
-def test_what_must_come_comes_after_the_reasoning(server: RunningServer) -> None:
-    """The template opened <think>: that part is free, and the form holds for what follows."""
-    fields: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 400}
-    for seed in range(3):
-        message = answer(server, structured_outputs={"choice": ["yes"]}, seed=seed, **fields)["choices"][0]["message"]
-        assert message["content"] in ("yes", "") and (message["content"] or message["reasoning_content"])
-        got = answer(server, tools=[tool("time")], tool_choice="required", seed=seed, **fields)["choices"][0]
-        assert not got["message"]["content"]
-        assert got["finish_reason"] == "length" or got["message"]["tool_calls"]
+@pytest.mark.parametrize("thinking", (True, False))
+def test_what_must_come_comes_after_the_reasoning(thinking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the template opened <think>, that part is free; where it did not, a thinking model may before calls alone."""
+    monkeypatch.setattr("vlserve.server.chat.is_thinking", lambda *_: thinking)
+    monkeypatch.setattr("vlserve.server.chat.knows_thinking", lambda _: True)
+    vocabulary = xgrammar.TokenizerInfo([*(bytes([i]) for i in range(256)), b""], stop_token_ids=[256])
+    compiler = xgrammar.GrammarCompiler(vocabulary, max_threads=1)
+    call = '<tool_call>\n{"name": "time", "arguments": {"city": "Rome"}}\n</tool_call>'
+    calls = {"tools": [tool("time")], "tool_choice": "required"}
+    forms: list[tuple[dict[str, Any], str, dict[str, bool]]] = [
+        ({"structured_outputs": {"choice": ["yes"]}}, "yes", {"": not thinking, "hm</think>\n\n": thinking}),
+        (calls, call, {"": not thinking, "hm</think>": thinking, "<think>hm</think>\n": True, "hm": False}),
+        ({"response_format": {"type": "json_object"}, "separate_reasoning": False}, "{}", {"": True, "hm</think>": False}),
+    ]
+    for fields, text, beginnings in forms:
+        asked = ChatRequest.model_validate({"messages": [], **fields})
+        (params,) = asked.for_prompt(asked.params({}), Prompt([], [], ""), None)  # type: ignore[arg-type]
+        assert params.structured is not None
+        matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(to_grammar(params.structured)))
+        for beginning, fits in beginnings.items():
+            matcher.reset()
+            assert (matcher.accept_string(beginning + text) and matcher.is_completed()) == fits, (fields, beginning)
 
 
 def test_no_call_where_none_is_asked(server: RunningServer) -> None:
@@ -190,7 +212,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "what"}}}}, "response_format", "what"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format", "not"),
     ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "regex"),
-    ({"structured_outputs": {"choice": []}}, "structured_outputs", "exactly one"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is empty; leave it out"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"grammar": "root ::= "}}, "structured_outputs.grammar", "grammar"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "exclude"),

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 
 from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
-from vlserve.errors import RequestError
+from vlserve.errors import ModelError, RequestError
 from vlserve.pipeline.outputs import Delta, Timing, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.conversation import PromptOptions
@@ -132,14 +132,12 @@ class ChatRequest(ConstrainedBody):
         """The parameters with room for reasoning before what the answer must look like."""
         if self.separate_reasoning is False:
             return list(params)
-        if is_thinking(prompt, tokenizer):
-            before = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": END_THINK}
-        elif self.must_call:  # text was never free here, and some models do not call without having thought
-            thought = {"type": "tag", "begin": THINK, "content": {"type": "any_text"}, "end": END_THINK}
-            before = {"type": "optional", "content": thought}
-        else:
+        thinking = is_thinking(prompt, tokenizer)
+        if not thinking and not (self.must_call and knows_thinking(tokenizer)):  # it may not call without having thought
             return list(params)
-        return [p if p.structured is None else replace(p, structured=after(before, p.structured)) for p in params]
+        thought = {"type": "tag", "begin": "" if thinking else THINK, "content": {"type": "any_text"}, "end": END_THINK}
+        formed = [p.structured and after(thought, p.structured, optional=not thinking) for p in params]
+        return [replace(p, structured=form) for p, form in zip(params, formed, strict=True)]
 
     def _structured(self) -> StructuredOutput | None:
         """What the answer must look like: calls that must come win, and a format holds for text beside calls that may."""
@@ -193,6 +191,15 @@ class ChatRequest(ConstrainedBody):
 def is_thinking(prompt: Prompt, tokenizer: Tokenizer) -> bool:
     """Whether the prompt ends inside an opened <think>, as some chat templates leave it."""
     return tokenizer.decode(prompt.token_ids[-8:], skip_special_tokens=False).rstrip("\n").endswith(THINK)
+
+
+def knows_thinking(tokenizer: Tokenizer) -> bool:
+    """Whether the model was taught to think: <think> is one of its tokens."""
+    try:
+        tokenizer.token_id(THINK)
+    except ModelError:
+        return False
+    return True
 
 
 def reasoning_fields(text: str) -> dict[str, str]:

@@ -107,8 +107,10 @@ class ConstrainedBody(SamplingBody):
 
     def renamed(self, error: RequestError) -> RequestError:
         """A grammar's error with the field that asked for it."""
-        place = next((place for place, _, _ in self._wanted()), "") if (error.param or "").startswith("structured") else ""
-        return rename(error, place) if place and error.param != place else super().renamed(error)
+        if error.param != "structured" and not (error.param or "").startswith("structured."):
+            return super().renamed(error)
+        place = next((place for place, _, _ in self._wanted()), "structured_outputs")
+        return rename(error, place)
 
     def _wanted(self) -> Iterator[tuple[str, str, Any]]:
         """Field, kind and value of everything that is asked for."""
@@ -209,7 +211,8 @@ def as_format(wanted: StructuredOutput) -> dict[str, Any]:
     return dict(tag["format"])
 
 
-def after(before: dict[str, Any], wanted: StructuredOutput) -> StructuredOutput:
+def after(before: dict[str, Any], wanted: StructuredOutput, *, optional: bool) -> StructuredOutput:
     """The same behind something else, with up to two line ends between them."""
-    parts = [before, {"type": "regex", "pattern": "\\n{0,2}"}, as_format(wanted)]
+    first = {"type": "sequence", "elements": [before, {"type": "regex", "pattern": "\\n{0,2}"}]}
+    parts = [{"type": "optional", "content": first} if optional else first, as_format(wanted)]
     return StructuredOutput(structural_tag={"type": "structural_tag", "format": {"type": "sequence", "elements": parts}})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +32,7 @@ class ReplyParser:
 
     Args:
         calls: look for function calls. reasoning: look for <think>. thinking: the prompt already opened it.
-        only_calls: the answer is held to calls, so that other text is the beginning of one.
+        only_calls: the answer is held to calls, so that other text is the beginning of one or a line end.
     """
 
     def __init__(self, *, calls: bool, reasoning: bool = True, thinking: bool = False, only_calls: bool = False) -> None:
@@ -51,7 +51,7 @@ class ReplyParser:
 
     def add(self, text: str) -> list[Piece]:
         self._text += text
-        return [piece for piece in self._read(last=False) if piece.text or piece.name is not None]
+        return self._kept(self._read(last=False))
 
     def finish(self, *, cut: bool = False) -> list[Piece]:
         """What is left. A call whose name is known comes as far as it was written; tags are never content.
@@ -66,7 +66,11 @@ class ReplyParser:
         elif self._text:
             pieces.append(Piece("reasoning" if self._state == "reasoning" else "content", self._text))
         self._text = ""
-        return [piece for piece in pieces if piece.text or piece.name is not None]
+        return self._kept(pieces)
+
+    def _kept(self, pieces: Iterable[Piece]) -> list[Piece]:
+        kept = [piece for piece in pieces if piece.text or piece.name is not None]
+        return [piece for piece in kept if piece.kind != "content"] if self._only_calls else kept
 
     def _unfinished(self, text: str) -> Iterator[Piece]:
         """A call that ended before its arguments began."""
