@@ -1,4 +1,4 @@
-"""Terminals without Unicode, one line for wrong usage, and a Hub that cannot be reached."""
+"""Terminals without Unicode, two lines for wrong usage, and a Hub that cannot be reached."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_an_answer_on_a_terminal_that_knows_ascii_only(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("arguments,message", [(["run"], "--prompt"), (["serve", "--port", "x"], "invalid int"), ([], "COMMAND")])
-def test_wrong_usage_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_two_lines(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     told = capsys.readouterr().err
-    assert ended.value.code == 2 and message in told and told.count("\n") == 1 and "--help" in told
+    assert ended.value.code == 2 and message in told and told.count("\n") == 2 and "--help" in told
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import http.client
 import json
+import os
 import resource
 import socket
 import urllib.error
@@ -115,7 +117,7 @@ def test_encoded_bodies_are_decoded_within_the_bodys_bound(server: RunningServer
 
     body = json.dumps(chat("hi", max_tokens=1)).encode()
     assert post(ENCODED[name](body)).status_code == 200
-    bomb = post(ENCODED[name](b" " * 2**26 + body))
+    bomb = post(ENCODED[name](b" " * 2**22 + body))
     assert bomb.status_code == 413 and "more than 1048576 bytes" in bomb.json()["error"]["message"]
     for wrong in (b"no such thing", ENCODED[name](body)[:-9]):
         error = post(wrong)
@@ -173,7 +175,7 @@ EARLY: dict[str, tuple[str, dict[str, str], int]] = {
 @pytest.mark.parametrize("name", EARLY)
 def test_clients_that_send_all_of_a_body_first_see_an_early_answer(server: RunningServer, name: str) -> None:
     path, headers, status = EARLY[name]
-    body = b"x" * (30 * 2**20)
+    body = b"x" * (16 * 2**20)
     try:  # closes its connection after each answer
         urllib.request.urlopen(urllib.request.Request(server.base + path, body, headers), timeout=60)
         raise AssertionError("no error")
@@ -182,7 +184,7 @@ def test_clients_that_send_all_of_a_body_first_see_an_early_answer(server: Runni
             assert error.code == status and "error" in json.load(error)
     host, port = server.base.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
-    connection.request("POST", path, iter([body[: 2**20]] * 30), headers, encode_chunked=True)
+    connection.request("POST", path, iter([body[: 2**20]] * 16), headers, encode_chunked=True)
     answer = connection.getresponse()
     assert answer.status == status and answer.read() and answer.headers["connection"] == "close"
     connection.close()
@@ -238,6 +240,21 @@ def test_connections_stay_open_for_longer_than_proxies_keep_them(monkeypatch: py
 def pipe(checkpoint: Callable[..., Path]) -> Iterator[VLPipeline]:
     with VLPipeline(str(checkpoint("qwen2")), **OPTIONS) as pipe:
         yield pipe
+
+
+def test_connections_that_cannot_be_accepted_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio says so for each try, two thousand in a row."""
+    from vlserve.server.serve import _LoopErrors
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(_LoopErrors())
+    for number in [errno.EMFILE] * 100 + [errno.EINVAL]:
+        error = OSError(number, os.strerror(number))
+        loop.call_exception_handler({"message": "socket.accept() out of system resource", "exception": error})
+    loop.close()
+    first, other = (record.getMessage() for record in caplog.records)
+    assert first.startswith("connections have to wait: the server has too many files") and "ulimit -n" in first
+    assert "socket.accept()" in other, "anything else as ever"
 
 
 STREAMS = {

@@ -1,4 +1,4 @@
-"""Terminals as they are: ones that know no Unicode, and users who want one line and not all flags."""
+"""Terminals as they are: ones that know no Unicode, and users who want two lines and not all flags."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line; argparse shows every flag before it, and there are eighty."""
+    """Wrong usage is two lines; argparse shows every flag before it, and there are eighty."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists all)\n")
+        self.exit(2, f"{self.prog} --help lists all that there is\n{self.prog}: error: {message}\n")
 
 
 def use_what_the_console_has() -> None:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -20,8 +21,10 @@ from vlserve.ranks.memory_report import memory_lines
 from vlserve.server.admission import KEYS_VARIABLE, Admission
 from vlserve.server.app import create_app
 from vlserve.server.logs import configure_logging
+from vlserve.system_limits import describe, find_refusal
 
 log = logging.getLogger(__name__)
+REFUSAL_S = 10.0  # between two lines on what the system refuses
 LAST_WORDS_S = 3  # for open connections to be told, once the engine is gone
 
 
@@ -63,6 +66,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_LoopErrors())
         await super().startup(sockets)
         if not self.started:
             return
@@ -119,3 +123,19 @@ class _Server(uvicorn.Server):
         )
         for line in memory_lines(self._pipeline.config, self._pipeline.checkpoint.config, self._pipeline.client.ready_ranks):
             log.info("%s", line)
+
+
+class _LoopErrors:
+    """The event loop's own errors. Without descriptors it fails to accept connections two thousand times a second, each with a
+    traceback; what the system refuses is said once in a while instead, with the way out."""
+
+    def __init__(self) -> None:
+        self._last = -REFUSAL_S
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if error is None or find_refusal(error) is None:
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._last >= REFUSAL_S:
+            self._last = time.monotonic()
+            log.error("connections have to wait: %s", describe(error))
