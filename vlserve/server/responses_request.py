@@ -149,7 +149,7 @@ class ResponsesRequest(SamplingBody):
     store: bool | None = Field(None, description="keep the response, which needs --store-responses; true where it is given")
     previous_response_id: str | None = Field(None, description="needs --store-responses")
     background: bool | None = Field(None, description="answer at once and be asked again; needs --store-responses")
-    # without influence on the answer, as user, metadata and others that every route takes; most are given back
+    # without influence on the answer, as are user, metadata and others that every route takes
     client_metadata: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
     # refused with a way out
