@@ -154,10 +154,12 @@ def test_what_a_template_has_no_variable_for_is_said_once(folder: Path, caplog: 
             for wishes in ({"reasoning_effort": "low", "enable_thinking": True}, {}):
                 options = PromptOptions(wishes=wishes, variables={"enable_thinking": False, "other": None})
                 assert plain.build(messages, options).token_ids == want
-    assert sorted(record.getMessage().split()[0] for record in caplog.records) == ["enable_thinking", "reasoning_effort"]
+    said = [record.getMessage().split()[0] for record in caplog.records]
+    assert sorted(said) == ["enable_thinking", "reasoning_effort"]
     for wrong in ({"enable_thinking": True}, {"thinkng": False}, {"messages": False}, {"raise_exception": 1}):
         with pytest.raises(RequestError, match="no such variable; those that can be set: none"):
             plain.build(messages, PromptOptions(variables=wrong))
+    caplog.clear()
     knows = builder(folder, "{{ reasoning_effort }} {{ enable_thinking }}{% for m in messages %} {{ m.content }}{% endfor %}")
 
     def written(variables: dict[str, Any], wishes: dict[str, Any]) -> str:
@@ -166,6 +168,9 @@ def test_what_a_template_has_no_variable_for_is_said_once(folder: Path, caplog: 
 
     assert written({}, {"reasoning_effort": "none", "enable_thinking": False}) == "none False hi"
     assert written({"enable_thinking": True}, {"reasoning_effort": "none", "enable_thinking": False}) == "none True hi"
+    with caplog.at_level(logging.INFO, "vlserve"):
+        assert written({}, {"verbosity": "low", "reasoning_effort": "low", "enable_thinking": True}) == "low True hi"
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["verbosity"]
     with pytest.raises(RequestError, match="those that can be set: enable_thinking, reasoning_effort"):
         written({"thinking": False}, {})
 

@@ -183,7 +183,7 @@ BAD: list[tuple[Any, int, str | None, str]] = [
     (chat("x", continue_final_message=True, add_generation_prompt=True), 400, "continue_final_message", "exclude"),
     (chat("x", mm_processor_kwargs={"max_dynamic_patch": 0}), 400, "mm_processor_kwargs.max_dynamic_patch", "1"),
     (chat("x", cache_salt=""), 400, "cache_salt", "1 to 256"),
-    (chat("x", verbosity="high"), 400, "verbosity", "medium"),
+    (chat("x", verbosity="loud"), 400, "verbosity", "'medium'"),
     (chat("x", best_of=3), 400, "best_of", "best_of"),
     (chat("x", top_k=10**30), 400, "top_k", "2147483647"),
     (chat("x", ignore_eos=1), 400, "ignore_eos", "boolean"),

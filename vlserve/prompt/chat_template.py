@@ -30,6 +30,7 @@ from vlserve.prompt.tokenizer import Tokenizer, token_text
 log = logging.getLogger(__name__)
 THINKING = ("<think>", "</think>")
 SWITCHES = ("enable_thinking", "thinking")  # variables with which templates of the field switch thinking on and off
+EFFORT = {"reasoning_effort", "enable_thinking"}  # of these wishes one is enough
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 GUARD = "\u205f"  # white space that templates strip but never write
 _NAME = "\ue000[0-9a-f]{16}:[0-9]+"
@@ -111,8 +112,9 @@ class ChatTemplate:
                 raise RequestError(f"{place} must be a number, true, false or a short plain text", param=place)
             found[name] = value
         wishes = {name: value for name, value in options.wishes.items() if name in template.variables}
-        if options.wishes and not wishes:
-            self._say_once(next(iter(options.wishes)))
+        unheard = options.wishes.keys() - wishes.keys()
+        for name in sorted(unheard - (EFFORT if wishes.keys() & EFFORT else {"enable_thinking"})):
+            self._say_once(name)
         return wishes | found
 
     def _say_once(self, name: str) -> None:

@@ -66,6 +66,7 @@ class ChatRequest(ConstrainedBody):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, description="counts where the chat template reads it, or enable_thinking")
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="counts where the chat template reads it")
     enable_thinking: bool | None = Field(None, description="LMDeploy's place for chat_template_kwargs.enable_thinking")
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = Field(None, description="false leaves <think> in the content")
@@ -118,10 +119,13 @@ class ChatRequest(ConstrainedBody):
         if effort is not None and effort not in EFFORTS:
             expected = ", ".join(EFFORTS)
             raise RequestError(f"reasoning_effort is {effort[:64]!r}; expected one of {expected}", param="reasoning_effort")
+        wishes: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        if self.verbosity not in (None, "medium"):
+            wishes["verbosity"] = self.verbosity
         return PromptOptions(
             tools=[tool.description() for tool in self.tools or ()] if self.calls else (),
             variables=variables,
-            wishes={} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"},
+            wishes=wishes,
             continue_final=bool(self.continue_final_message),
             add_generation_prompt=self.add_generation_prompt is not False,
             cache_salt=self.cache_salt or "",
