@@ -124,7 +124,7 @@ def fields(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 def test_null_is_not_given_in_every_field(server: RunningServer) -> None:
     document = httpx2.get(server.base + "/openapi.json").json()
-    assert NEEDED.keys() == {path for path, methods in document["paths"].items() if "post" in methods}
+    assert NEEDED.keys() == {path for path, ways in document["paths"].items() if "requestBody" in ways.get("post", {})}
     for path, needed in NEEDED.items():
         nulls = dict.fromkeys(fields(document, path)) | {"a_field_of_next_year": None}
         answer = httpx2.post(server.base + path, json=nulls | needed, timeout=60)
