@@ -360,7 +360,8 @@ BAD: list[tuple[Any, str, str]] = [
     ({"json": {"$ref": "#"}}, "structured.json", "nothing fits it"),
     ({"json": {"type": "integer", "minimum": 3, "maximum": 2}}, "structured.json", "minimum greater than maximum"),
     ({"regex": "(a"}, "structured.regex", "unterminated|missing"),
-    ({"regex": "(?=a)b"}, "structured.regex", "lookaround"),
+    ({"regex": "(?=a)b"}, "structured.regex", "no text fits"),
+    ({"regex": "(?<=a)b"}, "structured.regex", "lookbehind"),
     ({"regex": "(a{1000}){1000}"}, "structured.regex", "states"),
     ({"regex": "(" * 2000 + ")" * 2000}, "structured.regex", "nested"),
     ({"grammar": "root ::= ("}, "structured.grammar", "EBNF parser error"),
@@ -375,9 +376,14 @@ BAD: list[tuple[Any, str, str]] = [
         "one of",
     ),
     (
-        {"structural_tag": {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": {"not": {}}}}},
+        {
+            "structural_tag": {
+                "type": "structural_tag",
+                "format": {"type": "json_schema", "json_schema": {"not": {"type": "null"}}},
+            }
+        },
         "structured.structural_tag",
-        "'not' is not supported",
+        "'?not'? is not supported",
     ),
 ]
 

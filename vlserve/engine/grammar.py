@@ -20,6 +20,7 @@ import torch
 from vlserve.config import StructuredOutput
 from vlserve.errors import VLServeError
 from vlserve.kernels.upload import pinned
+from vlserve.prompt.byte_level import bytes_of_token
 from vlserve.structured.grammar import COMPILE_LIMIT_S, is_json, to_grammar
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def read_vocabulary(folder: Path, vocab_size: int, feature_token_ids: frozenset[
     vocab = file.model.vocab
     pieces = dict(vocab.items()) if isinstance(vocab, dict) else {piece: id for id, (piece, *_) in enumerate(vocab)}
     kinds = _decoders(file.decoder)
-    decode = _from_byte_level if "ByteLevel" in kinds else _from_metaspace
+    decode = bytes_of_token if "ByteLevel" in kinds else _from_metaspace
     tokens = [b""] * vocab_size
     for piece, id in pieces.items():
         if id < vocab_size:
@@ -231,23 +232,6 @@ def _decoders(decoder: dict[str, Any] | None) -> set[str]:
     if decoder is None:
         return set()
     return {str(decoder.get("type")), *(str(d.get("type")) for d in decoder.get("decoders", ()))}
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's way to write bytes as characters: printable ones stand for themselves, the others follow from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_of_character()
-
-
-def _from_byte_level(piece: str) -> bytes:
-    try:
-        return bytes(_BYTES[character] for character in piece)
-    except KeyError:
-        return piece.encode()
 
 
 def _from_metaspace(piece: str) -> bytes:

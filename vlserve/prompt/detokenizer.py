@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
+from vlserve.prompt.byte_level import bytes_of_token
+
 ANCHOR = "a"  # stands for the text before: all decoders show it as it is
 # these look at one token at a time, and at whether there is one before or behind it
 _LOCAL = {"Metaspace", "WordPiece", "BPEDecoder", "Replace", "Strip", "ByteFallback", "Fuse"}
@@ -47,7 +49,7 @@ class TokenDecoder:
         if token is None:
             return b""
         if self.is_byte_level:
-            return _byte_level(token)
+            return bytes_of_token(token)
         if self._has_byte_fallback and (byte := _byte(token)) is not None:
             return bytes([byte])
         return self.text([ANCHOR, token])[len(ANCHOR) :].encode() if self._is_local else self.text([token]).encode()
@@ -73,7 +75,7 @@ class Detokenizer:
         if token is None:
             return ""
         if self._decoder.is_byte_level:
-            return self._characters.decode(_byte_level(token))
+            return self._characters.decode(bytes_of_token(token))
         self._waiting.append(token)
         return self._take() if self._decoder.may_cut_behind(token) else ""
 
@@ -112,21 +114,3 @@ def _byte(token: str) -> int | None:
     """The byte of a token such as <0xE4>."""
     match = _BYTE.fullmatch(token)
     return int(match[1], 16) if match else None
-
-
-def _printable_bytes() -> dict[str, int]:
-    """Byte-level BPE's characters (GPT-2): a byte's own where that can be printed, else the next free one from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _printable_bytes()
-
-
-def _byte_level(token: str) -> bytes:
-    """An added token may have other characters: then it stands for itself."""
-    try:
-        return bytes([_BYTES[character] for character in token])
-    except KeyError:
-        return token.encode()
