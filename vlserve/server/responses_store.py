@@ -99,7 +99,7 @@ class ResponseStore:
         if not self.is_on:
             raise RequestError(
                 f"{what or param} needs a server that keeps responses, and this one does not; start it with --store-responses, "
-                "or send the whole conversation as input",
+                "or send store: false and the whole conversation as input",
                 param=param,
                 code="unsupported_parameter",
             )
