@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import re
 import socket
@@ -450,6 +451,31 @@ def test_slow_lookups_of_one_request_hold_up_no_other() -> None:
         assert await slow == [BODY] * 40
 
     asyncio.run(main())
+
+
+def test_a_client_that_leaves_meanwhile_is_no_error() -> None:
+    release = threading.Event()
+    failures: list[str] = []
+
+    def look_up(host: str, port: int) -> Sequence[str]:
+        release.wait(30)
+        return [PUBLIC]
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context["message"]))
+        wanted = [("http://slow.example/", "a")] * 2
+        fetcher = Fetcher(MediaConfig(), look_up=look_up, backend=Network())
+        leaving = asyncio.ensure_future(fetcher.fetch_all(wanted, lambda count, param: None, PreparationClock()))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        release.set()
+        del leaving
+        gc.collect()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert failures == []
 
 
 def test_the_first_failure_ends_the_other_fetches() -> None:

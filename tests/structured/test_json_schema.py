@@ -317,6 +317,35 @@ def test_size_and_depth_are_bounded() -> None:
             read_schema(text)
 
 
+def test_constants_are_matched_in_linear_time() -> None:
+    """Python's own search would take minutes, and hold up all threads meanwhile."""
+    for pattern in ("^(a+)+$", "^(a|aa)+$", "(?=(a*)*b)a"):
+        with pytest.raises(SchemaError, match="fits what stands beside"):
+            rewrite_schema({"const": "a" * 60 + "!", "pattern": pattern}, Budget())
+        with pytest.raises(SchemaError, match="fits what stands beside"):
+            rewrite_schema({"enum": ["a" * 60 + "!"], "type": "string", "pattern": pattern}, Budget())
+    names = {"type": "object", "properties": {"a" * 60 + "!": {}, "aa": {}}, "propertyNames": {"pattern": "^(a+)+$"}}
+    assert list(rewrite_schema(names, Budget())["properties"]) == ["aa"]
+    for value in ("x\ny", 'a"b', "\u00e9", ""):
+        assert rewrite_schema({"const": value, "pattern": "^[^z]*$"}, Budget()) == {"enum": [value]}
+
+
+def test_constants_together_are_those_in_both() -> None:
+    both = {"allOf": [{"enum": [1, True, "a", [1, True], {"b": [1]}, None]}, {"enum": [1.0, [1, 1], {"b": [1.0]}, "a", 0]}]}
+    assert rewrite_schema(both, Budget()) == {"enum": [1, "a", {"b": [1]}]}
+
+
+def test_alternatives_that_share_a_tree_are_not_compared_for_ever() -> None:
+    tree: dict[str, Any] = {}
+    for side in "AB":
+        for i in range(40):
+            below = {"$ref": f"#/$defs/{side}{i + 1}"}
+            tree[f"{side}{i}"] = {"type": "object", "required": ["a", "b"], "properties": {"a": below, "b": below}}
+        tree[f"{side}40"] = {"type": "string"}
+    with pytest.raises(SchemaError, match="too much to compare; use fewer"):
+        rewrite_schema({"oneOf": [{"$ref": "#/$defs/A0"}, {"$ref": "#/$defs/B0"}], "$defs": tree}, Budget())
+
+
 def test_references_are_followed_once_and_cycles_end() -> None:
     tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#/properties/left"}}}
     assert rewrite_schema(tree, Budget()) == {

@@ -168,11 +168,25 @@ def test_nothing_breaks_out_of_a_json_string(compiler: xgrammar.GrammarCompiler,
         ("a{70000}", "repeats 70000 times"),
         ("(a{500}){500}", "states"),
         ("(" * 4000, "nested|missing"),
+        # what would take minutes, or hours
+        ("((a{0,100}){0,100}){0,100}b(?=c)c", "too large an automaton"),
+        ("^(?=.*a.{8}b$)[ab]*$", "too large an automaton"),
+        ("[" * 4000, "unterminated|nested"),
     ],
 )
 def test_the_rest_is_refused_with_a_reason(pattern: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         rewrite(pattern, Budget())
+
+
+def test_expressions_of_one_request_share_the_work() -> None:
+    budget = Budget()
+    for n in range(3):
+        with pytest.raises(ValueError, match="too large an automaton"):
+            rewrite(f"^(?=.*a.{{8}}b$)[ab{n}]*$", budget)
+    with pytest.raises(ValueError, match="too large an automaton"):
+        rewrite("^(?=.*a)[ab]*$", budget)
+    rewrite("^(?=.*a)[ab]*$", Budget())
 
 
 def test_in_json_quotes_and_long_repeats_are_refused() -> None:

@@ -116,11 +116,14 @@ class Fetcher:
             ) as pool:
                 tasks = [asyncio.ensure_future(fetch(pool, url, param)) for url, param in wanted]
                 try:
-                    return await asyncio.wait_for(asyncio.gather(*tasks), self._config.media_timeout_s)
-                except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-                    late = next((param for task, (_, param) in zip(tasks, wanted, strict=True) if task.cancelled()), wanted[0][1])
-                    message = f"the picture did not arrive within {self._config.media_timeout_s:g} s"
-                    raise image_error(late, message, "failed_to_download_image") from None
+                    limit = self._config.media_timeout_s
+                    done, late = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+                    bodies = [task.result() for task in tasks if task in done]
+                    for task, (_, param) in zip(tasks, wanted, strict=True):
+                        if task in late:
+                            message = f"the picture did not arrive within {limit:g} s"
+                            raise image_error(param, message, "failed_to_download_image")
+                    return bodies
                 finally:
                     for task in tasks:
                         task.cancel()

@@ -130,7 +130,8 @@ class ResponseStore:
             if kept.body is None:
                 raise RequestError(f"{place} names a response that is not finished yet; wait for it, or cancel it", param=place)
             before = [(item, place) for item in (*kept.items, *kept.body["output"])]
-        items = [*before, *((self._referred(item, place, owner), place) for item, place in asked.own_items)]
+        known: dict[str, Item] = {}
+        items = [*before, *((self._referred(item, place, owner, known), place) for item, place in asked.own_items)]
         if self.keeps(asked) and _size([item for item, _ in items]) > self._most_bytes:
             raise RequestError(
                 f"the conversation is larger than the {self._most_bytes // 2**20} MiB of kept responses (--max-stored-mib); "
@@ -146,6 +147,7 @@ class ResponseStore:
         """Keep a finished response; the oldest make room."""
         id = body["id"]
         kept = self._kept.pop(id, None) or Kept(owner, items)
+        self.num_bytes -= kept.num_bytes
         kept.body = body
         kept.num_bytes = _size(kept.items) + _size(body) + _size(kept.run.events if kept.run else None)
         self._kept[id] = kept
@@ -176,18 +178,20 @@ class ResponseStore:
             await kept.run.cancel()
         return kept.whole()
 
-    def _referred(self, item: Any, place: str, owner: str) -> Any:
-        """The item itself, or the one that it names."""
+    def _referred(self, item: Any, place: str, owner: str, known: dict[str, Item]) -> Any:
+        """The item itself, or the one that it names. `known`: all kept items by id, once one was asked for."""
         if not isinstance(item, Mapping) or (item.get("type") or ("message" if "role" in item else REFERENCE)) != REFERENCE:
             return item
         id = item.get("id")
         if not isinstance(id, str):
             raise RequestError(f"{place}.id is missing", param=f"{place}.id")
         self.check_on(f"{place}.type", f"{place}.type item_reference")
-        for known in self._items_of(owner):
-            if known.get("id") == id:
-                return known
-        raise RequestError(f"{place}.id: no item {id[:80]!r} is kept; send the item itself", param=f"{place}.id")
+        if not known:
+            for kept in self._items_of(owner):
+                known.setdefault(kept["id"], kept)
+        if id not in known:
+            raise RequestError(f"{place}.id: no item {id[:80]!r} is kept; send the item itself", param=f"{place}.id")
+        return known[id]
 
     def _items_of(self, owner: str) -> Iterator[Item]:
         for kept in reversed(self._kept.values()):

@@ -79,11 +79,10 @@ async def late_events(
 ) -> AsyncIterator[bytes]:
     """The events of an answer that was not prepared within QUIET_S, when the stream began without it."""
     try:
-        prepared = await preparing
+        stream = begin(await preparing)
     except Exception as error:  # noqa: BLE001  (told to the client, and the log)
         yield failed(error)
         return
-    stream = begin(prepared)
     try:
         async for event in stream:
             yield event

@@ -12,11 +12,25 @@ from typing import Any
 from vlserve.structured.characters import LAST, Ranges, intersection, merged, written
 
 MAX_AUTOMATON, MAX_SETS, MAX_WRITTEN = 1024, 4096, 100_000
+MAX_WORK = 2_000_000  # small steps, some seconds
 _FIRST = 0xF0000  # while an expression is being made, each set is one character, from this one on
 TOO_LARGE = "it needs too large an automaton; use shorter repeats or length limits, or fewer lookaheads"
 
 Node = int
 _Edges = dict[int, dict[int, str]]  # from state to state, the expression that leads there
+
+
+class Work:
+    """Small steps that one request has taken."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+
+    def spend(self, num_steps: int) -> None:
+        """Raises ValueError once there are too many."""
+        self._num_steps += num_steps
+        if self._num_steps > MAX_WORK:
+            raise ValueError(TOO_LARGE)
 
 
 class Languages:
@@ -26,7 +40,8 @@ class Languages:
     ("loop", number), whose body comes later, ("none",) or ("empty",).
     """
 
-    def __init__(self, alphabet: Ranges) -> None:
+    def __init__(self, alphabet: Ranges, work: Work) -> None:
+        self._work = work
         self._nodes: list[tuple[Any, ...]] = []
         self._ids: dict[tuple[Any, ...], Node] = {}
         self._nullable: dict[Node, bool] = {}
@@ -54,6 +69,7 @@ class Languages:
             return b if a == self.empty else a
         if a == b == self.all:
             return a
+        self._work.spend(1)
         if self._nodes[a][0] == "cat":
             _, first, second = self._nodes[a]
             return self.cat(first, self.cat(second, b))
@@ -95,6 +111,8 @@ class Languages:
         found: set[Node] = set()
         for node in given:
             found |= self._nodes[node][1] if self._nodes[node][0] == kind else {node}
+            self._work.spend(1)
+        self._work.spend(len(found))
         return found
 
     def nullable(self, node: Node) -> bool:
@@ -123,6 +141,7 @@ class Languages:
 
     def _derive(self, node: Node, code: int, kind: str, *parts: Any) -> Node:
         if kind == "set":
+            self._work.spend(1 + len(parts[0]) // 8)
             return self.empty if any(low <= code <= high for low, high in parts[0]) else self.none
         if kind == "cat":
             first, second = parts
@@ -145,6 +164,7 @@ class Languages:
         states, found, edges = {root: 0}, [root], []
         for node in found:
             row = []
+            self._work.spend(len(classes))
             for ranges in classes:
                 after = self._derivative(node, ranges[0][0])
                 if after not in states:
@@ -154,7 +174,13 @@ class Languages:
                     found.append(after)
                 row.append(states[after])
             edges.append(row)
-        return Automaton(classes, edges, [self.nullable(node) for node in found])
+        return Automaton(classes, edges, [self.nullable(node) for node in found], self._work)
+
+    def holds(self, node: Node, text: str) -> bool:
+        """Whether a text is in it."""
+        for character in text:
+            node = self._derivative(node, ord(character))
+        return self.nullable(node)
 
     def _classes(self) -> list[Ranges]:
         """The alphabet in parts whose characters are in the same sets, so that they lead to the same states."""
@@ -177,8 +203,8 @@ class Languages:
 class Automaton:
     """Deterministic: edges[s][c] is where characters of class c lead from state s; it begins in state 0."""
 
-    def __init__(self, classes: list[Ranges], edges: list[list[int]], ends: list[bool]) -> None:
-        self._classes, self._edges, self._ends = classes, edges, ends
+    def __init__(self, classes: list[Ranges], edges: list[list[int]], ends: list[bool], work: Work) -> None:
+        self._classes, self._edges, self._ends, self._work = classes, edges, ends, work
 
     @property
     def is_empty(self) -> bool:
@@ -192,6 +218,7 @@ class Automaton:
         for state in ends:
             edges[state][end] = ""
         while len(edges) > 2:
+            self._work.spend(len(edges) ** 2 // 8)
             removed = min((s for s in edges if s >= 0), key=lambda s: _cost(edges, s))
             _remove(edges, removed)
         text = edges[begin][end].translate({_FIRST + number: text for text, number in sets.items()})
@@ -204,6 +231,7 @@ class Automaton:
         blocks = [int(end) for end in self._ends]
         while True:
             numbers: dict[tuple[int, ...], int] = {}
+            self._work.spend(len(self._edges) * len(self._classes) // 8)
             refined = [
                 numbers.setdefault((blocks[s], *(blocks[t] for t in row)), len(numbers)) for s, row in enumerate(self._edges)
             ]

@@ -6,7 +6,7 @@ xgrammar has no such thing. Patterns and formats that come together are kept as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from vlserve.structured import formats, regex
@@ -46,7 +46,8 @@ def merge(a: Schema, b: Schema, place: str) -> dict[str, Any]:
     values = [constants(schema, place) for schema in (a, b)]
     if values[0] is not None and values[1] is not None:
         both.pop("const", None)
-        both["enum"] = [x for x in values[0] if any(equal(x, y) for y in values[1])]
+        others = set(map(_identity, values[1]))
+        both["enum"] = [x for x in values[0] if _identity(x) in others]
         if not both["enum"]:
             raise NothingFits(f"the constants that are asked for exclude each other (at {place})")
     if any(key in schema for schema in (a, b) for key in _OF_OBJECTS):
@@ -124,13 +125,13 @@ def constants(schema: Schema, place: str = "#") -> list[Any] | None:
     return [schema["const"]]
 
 
-def fits(value: Any, schema: Schema, place: str) -> bool:
+def fits(value: Any, schema: Schema, place: str, budget: regex.Budget) -> bool:
     """Whether a constant satisfies the keywords beside it; SchemaError when that is not known here."""
     types = of_types(schema["type"]) if "type" in schema else None
     if types is not None and not any(has_type(value, type) for type in types):
         return False
     if isinstance(value, str):
-        return _text_fits(value, schema, place)
+        return _text_fits(value, schema, place, budget)
     if isinstance(value, (list, Mapping)):
         beside = sorted(set(schema) - {"const", "enum", "type", "minimum", "maximum", "minLength", "maxLength"})
         if beside:
@@ -143,18 +144,27 @@ def fits(value: Any, schema: Schema, place: str) -> bool:
     return True
 
 
-def _text_fits(value: str, schema: Schema, place: str) -> bool:
+def _text_fits(value: str, schema: Schema, place: str, budget: regex.Budget) -> bool:
     names = [formats.known(name, place) for name in as_tuple(schema.get("format", ()))]
     patterns = [*as_tuple(schema.get("pattern", ())), *(formats.pattern_of(name) for name in names if name is not None)]
     try:
-        found = all(regex.finds(pattern, value) for pattern in patterns)
+        found = all(regex.finds(pattern, value, budget) for pattern in patterns)
     except ValueError as error:
         raise SchemaError(f"the pattern beside a constant cannot be used: {error} (at {place})") from None
     return found and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
 
 
 def equal(a: Any, b: Any) -> bool:
-    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
+    return bool(_identity(a) == _identity(b))
+
+
+def _identity(value: Any) -> Hashable:
+    """The same for JSON values that are equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, list):
+        return ("list", *map(_identity, value))
+    if isinstance(value, Mapping):
+        return ("object", frozenset((key, _identity(inner)) for key, inner in value.items()))
+    return ("bool", value) if isinstance(value, bool) else value
 
 
 def has_type(value: Any, type: str) -> bool:
@@ -176,7 +186,7 @@ def _disjoint(a: Schema, b: Schema, resolved: Callable[[Any], Schema]) -> bool:
     """No value fits both, as far as types, constants and objects' required properties say."""
     values_a, values_b = constants(a), constants(b)
     if values_a is not None and values_b is not None:
-        return not any(equal(x, y) for x in values_a for y in values_b)
+        return set(map(_identity, values_a)).isdisjoint(map(_identity, values_b))
     kinds_a, kinds_b = _kinds(a), _kinds(b)
     if kinds_a is not None and kinds_b is not None and not kinds_a & kinds_b:
         return True

@@ -30,6 +30,8 @@ from vlserve.structured.conjunction import (
 
 MAX_DEPTH, MAX_SUBSCHEMAS, MAX_COUNTED_PROPERTIES, MAX_ITEMS, MAX_LENGTH = 32, 512, 32, 10_000, 65_536
 MAX_MULTIPLE, MAX_MULTIPLE_RANGE = 1024, 10_000
+MAX_COMPARED = 50_000  # properties of oneOf's alternatives, two of them at a time
+TOO_LARGE = f"the schema is too large: {MAX_SUBSCHEMAS} parts and a depth of {MAX_DEPTH} are allowed"
 
 _KEYWORDS: dict[str, tuple[str, ...]] = {
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
@@ -87,12 +89,12 @@ class _Reader:
         self.definitions: dict[str, Any] = {}
         self._root, self._budget = root, budget
         self._names: dict[str, str] = {"#": "#"}
-        self._num_subschemas = 0
+        self._num_subschemas = self._num_compared = 0
 
     def schema(self, schema: Any, place: str, depth: int) -> Any:
         self._num_subschemas += 1
         if depth > MAX_DEPTH or self._num_subschemas > MAX_SUBSCHEMAS:
-            raise SchemaError(f"the schema is too large: {MAX_SUBSCHEMAS} parts and a depth of {MAX_DEPTH} are allowed")
+            raise SchemaError(TOO_LARGE)
         known = self._asserted(schema, place)
         if known.pop("nullable", False) is True and constants(known, place) != [None]:
             return {"anyOf": [self._known(known, place, depth), {"enum": [None]}]}
@@ -176,6 +178,8 @@ class _Reader:
             raise SchemaError(f"{keyword} must be a list of schemas (at {place})")
         beside = [plain] * bool(plain) + [{key: other} for key, other in alternatives[1:]]
         wholes = [{"allOf": [*beside, arm]} if beside else arm for arm in arms]
+        if len(arms) > MAX_SUBSCHEMAS:
+            raise SchemaError(TOO_LARGE)
         if keyword == "oneOf":
             wholes = self._apart(wholes, place)
         read = []
@@ -229,6 +233,9 @@ class _Reader:
         )
 
     def _resolved(self, schema: Any) -> Schema:
+        self._num_compared += 1
+        if self._num_compared > MAX_COMPARED:
+            raise SchemaError("oneOf has too much to compare; use fewer alternatives, or anyOf")
         try:
             return self._conjoined([schema], "oneOf")[0]
         except SchemaError:
@@ -238,7 +245,7 @@ class _Reader:
         for value in values:
             _check_value(value, place)
         _types(schema, place)
-        kept = [value for value in values if fits(value, schema, place)]
+        kept = [value for value in values if fits(value, schema, place, self._budget)]
         if not kept:
             what = "const" if "const" in schema else "enum"
             raise NothingFits(f"{what} has no value of its type that fits what stands beside it (at {place})")
@@ -384,7 +391,8 @@ class _Reader:
         values = constants(names, place)
         if values is not None and not patterns:
             others = {} if rest is False else dict.fromkeys(filter(_is_text, values), True if rest is None else rest)
-            return {n: value for n, value in {**others, **properties}.items() if n in values and fits(n, names, place)}, {}, False
+            both, may_be = {**others, **properties}, set(filter(_is_text, values))
+            return {n: value for n, value in both.items() if n in may_be and self._is_named(n, names, place)}, {}, False
         asks = set(names) & set(_KEYWORDS["string"])
         if not asks and values is None:
             return properties, patterns, {} if rest is None and not properties and not patterns else rest
@@ -392,8 +400,11 @@ class _Reader:
             what = "patternProperties" if patterns else "properties and additionalProperties"
             raise SchemaError(f"propertyNames cannot be combined with {what}; leave one of them out (at {place})")
         if properties or rest is False:
-            return {name: value for name, value in properties.items() if fits(name, names, place)}, {}, False
+            return {name: value for name, value in properties.items() if self._is_named(name, names, place)}, {}, False
         return {}, {self._texts(names, place): True if rest is None else rest}, None
+
+    def _is_named(self, name: str, wanted: Schema, place: str) -> bool:
+        return fits(name, wanted, place, self._budget)
 
     def _count_properties(self, schema: Schema, kept: dict[str, Any], is_open: bool, place: str) -> None:
         for key in ("minProperties", "maxProperties"):

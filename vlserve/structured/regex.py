@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from vlserve.structured import characters
-from vlserve.structured.automaton import Languages, Node
+from vlserve.structured.automaton import Languages, Node, Work
 from vlserve.structured.characters import Ranges, complement, intersection, merged
 
 if sys.version_info >= (3, 11):
@@ -27,6 +27,7 @@ else:
 MAX_STATES = 1024
 MAX_REPEAT, MAX_REPEAT_IN_JSON = 65536, 128
 UNROLLED = 128  # xgrammar counts longer repeats instead of writing them out
+TOO_DEEP = "its groups or repeats are nested too deeply"
 MAX_UNROLLED_LOOKS = 16  # repeats of what has an anchor or a lookahead in it
 _FLAGS = int(sre.SRE_FLAG_IGNORECASE | sre.SRE_FLAG_DOTALL)
 _HARMLESS_FLAGS = int(sre.SRE_FLAG_UNICODE | sre.SRE_FLAG_ASCII | sre.SRE_FLAG_VERBOSE)
@@ -37,13 +38,14 @@ _NOT_SUPPORTED = {
     "POSSESSIVE_REPEAT": "possessive repeats are not supported; use *, + or ? alone",
 }
 # what JavaScript, Rust and PCRE write otherwise than Python: escapes and classes stay, groups get Python's spelling
-_FOREIGN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?<(?=[A-Za-z_])", re.DOTALL)
+_FOREIGN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*(?:\]|\\?\Z)|\(\?<(?=[A-Za-z_])", re.DOTALL)
 
 
 class Budget:
-    """States of the automata of one request, estimated: each costs a look at the whole vocabulary."""
+    """States of the automata of one request, estimated: each costs a look at the whole vocabulary. And the work to find them."""
 
     def __init__(self) -> None:
+        self.work = Work()
         self._seen: set[Hashable] = set()
         self._num_states = 0
 
@@ -98,19 +100,22 @@ def _has_length(pattern: str, least: int, most: int | None) -> bool:
     return is_whole and least <= shortest and (most is None or longest <= most)
 
 
-def finds(pattern: str, text: str) -> bool:
-    """Whether a JSON schema's pattern is found in a text; raises ValueError where it cannot be read."""
-    _parse(pattern)
+def finds(pattern: str, text: str, budget: Budget) -> bool:
+    """Whether a JSON schema's pattern is found in a text; raises ValueError where it cannot be read.
+
+    Python's own search takes exponential time for some, and nothing else runs meanwhile.
+    """
     try:
-        return all(re.search(_translated(pattern), text, flags) for flags in (re.UNICODE, re.ASCII))
-    except (re.error, ValueError) as error:
-        raise ValueError(str(error)) from None
+        languages = Languages(characters.TEXT, budget.work)
+        return languages.holds(_Reader(languages, in_json=True).language(_parse(pattern)), text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def _combined(patterns: Sequence[str], budget: Budget, *, in_json: bool, least: int = 0, most: int | None = None) -> str:
     """By an automaton, unless one of the patterns alone says it all."""
     try:
-        languages = Languages(characters.IN_JSON if in_json else characters.TEXT)
+        languages = Languages(characters.IN_JSON if in_json else characters.TEXT, budget.work)
         parts = [_Reader(languages, in_json).language(_parse(pattern)) for pattern in patterns]
         if least or most is not None:
             parts.append(languages.repeat(languages.any, least, most))
@@ -120,7 +125,7 @@ def _combined(patterns: Sequence[str], budget: Budget, *, in_json: bool, least: 
                 return rewrite(pattern, budget, in_json=in_json)
         automaton = languages.automaton(languages.both(*parts))
     except RecursionError:
-        raise ValueError("its groups or repeats are nested too deeply") from None
+        raise ValueError(TOO_DEEP) from None
     if automaton.is_empty:
         raise NoTextFits("no text fits it")
     text, num_sets = automaton.expression()
@@ -132,7 +137,7 @@ def _parse(pattern: str) -> list[Any]:
     try:
         tree = parser.parse(_translated(pattern))
     except RecursionError:
-        raise ValueError("its groups are nested too deeply") from None
+        raise ValueError(TOO_DEEP) from None
     except (re.error, FutureWarning, ValueError, OverflowError) as error:
         raise ValueError(f"{error}{_hint(str(error))}") from None
     flags = int(tree.state.flags)
