@@ -107,7 +107,7 @@ def test_sampling_names_ours_in_python_and_over_http() -> None:
             r"max_new_tokens is not a field that is supported \(LMDeploy's and SGLang's; here it is max_tokens\)",
         ),
         ('{"temperatur": 5}', r"temperatur is not a field that is supported \(did you mean temperature\?\)"),
-        ('{"regex": "a"}', r"regex is not a field that is supported; leave it out$"),
+        ('{"lora_path": "a"}', r"lora_path is not a field that is supported; start another server"),
     ):
         with pytest.raises(RequestError, match=message):
             read_body(body.encode(), ChatRequest, required=())

@@ -148,7 +148,7 @@ BAD: list[tuple[Any, dict[str, Any], str, str]] = [
     ([{"role": "user", "content": []}], {}, "messages[0].content", "text or a list"),
     ("x", {"stop_token_ids": [10**6]}, "stop_token_ids", "vocabulary"),
     ("\ud83d", {}, "prompt", "half a character"),
-    ("x", {"ignore_eos": None}, "ignore_eos", "true or false"),
+    ("x", {"ignore_eos": 1}, "ignore_eos", "true or false"),
     ("x", {"max_tokens": True}, "max_tokens", "True"),
     ("x", {"temperature": True}, "temperature", "True"),
     ("x", {"logit_bias": {5: True}}, "logit_bias", "finite numbers"),

@@ -349,6 +349,10 @@ def test_the_document_says_which_fields_are_refused(pipe: VLPipeline) -> None:
     with TestClient(create_app(pipe)) as client:
         schemas = client.get("/openapi.json").json()["components"]["schemas"]
     body = schemas["ChatRequest"]
-    assert body["additionalProperties"] == {"type": "null"} and "unsupported_parameter" in body["description"]
-    assert "without influence" in body["properties"]["user"]["description"]
-    assert body["properties"]["functions"]["enum"] == [[], None]
+    empty = [None, "", [], {}]
+    assert body["additionalProperties"] == {"enum": empty} and "unsupported_parameter" in body["description"]
+    assert body["properties"]["functions"]["enum"] == empty
+    assert (
+        body["properties"]["best_of"]["enum"] == [1, *empty]
+        and "asks for nothing" in body["properties"]["best_of"]["description"]
+    )
