@@ -256,6 +256,7 @@ def _read_host(host: Any, name: str) -> str:
 
 
 MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1
+MAX_BIAS, MIN_REPETITION_PENALTY = 1e9, 1e-6  # beyond these, logits in float32 would not be finite
 MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS, MAX_CHOICES = 65536, 4096, 1024
 
 
@@ -355,7 +356,7 @@ class SamplingParams:
         self._number("temperature", 0, 2)
         self._number("top_p", 0, 1)
         self._number("min_p", 0, 1)
-        self._number("repetition_penalty", 0, 100, above=True)
+        self._number("repetition_penalty", MIN_REPETITION_PENALTY, 100)
         self._number("presence_penalty", -2, 2)
         self._number("frequency_penalty", -2, 2)
         self._integer("max_tokens", 1, optional=True)
@@ -372,16 +373,17 @@ class SamplingParams:
         bias = self.logit_bias
         if len(bias) > 1024 or not all(_is_integer(i) and abs(i) <= MAX_INTEGER and _is_number(v) for i, v in bias.items()):
             raise RequestError("logit_bias must hold at most 1024 finite numbers by token id", param="logit_bias")
+        if bias and max(bias.values()) > MAX_BIAS:
+            raise RequestError(f"logit_bias has {max(bias.values())!r}; at most {MAX_BIAS:g} is allowed", param="logit_bias")
         object.__setattr__(self, "logit_bias", {id: float(value) for id, value in bias.items()})
         object.__setattr__(self, "structured", _structured(self.structured))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", param="min_tokens")
 
-    def _number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
+    def _number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
-        if not _is_number(value) or not low <= value <= high or (above and value == low):
-            wanted = f"{'above' if above else 'from'} {low} to {high}"
-            raise RequestError(f"{name} is {value!r}; expected a number {wanted}", param=name)
+        if not _is_number(value) or not low <= value <= high:
+            raise RequestError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}", param=name)
         object.__setattr__(self, name, float(value))  # numpy's numbers too
 
     def _integer(self, name: str, low: int, high: int = MAX_INTEGER, *, optional: bool = False) -> None:

@@ -123,6 +123,10 @@ RANGES = {
     "real 0..65535": (samples_tiff((RAMP * 257).astype(np.float32), sign=3), RAMP),
     "real, white is 0": (samples_tiff((RAMP / 255).astype(np.float32), sign=3, white=0), 255 - RAMP),
     "real, a little beyond": (samples_tiff(np.array([[-0.01, 0.2, 0.4, 1.02]], np.float32), sign=3), RAMP),
+    "real, as far as they go": (
+        samples_tiff(np.array([[-3.4e38, -3.4e38, 3.4e38, 3.4e38]], np.float32), sign=3),
+        [[0, 0, 255, 255]],
+    ),
     "real -1..1": (samples_tiff((RAMP / 127.5 - 1).astype(np.float32), sign=3), RAMP),
     "not all numbers": (samples_tiff(np.array([[np.nan, 0.2, -np.inf, np.inf]], np.float32), sign=3), [[0, 51, 0, 255]]),
     "no numbers": (samples_tiff(np.full((1, 4), np.nan, np.float32), sign=3), [[0] * 4]),

@@ -152,6 +152,9 @@ BAD: list[tuple[Any, dict[str, Any], str, str]] = [
     ("x", {"max_tokens": True}, "max_tokens", "True"),
     ("x", {"temperature": True}, "temperature", "True"),
     ("x", {"logit_bias": {5: True}}, "logit_bias", "finite numbers"),
+    ("x", {"logit_bias": {5: 1e39}}, "logit_bias", r"1e\+39; at most 1e\+09"),
+    ("x", {"repetition_penalty": 1e-300}, "repetition_penalty", "from 1e-06 to 100"),
+    ("x", {"repetition_penalty": 0}, "repetition_penalty", "is 0; expected a number from 1e-06 to 100"),
     ("x", {"stop": ["\ud83d"]}, "stop", "texts"),
     ("x", {"seed": 2**70}, "seed", "whole number"),
 ]

@@ -18,7 +18,7 @@ from tests.server.test_api import PICTURE
 from tests.settling import is_alive, wait_until
 from vlserve.config import ServerConfig
 from vlserve.errors import ConfigError, RequestError
-from vlserve.server.responses_input import kept_item
+from vlserve.server.responses_input import kept_item, shortened
 from vlserve.server.responses_store import ResponseStore
 
 ONE, OTHER = "key-of-one-client", "key-of-the-other"
@@ -227,6 +227,22 @@ def test_what_could_never_be_kept_is_refused_before_it_is_answered() -> None:
     with pytest.raises(RequestError, match="send store: false"):
         store.conversation(asked, "me")
     assert store.conversation(asked.model_copy(update={"store": False}), "me")
+
+
+def test_many_turns_are_shortened_one_at_a_time() -> None:
+    """All ways to shorten 10,000 turns have 50 million items together, and those of 400,000 more than memory holds."""
+    items = [({"role": "system", "content": "s"}, "input[0]"), *(({"role": "user", "content": "u"}, "x"),) * 10_000]
+    tries = shortened(items)
+    assert len(tries) == 10_000 and all(map(callable, tries))
+    assert tries[0]() == items and tries[1]() == [items[0], *items[2:]] and len(tries[-1]()) == 2
+
+
+def test_what_is_put_twice_counts_once() -> None:
+    store = ResponseStore(ServerConfig(store_responses=True))
+    store.put("me", [], body("a", "x"))
+    size = store.num_bytes
+    store.put("me", [], body("a", "x"))
+    assert (len(store), store.num_bytes) == (1, size)
 
 
 @pytest.mark.parametrize("name", ("max_stored_responses", "max_stored_mib"))

@@ -312,6 +312,11 @@ def test_size_and_depth_are_bounded() -> None:
     with pytest.raises(SchemaError, match=r"come to 1152 states, 1024 are allowed; .* \(at #/anyOf/8\)"):
         rewrite_schema(lengths, Budget())
     rewrite_schema({"anyOf": [{"type": "string", "maxLength": 500} for _ in range(9)]}, Budget())
+    even = {"type": "integer", "multipleOf": 2, "minimum": 0}
+    rewrite_schema({"anyOf": [{**even, "maximum": 9000 + i} for i in range(9)]}, Budget())
+    rewrite_schema({"anyOf": [{**even, "maximum": 90 + i} for i in range(400)]}, Budget())
+    with pytest.raises(SchemaError, match="states, 1024 are allowed"):
+        rewrite_schema({"anyOf": [{**even, "maximum": 9000 + i} for i in range(40)]}, Budget())
     for text in ('{"minimum": NaN}', "{'a': 1}", "[" * 9000):
         with pytest.raises(SchemaError, match="not valid JSON"):
             read_schema(text)

@@ -181,8 +181,9 @@ def _by_range(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             least, greatest = 0.0, float(top)
             break
     scaled = samples.astype(np.float32)
-    scaled -= least
-    scaled *= 255 / ((greatest - least) or 1)
+    with np.errstate(over="ignore"):  # infinite is white
+        scaled -= least
+        scaled *= 255 / ((greatest - least) or 1)
     np.nan_to_num(scaled, copy=False, nan=0, posinf=255, neginf=0)
     return (scaled.clip(0, 255) + 0.5).astype(np.uint8)
 

@@ -94,7 +94,7 @@ class LocalPipeline(PipelineCalls):
         if self.client.error is not None:
             raise EngineError(str(self.client.error))
         options = options or PromptOptions()
-        self._check_number(sum(max(1, len(turn.parts)) for turn in turns), "messages and their parts", "messages")
+        self.check_number(sum(max(1, len(turn.parts)) for turn in turns), "messages and their parts", "messages")
         self._check_length(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str)), "messages")
         clock = PreparationClock()
         images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
@@ -198,11 +198,11 @@ class LocalPipeline(PipelineCalls):
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Whether a prompt of token ids can be one; raises RequestError."""
-        self._check_number(len(ids), "token ids", "prompt")
+        self.check_number(len(ids), "token ids", "prompt")
         if not self.checkpoint.feature_token_ids.isdisjoint(ids) or min(ids) < 0:
             raise RequestError("prompt has a token id that is a picture's place, or below 0", param="prompt")
 
-    def _check_number(self, number: int, what: str, param: str) -> None:
+    def check_number(self, number: int, what: str, param: str) -> None:
         """Each takes a token or more."""
         if self.client.ready is not None and number > self.client.ready.max_model_len:
             raise RequestError(

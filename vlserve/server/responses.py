@@ -46,6 +46,8 @@ class Responses:
         asked.check()
         owner = self._owner(request)
         items = self._store.conversation(asked, owner)
+        if asked.truncation != "auto":
+            self._pipeline.check_number(len(items) // 2, "items", "input")  # thoughts may take no token of their own
         chat = asked.to_chat(items)
         has_dial = any(map(self._pipeline.uses_variable, chat.prompt_options().wishes))
         params = chat.params(defaults)
@@ -68,7 +70,7 @@ class Responses:
             self._store.begin(owner, kept or (), begun)
             return EventResponse(begun.listen(-1), ExitStack()) if asked.stream else JSONResponse(answer.whole())
 
-        tries = shortened(items) if asked.truncation == "auto" else [items]
+        tries = shortened(items) if asked.truncation == "auto" else [lambda: items]
         return _longest(tries, prepare), params, make, run if asked.background else None, chat.for_prompt
 
     async def retrieve(self, request: Request, response_id: str) -> Response:
@@ -114,7 +116,7 @@ class Responses:
         return self._keys.owner(request.headers.get("authorization"))
 
 
-async def _longest(tries: Sequence[Items], prepare: Callable[[Items], Awaitable[Prompt]]) -> Prompt:
+async def _longest(tries: Sequence[Callable[[], Items]], prepare: Callable[[Items], Awaitable[Prompt]]) -> Prompt:
     """The prompt of the first of `tries` (the longest first) that the context holds."""
 
     async def fits(items: Items) -> Prompt | None:
@@ -126,14 +128,14 @@ async def _longest(tries: Sequence[Items], prepare: Callable[[Items], Awaitable[
             return None
 
     if len(tries) > 1:
-        whole = await fits(tries[0])
+        whole = await fits(tries[0]())
         if whole is not None:
             return whole
     low, high = min(1, len(tries) - 1), len(tries) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if await fits(tries[middle]) is not None else (middle + 1, high)
-    return await prepare(tries[low])
+        low, high = (low, middle) if await fits(tries[middle]()) is not None else (middle + 1, high)
+    return await prepare(tries[low]())
 
 
 def _integer(query: Mapping[str, str], name: str, default: int, least: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlserve.errors import RequestError
@@ -157,12 +157,15 @@ def kept_item(item: Item) -> dict[str, Any]:
     return kept
 
 
-def shortened(items: Sequence[tuple[Item, str]]) -> list[Sequence[tuple[Item, str]]]:
-    """The conversation, then without its oldest turns, one more each time; what the system says first stays."""
+def shortened(items: Sequence[tuple[Item, str]]) -> list[Callable[[], Sequence[tuple[Item, str]]]]:
+    """The conversation, then without its oldest turns, one more each time; what the system says first stays.
+
+    Each is made when it is asked for: all at once would take the square of their number.
+    """
     roles = [item.get("role") if isinstance(item, Mapping) else None for item, _ in items]
     head = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(items))
     starts = [i for i, role in enumerate(roles) if role == "user" and i > head]
-    return [items, *([*items[:head], *items[i:]] for i in starts)]
+    return [lambda: items, *(lambda i=i: [*items[:head], *items[i:]] for i in starts)]
 
 
 def _image(part: Item, place: str) -> dict[str, Any]:

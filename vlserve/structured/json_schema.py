@@ -281,7 +281,8 @@ class _Reader:
         high = [kept[key] for key in ("maximum", "exclusiveMaximum") if key in kept]
         if (low or high) and not (low and high and min(high) - max(low) < MAX_MULTIPLE_RANGE):
             raise SchemaError(f"multipleOf with a range needs both its ends, less than {MAX_MULTIPLE_RANGE} apart (at {place})")
-        self._take(("multipleOf", step, *low, *high), step // 8, place)
+        num_written = int(min(high) - max(low)) // int(step) if low else 0  # xgrammar writes all of a range's multiples out
+        self._take(("multipleOf", step, *low, *high), max(int(step) // 8, num_written // 64), place)
         return {**kept, "multipleOf": int(step)}
 
     def _number(self, schema: Schema, place: str, depth: int) -> dict[str, Any]:
