@@ -16,7 +16,7 @@ _NUMBERS = (
     *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),  # yarn
 )
 _REQUIRED = {
-    **{rope_type: ("factor",) for rope_type in ("linear", "dynamic", "yarn")},
+    **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _FROM_PRETRAINING = ("yarn", "llama3")  # scale from original_max_position_embeddings, not from max_position_embeddings
