@@ -44,6 +44,14 @@ class DecoderConfig:
         return max(self.max_position_embeddings, self.rope.reach)
 
     @property
+    def limit_text(self) -> str:
+        """`longest_context` and where it comes from."""
+        rope = self.rope
+        if rope.reach > self.max_position_embeddings:
+            return f"{rope.reach} ({rope.original_max_positions} x factor {rope.factor:g})"
+        return f"{self.max_position_embeddings} (max_position_embeddings)"
+
+    @property
     def default_context(self) -> int:
         """Tokens where no `max_model_len` is given. Dynamic scaling does nothing up to `max_position_embeddings`, and beyond it
         the frequencies are other ones, for short texts too; so it is not taken unasked."""

@@ -15,6 +15,7 @@ from vlserve.llm.read_rope import read_number, read_rope
 
 Text = Mapping[str, Any]
 MISTRALS_WINDOW = 4096  # where its config does not say
+OF_THE_TEXT = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")  # without effect beside text_config
 NULLS = ("num_key_value_heads", "sliding_window")  # null has a meaning: as many as query heads; no window
 # what transformers' config classes take where a config.json says nothing
 _QWEN = {
@@ -40,6 +41,9 @@ def read_text_config(config: Mapping[str, Any]) -> DecoderConfig:
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config is {text!r}; expected an object")
+    for key in OF_THE_TEXT:
+        if config.get(key) and config[key] != with_defaults(text).get(key):
+            raise ValueError(f"config.json has {key} at its top level, where it has no effect; move it into text_config")
     return read_decoder_config(dict(text) | {"tie_word_embeddings": is_tied(config, text)})
 
 

@@ -15,6 +15,10 @@ _NUMBERS = (
     *("low_freq_factor", "high_freq_factor"),  # llama3
     *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),  # yarn
 )
+_REQUIRED = {
+    **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 _FROM_PRETRAINING = ("yarn", "llama3")  # scale from original_max_position_embeddings, not from max_position_embeddings
 
 
@@ -37,6 +41,10 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_positions: int) -> Rop
         # transformers: where it stands beside the settings, that one counts
         given |= {name: text[name] for name in ("original_max_position_embeddings",) if text.get(name) is not None}
         original = int(read_number(given, "original_max_position_embeddings", where, max_positions))
+    for name in _REQUIRED.get(rope_type, ()):
+        # transformers: yarn's may be null, and then the lengths tell it
+        if name not in given and not (rope_type == "yarn" and name in stored and original < max_positions):
+            raise ValueError(f"text_config.{key} has no {name}, which rope_type {rope_type!r} needs; the model's page tells it")
     optional: dict[str, Any] = {name: read_number(given, name, where) for name in _NUMBERS if name in given}
     if "truncate" in given:
         optional["truncate"] = bool(given["truncate"])
@@ -45,7 +53,7 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_positions: int) -> Rop
         head_dim=head_dim,
         theta=read_number({} if theta is None else {"rope_theta": theta}, "rope_theta", "text_config.", 10000.0),
         rope_type=rope_type,
-        factor=read_number(given, "factor", where, max_positions / original),
+        factor=read_number(given, "factor", where, max_positions / original),  # of yarn alone
         original_max_positions=original,
         **optional,
     )

@@ -18,6 +18,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER = 1024  # bytes, by its specification
 _MAX_HEADER = 2**27  # bytes; safetensors' own bound is 100 MB
 _OTHERS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack")  # weights in formats that are not read
+WEIGHTS = ("*.safetensors", "*.gguf", *_OTHERS)
 _CONVERT = "AutoModelForImageTextToText.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
 
 
@@ -121,7 +122,7 @@ def _explain_absence(folder: Path, absent: list[str]) -> str:
         return f"{missing}, which {INDEX} names; download what is missing (`hf download` goes on where it stopped)"
     if (folder / ADAPTER).exists():
         return explain_adapter(folder)
-    found = {pattern: sorted(path.name for path in folder.glob(pattern)) for pattern in ("*.gguf", "*.safetensors", *_OTHERS)}
+    found = {pattern: sorted(path.name for path in folder.glob(pattern)) for pattern in WEIGHTS}
     if found["*.safetensors"]:
         return f"{missing}; there is {some(found['*.safetensors'])}, but no {INDEX} that says what belongs to the model: add it"
     if found["*.gguf"]:

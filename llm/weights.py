@@ -81,7 +81,7 @@ def match_tensors(
     progress(len(files), len(files))
     others.settle()
     if missing:
-        raise ValueError(f"weights missing from {folder.name}: {some(list(missing))}")
+        raise ValueError(f"weights missing from {folder.name}: {some(list(missing))}; download or write them again")
 
 
 class _Others:

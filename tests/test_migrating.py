@@ -73,6 +73,7 @@ def test_every_flag_said_to_be_ours_is_one() -> None:
 def test_the_command_line_names_ours(arguments: str, message: str) -> None:
     done = vlserve(*arguments.split())
     assert done.returncode == 2 and f"vlserve: error: {message}" in done.stderr and "secret" not in done.stderr
+    assert done.stderr.startswith(f"vlserve {arguments.split()[0]} --help lists")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ DEVICES = ("auto", "cpu", "cuda")
 FAILURE_POLICIES = ("exit", "restart")
 LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#,\s*A-Z]+")
+
 T = TypeVar("T")
 
 
@@ -171,9 +173,19 @@ class ServerConfig:
             raise ConfigError(f"max_queue is {self.max_queue!r}; expected 0 or more")
         if self.max_body_mib < 1:
             raise ConfigError(f"max_body_mib is {self.max_body_mib!r}; expected 1 or more")
+        known = type(self).__dataclass_fields__
         for name in ("max_stored_responses", "max_stored_mib"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected 1 or more")
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value!r}; expected 1 or more")
+            if value != known[name].default and not self.store_responses:
+                raise ConfigError(f"{name} is {value!r}, and no responses are kept; give store_responses (--store-responses) too")
+        for origin in self.cors_origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"cors_origins has {origin!r}; expected what browsers send, a scheme and a host in lower case, such as "
+                    "https://app.example or http://localhost:3000, without a path or an ending /; or * for all"
+                )
         if self.request_timeout_s is not None and not (self.request_timeout_s > 0 and math.isfinite(self.request_timeout_s)):
             raise ConfigError(f"request_timeout_s is {self.request_timeout_s!r}; expected a number above 0")
         if not (self.drain_seconds >= 0 and math.isfinite(self.drain_seconds)):

@@ -42,6 +42,7 @@ CASES: list[tuple[dict[str, Any], int, int]] = [
     ({"rope_scaling": {"factor": 4.0, "type": "dynamic"}}, 64, 256),  # InternLM2
     ({"rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 32}}, 64, 256),
     ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}, "max_position_embeddings": 128}, 128, 128),
+    ({"rope_scaling": YARN | {"factor": None}, "max_position_embeddings": 256}, 256, 256),
 ]
 
 
@@ -73,7 +74,8 @@ def test_logits_equal_transformers_up_to_the_longest_context(
     folder = with_text(base, tmp_path, settings)
     config = read_checkpoint(folder).config
     assert make_plan(config, tp=1).max_model_len == default
-    with pytest.raises(ConfigError, match=f"max_model_len {longest + 1} is more than .* {longest}, rope"):
+    limit = r"(\(\d+ x factor [248]\)|\(max_position_embeddings\)).* within text_config"
+    with pytest.raises(ConfigError, match=f"max_model_len {longest + 1} is more than the checkpoint's limit, {longest} {limit}"):
         make_plan(config, tp=1, max_model_len=longest + 1)
 
     ours = engine(folder, max_model_len=longest, kv_cache_gib=0.02)
@@ -118,6 +120,12 @@ def test_the_engine_has_the_plans_length(
         ({"rope_scaling": YARN | {"beta_fast": []}}, r"text_config.rope_scaling.beta_fast is \[\]; expected"),
         ({"rope_scaling": YARN | {"original_max_position_embeddings": -1}}, "original_max_position_embeddings is -1; expected"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected one setting for all layers"),
+        *(
+            ({"rope_scaling": {"rope_type": rope_type}}, f"rope_scaling has no factor, which rope_type '{rope_type}' needs")
+            for rope_type in ("linear", "dynamic", "yarn", "llama3")
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "rope_scaling has no factor"),  # the lengths tell none
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling has no low_freq_factor"),
         ({"rope_scaling": [YARN]}, "text_config.rope_scaling .* is not supported"),
     ],
     ids=str,
@@ -127,3 +135,19 @@ def test_a_setting_that_cannot_be_followed_is_named_before_a_rank_starts(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         read_checkpoint(with_text(base, tmp_path, settings))
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings"])
+def test_what_stands_beside_text_config_and_belongs_in_it_is_refused(key: str, base: Path, tmp_path: Path) -> None:
+    """It would have no effect, and transformers fails over it; equal to text_config's, or null, it is harmless."""
+    folder = with_text(base, tmp_path, {"rope_theta": 1e6, "rope_scaling": YARN, "rope_parameters": YARN})
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    for value in (None, config["text_config"][key], 128 if "_m" in key or "theta" in key else scaling):
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        if value in (None, config["text_config"][key]):
+            read_checkpoint(folder)
+    message = f"config.json has {key} at its top level, where it has no effect; move it into text_config"
+    with pytest.raises(ModelError, match=message):
+        read_checkpoint(folder)
+    assert any(message in reason for reason in make_plan(json.loads((folder / "config.json").read_text()), tp=1).unsupported)

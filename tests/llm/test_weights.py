@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_named_on_every_rank(tp: int, rank: int, folder: Pa
         ),
         ({"lm_head__weight": torch.zeros(10, hidden)}, f"lm_head.weight is [10, {hidden}], config.json asks for [9, {hidden}]"),
         ({"lm_head__weight": torch.zeros(9 * hidden)}, f"lm_head.weight is [{9 * hidden}], config.json asks for [9, {hidden}]"),
-        ({"model__norm__weight": None}, f"weights missing from {folder.name}: model.norm.weight"),
+        ({"model__norm__weight": None}, f"weights missing from {folder.name}: model.norm.weight; download or write them again"),
         ({WIDE.replace(".", "__"): None}, f"weights missing from {folder.name}: {WIDE}"),
         (
             {"model__norm__bias": torch.zeros(hidden)},

@@ -99,6 +99,7 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_is_not_lost_in_shards(fol
     [
         ({"torch_dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),  # InternVL3-8B-hf
         ({}, {"dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),  # Qwen3-VL
+        ({"dtype": "torch.bfloat16"}, {}, torch.float32, "bfloat16"),
         ({}, {"torch_dtype": "float16"}, torch.float32, "float16"),
         ({"torch_dtype": None, "dtype": None}, {"dtype": "bfloat16"}, torch.float32, "bfloat16"),
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, {"dtype": "float32"}, torch.bfloat16, "float16"),

@@ -8,6 +8,7 @@ import gzip
 import http.client
 import json
 import os
+import re
 import resource
 import socket
 import urllib.error
@@ -356,3 +357,17 @@ def test_the_document_says_which_fields_are_refused(pipe: VLPipeline) -> None:
         body["properties"]["best_of"]["enum"] == [1, *empty]
         and "asks for nothing" in body["properties"]["best_of"]["description"]
     )
+
+
+@pytest.mark.parametrize(
+    "origin", ["example.com", "https://a.example/", "https://A.example", "https://*.example", "https://a,b", ""]
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"cors_origins has {re.escape(repr(origin))}; expected .* a scheme .*https://app.example"
+    ):
+        ServerConfig(cors_origins=(ORIGIN, origin))
+
+
+def test_origins_that_browsers_send_are_taken() -> None:
+    ServerConfig(cors_origins=("*", "null", ORIGIN, "http://localhost:3000", "http://[::1]:80", "chrome-extension://abcdef"))

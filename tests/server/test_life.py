@@ -152,8 +152,11 @@ def test_a_broken_checkpoint_is_explained_in_one_line(
     [
         (("nowhere/at/all",), "no such folder"),
         (("--tp", "3"), "tp=3 does not work: num_key_value_heads 2 is not divisible by 3"),
-        (("--kv-cache-gib", "0.00001"), "one request of max_model_len"),
-        (("--max-model-len", "9999999"), "max_position_embeddings 512"),
+        (
+            ("--kv-cache-gib", "0.00001"),
+            r"set kv_cache_gib \(--kv-cache-gib\) to 0.01 or more, or max_model_len \(--max-model-len\) to 16 or less$",
+        ),
+        (("--max-model-len", "9999999"), r"the checkpoint's limit, 512 \(max_position_embeddings\)\. Give 512 or less"),
         (("--gpu-memory-utilization", "3"), "gpu_memory_utilization is 3"),
     ],
 )

@@ -249,3 +249,8 @@ def test_what_is_put_twice_counts_once() -> None:
 def test_wrong_bounds_are_explained(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0"):
         ServerConfig(**{name: 0})
+    with pytest.raises(
+        ConfigError, match=f"{name} is 7, and no responses are kept; give store_responses .--store-responses. too"
+    ):
+        ServerConfig(**{name: 7})
+    ServerConfig(store_responses=True, **{name: 7})

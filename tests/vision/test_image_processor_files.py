@@ -200,7 +200,7 @@ def test_without_a_file_settings_are_internvls(checkpoint: Callable[..., Path], 
     "options",
     [
         *({"crop_to_patches": value} for value in (False, True)),
-        *({"max_patches": 2}, {"max_patches": 20}, {"min_patches": 5}, {"min_patches": 5, "max_patches": 2}),
+        *({"max_patches": 2}, {"max_patches": 20}, {"min_patches": 5}, {"min_patches": 2, "max_patches": 2}),
         *({"crop_to_patches": False, "max_patches": 4}, {"images_kwargs": {"max_patches": 2}}),
     ],
     ids=json.dumps,
@@ -232,6 +232,11 @@ def test_other_servers_names_for_a_requests_options(checkpoint: Callable[..., Pa
         *(({"max_patches": value}, "max_patches") for value in (0, -1, "2", True, 1.5, 10**9)),
         *(({"crop_to_patches": value}, "crop_to_patches") for value in (0, "false")),
         *(({"images_kwargs": {"min_patches": 0}}, "images_kwargs.min_patches"), ({"images_kwargs": 3}, "images_kwargs")),
+        *(({"min_patches": 5, most: 2}, "min_patches") for most in ("max_patches", "max_dynamic_patch")),
+        *(
+            ({"min_patches": 13}, "min_patches"),
+            ({"images_kwargs": {"min_dynamic_patch": 13}}, "images_kwargs.min_dynamic_patch"),
+        ),
         *(({"max_pixels": 1000}, "max_pixels"), ({"images_kwargs": {"do_resize": False}}, "images_kwargs.do_resize")),
     ],
 )

@@ -13,8 +13,11 @@ from typing import NoReturn
 class Parser(argparse.ArgumentParser):
     """Wrong usage is two lines; argparse shows every flag before it, and there are eighty."""
 
+    command = ""  # of the subcommand whose flags are wrong
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog} --help lists all that there is\n{self.prog}: error: {message}\n")
+        asked = f"{self.prog} {self.command}".strip()
+        self.exit(2, f"{asked} --help lists all that there is\n{self.prog}: error: {message}\n")
 
 
 def use_what_the_console_has() -> None:

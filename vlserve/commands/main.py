@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = {name: _flags(name) for name in COMMANDS} | {name: [] for name in TOOLS}
+        parser.command = options.command
         parser.error(explain_flags(unknown, known, options.command))
     try:
         status = int(options.run(options))
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="vlserve",
         description="Serve and ask vision-language models.",

@@ -88,10 +88,12 @@ def _make(options: argparse.Namespace) -> Plan:
 
     path = _find_config(options.model, options.revision)
     tp, replicate_kv_heads = _degree(options, path.parent)
+    stored, faults = _read_headers(path)
     return make_plan(
         _read_config(path),
         tp=tp,
-        stored=_read_headers(path.parent),
+        stored=stored,
+        faults=faults,
         source=str(path),
         device_memory=options.device_memory,
         replicate_kv_heads=replicate_kv_heads,
@@ -101,14 +103,20 @@ def _make(options: argparse.Namespace) -> Plan:
     )
 
 
-def _read_headers(folder: Path) -> Mapping[str, StoredTensor] | None:
-    """Of the weights beside config.json; None where there are none, or not all of them."""
+def _read_headers(path: Path) -> tuple[Mapping[str, StoredTensor] | None, tuple[str, ...]]:
+    """Of the weights beside a config.json, None where not all can be read; and why not, where there are any."""
+    from vlserve.llm.stored_files import ADAPTER, WEIGHTS
     from vlserve.models.settled_config import read_stored
+    from vlserve.models.wrong_folder import CONFIG, check_folder
 
+    folder = path.parent
     try:
-        return read_stored(folder)
-    except ModelError:
-        return None
+        if path.name == CONFIG:
+            check_folder(folder)
+        return read_stored(folder), ()
+    except ModelError as error:
+        are_there = path.name == CONFIG and any(any(folder.glob(pattern)) for pattern in (*WEIGHTS, ADAPTER))
+        return None, (str(error),) if are_there else ()
 
 
 def _degree(options: argparse.Namespace, folder: Path) -> tuple[int | None, bool]:

@@ -48,7 +48,7 @@ def build_model(checkpoint: Checkpoint, split: Split) -> Model:
 
 def resolve_max_model_len(config: EngineConfig, model: Model) -> int:
     decoder = model.decoder.config
-    length = choose_max_model_len(config.max_model_len, decoder.default_context, decoder.longest_context)
+    length = choose_max_model_len(config.max_model_len, decoder)
     if decoder.rope.rope_type == "dynamic" and length > decoder.max_position_embeddings:
         log.warning(
             "dynamic rope scaling: frequencies are those of a text of max_model_len %d tokens, for shorter texts too; "

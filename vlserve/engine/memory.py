@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import sys
 
 import torch
@@ -60,9 +61,10 @@ def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_byte
         num_blocks = min(config.max_num_seqs * per_sequence, int(max(0, free) // per_block))
     if num_blocks < per_sequence:
         have, need = num_blocks * per_block / GIB, per_sequence * per_block / GIB
+        shorter = f", or max_model_len (--max-model-len) to {num_blocks * config.block_size} or less" if num_blocks else ""
         raise ConfigError(
             f"the KV cache would have {have:.2f} GiB, but one request of max_model_len {max_model_len} needs {need:.2f} GiB; "
-            f"set kv_cache_gib to {need:.2f} or more, or max_model_len to {num_blocks * config.block_size} or less"
+            f"set kv_cache_gib (--kv-cache-gib) to {math.ceil(need * 100) / 100:.2f} or more{shorter}"
         )
     return num_blocks
 

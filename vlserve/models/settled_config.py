@@ -60,7 +60,7 @@ def _dtype(config: Config, text: Config, stored: Stored | None) -> Any:
     given = (place.get(key) for place in (config, text) for key in ("dtype", "torch_dtype"))
     stated = next((value for value in given if value not in (None, "auto")), None)
     if stated is not None or stored is None:
-        return stated
+        return stated.removeprefix("torch.") if isinstance(stated, str) else stated
     numbers: Counter[str] = Counter()
     for tensor in stored.values():
         if tensor.code in DTYPES:

@@ -75,17 +75,24 @@ class TilePreprocessor(Preprocessor):
             options = {name: value for name, value in options.items() if name != "images_kwargs"}
             options |= {f"images_kwargs.{name}": value for name, value in nested.items()}
         given: dict[str, Any] = {}
+        params: dict[str, str] = {}
         for place, value in options.items():
             name = TILE_OPTIONS.get(place.removeprefix("images_kwargs.")) if self.image.dynamic else None
             if name is None:
                 Preprocessor.configured(self, {place: value})  # super() knows another class where there are slots
             elif value is not None:
-                given[name] = _tile_option(name, value, f"mm_processor_kwargs.{place}")
-        image = replace(self.image, **{name: given[name] for name in ("min_patches", "max_patches") if name in given})
-        most = given.get("max_dynamic_patch") if given.get("crop_to_patches", True) else 1
-        if most is not None:
-            image = replace(image, max_patches=most, min_patches=min(most, image.min_patches))
-        return replace(self, image=image)
+                params[name] = f"mm_processor_kwargs.{place}"
+                given[name] = _tile_option(name, value, params[name])
+        if not given.get("crop_to_patches", True):
+            return replace(self, image=replace(self.image, min_patches=1, max_patches=1))
+        most = given.get("max_dynamic_patch", given.get("max_patches", self.image.max_patches))
+        least = given.get("min_patches", self.image.min_patches)
+        if "max_dynamic_patch" in given and "min_patches" not in given:
+            least = min(least, most)
+        param = params.get("min_patches") or params.get("max_patches")
+        if param and least > most:
+            raise RequestError(f"{param}: min_patches {least} is more than max_patches {most}", param=param)
+        return replace(self, image=replace(self.image, min_patches=least, max_patches=most))
 
     def _for(self, detail: Detail) -> ImageConfig:
         """`low` is one tile."""

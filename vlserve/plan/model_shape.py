@@ -39,6 +39,7 @@ class DecoderShape:
     head_dim: int
     default_context: int | None  # tokens, where no max_model_len is given
     longest_context: int | None  # tokens that max_model_len may be
+    limit_text: str  # the same, and where it comes from
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -193,6 +194,7 @@ def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:
         head_dim=_size(text, section, "head_dim", default=hidden // heads),
         default_context=max_positions,
         longest_context=max_positions,
+        limit_text=f"{max_positions} (max_position_embeddings)",
         tie_word_embeddings=text["tie_word_embeddings"],
         qkv_bias=model_type.startswith("qwen2") or has_bias or bool(text.get("qkv_bias")),
         output_bias=has_bias,
@@ -210,6 +212,7 @@ def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
         intermediate_size=config.intermediate_size,
         default_context=config.default_context,
         longest_context=config.longest_context,
+        limit_text=config.limit_text,
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,

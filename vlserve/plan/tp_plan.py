@@ -21,7 +21,9 @@ from vlserve.plan.footprint import Cut, Shard, Step
 from vlserve.plan.model_shape import Request, read_model_shape, request_tokens
 
 if TYPE_CHECKING:
+    from vlserve.llm.config import DecoderConfig
     from vlserve.models.settled_config import Stored
+    from vlserve.plan.model_shape import DecoderShape
 
 __all__ = ["Cut", "Plan", "Problem", "RankPlan", "Request", "check_tp", "choose_dtype", "choose_max_model_len", "make_plan"]
 
@@ -95,6 +97,7 @@ def make_plan(
     tp: int | None,
     source: str = "config.json",
     stored: Stored | None = None,
+    faults: tuple[str, ...] = (),
     dtype: str = DEFAULTS.dtype,
     lm_head_bits: int = DEFAULTS.lm_head_bits,
     kv_cache_dtype: str = DEFAULTS.kv_cache_dtype,
@@ -113,6 +116,7 @@ def make_plan(
     Args:
         config: the whole config.json. source: its path, for messages.
         stored: the weights' headers (`read_stored`), which tell a type and a head that config.json does not.
+        faults: why the files beside config.json cannot be loaded; they go into `unsupported`.
         device_memory: GiB of one device; without it nothing is said of tokens and requests.
         replicate_kv_heads: also degrees above the number of KV heads, each of which then lies on several ranks.
 
@@ -135,7 +139,7 @@ def make_plan(
         check_degree(tp)
     if device_memory is not None and not (device_memory > 0 and math.isfinite(device_memory)):
         raise ConfigError(f"device_memory is {device_memory!r}; expected GiB above 0")
-    planner = _Planner(config, stored, source, options, device_memory, replicate_kv_heads, request)
+    planner = _Planner(config, stored, faults, source, options, device_memory, replicate_kv_heads, request)
     return planner.all_degrees() if tp is None else planner.plan(tp)
 
 
@@ -146,6 +150,7 @@ class _Planner:
         self,
         given: Mapping[str, Any],
         stored: Stored | None,
+        faults: tuple[str, ...],
         source: str,
         options: EngineConfig,
         device_memory: float | None,
@@ -155,7 +160,7 @@ class _Planner:
         self.source, self.options, self.device_memory, self.replicate = source, options, device_memory, replicate
         config, refused = _settled(given, stored)
         self.shape = read_model_shape(config)
-        self.shape = replace(self.shape, reasons=self.shape.reasons + refused)
+        self.shape = replace(self.shape, reasons=self.shape.reasons + refused + faults)
         if options.dtype == "auto" and config.get("dtype") is None:
             note = "config.json states no dtype, and no weights are beside it: counted in float32; --dtype says another one"
             self.shape = replace(self.shape, notes=(*self.shape.notes, note))
@@ -286,8 +291,7 @@ class _Planner:
         return problem, text
 
     def _choose_length(self) -> int:
-        decoder = self.shape.decoder
-        return choose_max_model_len(self.options.max_model_len, decoder.default_context, decoder.longest_context)
+        return choose_max_model_len(self.options.max_model_len, self.shape.decoder)
 
     def _length_source(self) -> str:
         if self.options.max_model_len is not None:
@@ -320,13 +324,14 @@ def choose_dtype(config: Mapping[str, Any], name: str) -> str:
     return name
 
 
-def choose_max_model_len(given: int | None, default: int | None, longest: int | None) -> int:
-    """Tokens of prompt and answer; `default` and `longest` are the checkpoint's. Raises ConfigError, ModelError."""
+def choose_max_model_len(given: int | None, decoder: DecoderShape | DecoderConfig) -> int:
+    """Tokens of prompt and answer, for `max_model_len` as given. Raises ConfigError, ModelError."""
+    default, longest = decoder.default_context, decoder.longest_context
     if given is None and default is None:
         raise ModelError("config.json has no max_position_embeddings; give --max-model-len")
     if given is not None and longest is not None and given > longest:
         raise ConfigError(
-            f"max_model_len {given} is more than the checkpoint's max_position_embeddings {longest}, rope scaling counted in. "
-            f"Give {longest} or less, or rope_scaling in config.json where the model's page says so"
+            f"max_model_len {given} is more than the checkpoint's limit, {decoder.limit_text}. Give {longest} or less, or "
+            "rope_scaling in config.json, within text_config where it has one, if the model's page says so"
         )
     return given or default or 1

@@ -35,7 +35,8 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     place, given = next(((place, given) for place, given in places.items() if given is not None), ("", None))
     if given is None:
         raise ModelError(
-            f"{folder}: checkpoint file missing: chat_template.jinja (and no chat_template in tokenizer_config.json)"
+            f"{folder}: checkpoint file missing: chat_template.jinja (and no chat_template in tokenizer_config.json); download "
+            "it again, or take that of the model it was made from"
         )
     templates = _by_name(given, f"{folder}: chat_template of {place}")
     if "default" not in templates:

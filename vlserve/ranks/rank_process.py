@@ -134,7 +134,10 @@ class _Rank:
             kind, message = "EngineError", f"the engine failed: {type(error).__name__}: {describe(error)}"
             text = str(error).lower()
             if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-                message = "out of memory; try a smaller kv_cache_gib, max_model_len or a 16-bit dtype, or a larger tp"
+                message = (
+                    "out of memory; try a smaller kv_cache_gib (--kv-cache-gib) or max_model_len (--max-model-len), a 16-bit "
+                    "dtype (--dtype) or a larger tp (--tp)"
+                )
         is_echo = kind == "CollectiveError"
         if self._config.tp > 1 and not is_echo and (kind == "EngineError" or not isinstance(error, VLServeError)):
             where = "in a step" if self._stage == "ready" else f"stage {self._stage!r}"
