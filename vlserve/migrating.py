@@ -141,7 +141,7 @@ def _explain(foreign: Foreign, where: str = "") -> str:
 
 
 def _nearest(name: str, ours: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, ours, n=1)
+    near = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

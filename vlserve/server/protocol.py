@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -54,6 +54,7 @@ class Body(Strict):
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)
+    instead: ClassVar[Mapping[str, str]] = {}  # fields of other routes and APIs, with what to send in their place
     model: str | None = Field(None, description="the id that /v1/models lists; may be left out")
     user: str | None = None
     store: bool | None = None
@@ -163,13 +164,13 @@ def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     more = values.get("kwargs")  # where LMDeploy's client puts what it does not know
     if isinstance(more, dict):
         values = more | {key: value for key, value in values.items() if key != "kwargs"}
-    for name in required:
-        if values.get(name) is None:
-            raise RequestError(f"{name} is missing", param=name)
     values = {key: value for key, value in values.items() if not neutral.is_empty(key, value)}
     for key in sorted(set(values) - set(kind.model_fields)):
         if not neutral.is_neutral(key, values.pop(key)):
-            raise neutral.refusal(key, kind.model_fields)
+            raise neutral.refusal(key, kind.model_fields, kind.instead)
+    for name in required:
+        if values.get(name) is None:
+            raise RequestError(f"{name} is missing", param=name)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
