@@ -240,6 +240,9 @@ def test_unknown_routes_and_methods_have_the_error_shape(server: RunningServer) 
     assert httpx2.get(server.base + "/v1/nothing").json()["error"]["message"].startswith("GET /v1/nothing is not here")
     wrong = httpx2.get(server.base + "/v1/chat/completions")
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and "it takes POST" in wrong.json()["error"]["message"]
+    wrong = httpx2.put(server.base + "/v1/responses/resp_1")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "DELETE, GET"
+    assert wrong.json()["error"]["message"] == "/v1/responses/resp_1 does not take PUT; it takes DELETE, GET"
 
 
 def test_models_health_and_live(server: RunningServer, client: openai.OpenAI) -> None:

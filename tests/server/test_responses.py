@@ -294,10 +294,27 @@ def test_errors_name_the_field_that_was_sent(server: RunningServer, body: dict[s
         assert foreign not in error["message"], error
 
 
+REFERENCE = [{"type": "item_reference", "id": "msg_1"}]
+UNKEPT: list[tuple[dict[str, Any], str]] = [
+    ({"previous_response_id": "resp_1"}, ", or send store: false and the whole conversation as input"),
+    ({"previous_response_id": "resp_1", "store": False}, ", or send the whole conversation as input"),
+    ({"input": REFERENCE}, ", or send store: false and the item itself"),
+    ({"input": REFERENCE, "store": False}, ", or send the item itself"),
+    ({"background": True}, ", or leave background out"),
+]
+
+
+@pytest.mark.parametrize("body,way_out", UNKEPT, ids=range(len(UNKEPT)))
+def test_a_server_that_keeps_nothing_says_what_to_do_without(server: RunningServer, body: dict[str, Any], way_out: str) -> None:
+    message = ask(server, {"input": "x"} | body)["error"]["message"]
+    assert message.endswith(" this one does not; start it with --store-responses" + way_out)
+
+
 def test_what_is_not_kept_is_said_below_the_route(server: RunningServer, client: openai.OpenAI) -> None:
     for call in (client.responses.retrieve, client.responses.delete, client.responses.cancel, client.responses.input_items.list):
-        with pytest.raises(openai.BadRequestError, match="--store-responses"):
+        with pytest.raises(openai.BadRequestError) as caught:
             call("resp_1")
+        assert caught.value.body["message"].endswith("start it with --store-responses")  # type: ignore[index]
     assert ask(server, {"input": "x", "store": True, "max_output_tokens": 1})["store"] is False, "it is not, and says so"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from starlette.routing import Match
 
 import vlserve
 from vlserve.config import SamplingParams, ServerConfig
@@ -90,10 +91,11 @@ def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> Fast
     @app.exception_handler(405)
     async def no_route(request: Request, error: Exception) -> Response:
         if getattr(error, "status_code", 404) == 405:
-            headers = getattr(error, "headers", None) or {}
-            message = f"{request.url.path} does not take {request.method}; it takes {headers.get('Allow', 'another method')}"
+            matching = [route for route in routes.routes if route.matches(request.scope)[0] is not Match.NONE]
+            allowed = ", ".join(sorted({method for route in matching for method in getattr(route, "methods", None) or ()}))
+            message = f"{request.url.path} does not take {request.method}; it takes {allowed or 'another method'}"
             body = protocol.error_dict(message, kind="invalid_request_error", code="method_not_allowed")
-            return JSONResponse(body, 405, headers)
+            return JSONResponse(body, 405, {"Allow": allowed})
         message = f"{request.method} {request.url.path} is not here; the API is at /v1, /openapi.json describes it"
         return JSONResponse(protocol.error_dict(message, kind="invalid_request_error", code="not_found"), 404)
 
