@@ -218,7 +218,7 @@ def test_items_become_the_messages_that_chat_has() -> None:
         {"type": "custom_tool_call_output", "call_id": "call_3", "output": "done"},
         {"role": "user", "content": [{"type": "input_file", "filename": "a.png", "file_data": "data:image/png;base64,AA"}]},
     )
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": "high"}}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": "original"}}
     function = {"name": "look", "arguments": '{"at": "Rome"}'}
     custom = {"name": "patch", "arguments": '{"input": "*** Begin"}'}
     assert Conversation(items, "Be brief.").messages == [
@@ -272,6 +272,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"input": "x", "truncation": "middle"}, "truncation", "'auto'"),
     (user(TEXT_PART, {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}), "input[0].content[1].image_url", ""),
     (user(TEXT_PART, {"type": "input_image", "image_url": "x", "detail": "tiny"}), "input[0].content[1].detail", "original"),
+    (user(TEXT_PART, {"type": "input_image", "image_url": "x", "detail": ["low"]}), "input[0].content[1].detail", "original"),
     (user({"type": "input_image", "file_id": "file_1"}), "input[0].content[0].file_id", "data URL"),
     (user({"type": "input_file", "file_data": "data:application/pdf;base64,AA"}), "input[0].content[0].type", "input_image"),
     (user({"type": "input_file", "file_data": "data:image/png;base64,AAAA"}), "input[0].content[0].file_data", ""),
