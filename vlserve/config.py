@@ -333,7 +333,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = _option((), "token ids that end the answer")
     ignore_eos: bool = _option(False, "go on after the tokens that the checkpoint calls its end")
     min_tokens: int = _option(0, "tokens of the answer at least")
-    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "added to the logits, by token id"})
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"help": "-100 to 100, added to the logits, by token id"}
+    )
     logprobs: int | None = _option(None, "log-probabilities of this many likeliest tokens at each step")
     skip_special_tokens: bool = _option(True, "leave special tokens out of the text")
     include_stop_str_in_output: bool = _option(False, "keep the stop text, or the token that ended the answer, at its end")
@@ -372,6 +374,9 @@ class SamplingParams:
         bias = self.logit_bias
         if len(bias) > 1024 or not all(_is_integer(i) and abs(i) <= MAX_INTEGER and _is_number(v) for i, v in bias.items()):
             raise RequestError("logit_bias must hold at most 1024 finite numbers by token id", param="logit_bias")
+        for id, value in bias.items():
+            if not -100 <= value <= 100:
+                raise RequestError(f"logit_bias of token {id} is {value}; expected a number from -100 to 100", param="logit_bias")
         object.__setattr__(self, "logit_bias", {id: float(value) for id, value in bias.items()})
         object.__setattr__(self, "structured", _structured(self.structured))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -85,7 +85,7 @@ def test_the_fields_of_an_answer(pipe: VLPipeline) -> None:
 
 def test_the_ending_token_is_in_the_ids_and_not_in_the_text(pipe: VLPipeline) -> None:
     end = pipe.tokenizer.token_id("<|im_end|>")
-    answer = pipe("hi", max_tokens=5, logit_bias={end: 1000.0}, skip_special_tokens=False)
+    answer = pipe("hi", max_tokens=5, logit_bias={end: 100.0}, skip_special_tokens=False)
     assert answer.token_ids == (end,) and answer.text == "" and answer.finish_reason == "stop"
 
 
@@ -93,7 +93,7 @@ def test_the_ending_token_is_in_the_ids_and_not_in_the_text(pipe: VLPipeline) ->
 def test_a_stop_text_that_is_a_special_token_ends_the_answer(pipe: VLPipeline, included: bool) -> None:
     """It is no end of the checkpoint's, and is left out of texts."""
     token = pipe.tokenizer.token_id("<|im_start|>")
-    options: dict[str, Any] = {"max_tokens": 6, "logit_bias": {token: 1000.0}, "include_stop_str_in_output": included}
+    options: dict[str, Any] = {"max_tokens": 6, "logit_bias": {token: 100.0}, "include_stop_str_in_output": included}
     answer = pipe("hi", stop=["<|im_start|>"], ignore_eos=True, **options)
     assert answer.token_ids == (token,) and answer.finish_reason == "stop"
     assert answer.text == ("<|im_start|>" if included else "")

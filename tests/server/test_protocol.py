@@ -230,6 +230,38 @@ def test_ranges(field: str, right: list[float], wrong: list[float]) -> None:
                 SamplingParams(**{field: value})  # type: ignore[arg-type]
 
 
+WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
+    ({"stop": 7}, "stop: expected a text or a list of texts"),
+    ({"stop": ["a", 7]}, "stop.1: expected a text"),
+    ({"temperature": "hot"}, "temperature: expected a number"),
+    ({"stream": "yes"}, "stream: expected true or false"),
+    ({"n": 1.5}, "n: expected a whole number"),
+    ({"tools": {"a": 1}}, "tools: expected a list"),
+    ({"tools": [7]}, "tools.0: expected an object"),
+    (
+        {"stream_options": {"include_usages": True}},
+        "stream_options.include_usages is not a field of stream_options; leave it out",
+    ),
+    ({"service_tier": "gold"}, "service_tier: expected 'auto', 'default', 'flex', 'scale', 'priority', 'fast' or 'ultrafast'"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function is missing"),
+    ({"response_format": {"schema": {}}}, "response_format.type is missing"),
+    ({"logit_bias": {"5": 101}}, "logit_bias of token 5 is 101.0; expected a number from -100 to 100"),
+    ({"logit_bias": {"5": -100.5}}, "logit_bias of token 5 is -100.5; expected a number from -100 to 100"),
+]
+
+
+@pytest.mark.parametrize("fields,message", WRONG_TYPES, ids=range(len(WRONG_TYPES)))
+def test_wrong_types_are_told_in_plain_words(fields: dict[str, Any], message: str) -> None:
+    error = refused(CHAT | fields)
+    assert str(error) == message and str(error).startswith(error.param or "")
+
+
+def test_an_empty_body_is_called_so() -> None:
+    for body in (b"", b" \n"):
+        with pytest.raises(RequestError, match="the request's body is empty"):
+            read_body(body, ChatRequest, required=["messages"])
+
+
 def test_values_with_a_settled_meaning() -> None:
     assert SamplingParams(**dict.fromkeys(SamplingParams.__dataclass_fields__)) == SamplingParams()  # type: ignore[arg-type]
     assert params(CHAT | {"seed": -1}) == [SamplingParams()] == [SamplingParams(seed=-1)]

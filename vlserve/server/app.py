@@ -38,6 +38,7 @@ from vlserve.server.streams import Answer, EventResponse, events, late_events, m
 from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 BODY_SECONDS = 120
+LATER = {"Retry-After": "5"}
 BODIES: dict[str, Any] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
@@ -154,16 +155,16 @@ class _Api:
         """Whether requests are answered: 200, or 503 with the reason."""
         client = self.pipeline.client
         if client.error is not None:
-            return JSONResponse({"status": "failed", "message": str(client.error)}, 503)
+            return JSONResponse({"status": "failed", "message": str(client.error)}, 503, LATER)
         if client.ready is None:
             stage = client.stage
             body = {"status": "loading", "stage": stage.name, "done": stage.done, "total": stage.total}
             ranks = [{"rank": s.rank, "stage": s.name, "seconds": round(seconds, 1)} for s, seconds in client.rank_stages]
-            return JSONResponse(body | {"ranks": ranks}, 503)
+            return JSONResponse(body | {"ranks": ranks}, 503, LATER)
         if client.is_overdue:
-            return JSONResponse({"status": "overdue", "message": "the running step takes longer than it may"}, 503)
+            return JSONResponse({"status": "overdue", "message": "the running step takes longer than it may"}, 503, LATER)
         if self.admission.is_draining:
-            return JSONResponse({"status": "draining", "message": "the server is shutting down"}, 503)
+            return JSONResponse({"status": "draining", "message": "the server is shutting down"}, 503, LATER)
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from vlserve.pipeline.outputs import Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import neutral
+from vlserve.server.validation import explain
 
 MAX_CHOICES = 16  # of one request
 FINGERPRINT = f"vlserve-{vlserve.__version__}"  # what serves
@@ -153,6 +154,8 @@ A = TypeVar("A", bound=AnswerBody)
 
 def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     """Parse a request's body; raises RequestError naming the field."""
+    if not body.strip():
+        raise RequestError("the request's body is empty; expected a JSON object")
     try:
         values = json.loads(body)
         if _SURROGATE.search(body):  # half of a character, e.g. an emoji that was cut: no text that could be encoded
@@ -174,20 +177,12 @@ def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = _place(first["loc"])
-        raise RequestError(f"{place}: {first['msg'].removeprefix('Value error, ')}", param=place) from None
+        raise explain(error) from None
 
 
 def rename(error: RequestError, new: str) -> RequestError:
     """An error of a field with the name that the client knows it by."""
     return RequestError(str(error).replace(error.param or "", new), param=new, code=error.code)
-
-
-def _place(location: Sequence[int | str]) -> str:
-    """stop.0 and the like; a union's arms (`list[str]`, `ToolChoice`) are no fields."""
-    fields = [p for p in location if isinstance(p, int) or (p.islower() and "[" not in p and p not in ("str", "bool", "int"))]
-    return ".".join(map(str, fields)) or "body"
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vlserve.server.chat import ChatRequest, Function, FunctionName
 from vlserve.server.constraints import FIELDS, StructuredBody
 from vlserve.server.protocol import AnswerBody, SamplingBody, Strict, event
 from vlserve.server.responses_input import Conversation, Item
+from vlserve.server.validation import explain
 
 log = logging.getLogger(__name__)
 LOGPROBS = "message.output_text.logprobs"
@@ -217,9 +218,7 @@ class ResponsesRequest(SamplingBody):
             self._chat = ChatRequest.model_validate(values)
             return self._chat
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise RequestError(f"{place}: {first['msg']}", param=place) from None
+            raise explain(error) from None
 
     def failure_event(self, error: Mapping[str, Any]) -> bytes:
         fields = {key: value for key, value in error["error"].items() if key != "type"}
