@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlserve.errors import ConfigError, RequestError
-from vlserve.migrating import explain_option
+from vlserve.migrating import explain_option, explain_sampling
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LM_HEAD_BITS = (16, 8)
@@ -343,6 +343,14 @@ class SamplingParams:
         default=None, metadata={"help": "what the answer must look like; also as a dictionary"}
     )
 
+    def __new__(cls, *args: Any, **given: Any) -> SamplingParams:
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        if unknown:
+            names = ", ".join(cls.__dataclass_fields__)
+            hint = explain_sampling(unknown[0], cls.__dataclass_fields__)
+            raise RequestError(f"unknown sampling parameter {unknown[0]!r}{hint}; parameters: {names}", param=unknown[0])
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for f in fields(self):
             if getattr(self, f.name) is None and f.default is not None:
@@ -433,7 +441,7 @@ def read_options(values: Mapping[str, Any]) -> tuple[EngineConfig, MediaConfig]:
     known = {f.name: config for config in (EngineConfig, MediaConfig) for f in fields(config)}
     unknown = sorted(set(values) - set(known))
     if unknown:
-        hint = explain_option(unknown[0], known)
+        hint = explain_option(unknown[0], known, [f.name for f in fields(ServerConfig)])
         raise ConfigError(f"unknown option {unknown[0]!r}{hint}; options: {', '.join(sorted(known))}")
     engine, media = ({k: v for k, v in values.items() if known[k] is config} for config in (EngineConfig, MediaConfig))
     return EngineConfig(**engine), MediaConfig(**media)
