@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from vlserve import ConfigError, RequestError, SamplingParams, VLPipeline
 from vlserve.commands.main import COMMANDS, _flags
 from vlserve.config import read_options
 from vlserve.migrating import FLAGS, LMDEPLOY, SAMPLING, SGLANG, VLLM, explain_sampling
+from vlserve.pipeline.calls import _sampling
 from vlserve.server.chat import ChatRequest
 from vlserve.server.protocol import read_body
 
@@ -86,6 +89,7 @@ def test_the_command_line_names_ours(arguments: str, message: str) -> None:
         ("quant_policy", r"\(LMDeploy's; here it is kv_cache_dtype: 8 is int8; there are no 4 bits\); options: "),
         ("backend_config", r"\(LMDeploy's; its fields are keywords of VLPipeline\); options: "),
         ("model_path", r"\(LMDeploy's and SGLang's; here it is model\); options: "),
+        ("port", r"\(an option of vlserve serve\); options: "),
         ("max_num_seq", r"\(did you mean max_num_seqs\?\); options: "),
         ("xyzzy", "; options: "),
     ],
@@ -102,6 +106,14 @@ def test_sampling_names_ours_in_python_and_over_http() -> None:
     assert explain_sampling("max_new_tokens", fields) == " (LMDeploy's and SGLang's; here it is max_tokens)"
     assert explain_sampling("temperatur", fields) == " (did you mean temperature?)"
     assert explain_sampling("xyzzy", fields) == ""
+    for name, message in (
+        ("gen_config", "LMDeploy's; its fields stand beside the prompt"),
+        ("max_new_tokens", "here it is max_tokens"),
+    ):
+        for call in (SamplingParams, lambda **given: _sampling(None, given)):
+            with pytest.raises(RequestError, match=f"unknown sampling parameter '{name}' .*{message}"):
+                call(**{name: 3})
+    assert copy(SamplingParams(seed=3)) == replace(SamplingParams(), seed=3)
     for body, message in (
         (
             '{"max_new_tokens": 5}',

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlserve.errors import ConfigError, RequestError
-from vlserve.migrating import explain_option
+from vlserve.migrating import explain_option, explain_sampling
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LM_HEAD_BITS = (16, 8)
@@ -268,7 +268,7 @@ def _read_host(host: Any, name: str) -> str:
 
 
 MAX_STOPS, MAX_LOGPROBS, MAX_INTEGER = 16, 20, 2**31 - 1
-MAX_BIAS, MIN_REPETITION_PENALTY = 1e9, 1e-6  # beyond these, logits in float32 would not be finite
+MIN_REPETITION_PENALTY = 1e-6  # below it, logits in float32 would not be finite
 MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS, MAX_CHOICES = 65536, 4096, 1024
 
 
@@ -346,13 +346,23 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = _option((), "token ids that end the answer")
     ignore_eos: bool = _option(False, "go on after the tokens that the checkpoint calls its end")
     min_tokens: int = _option(0, "tokens of the answer at least")
-    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "added to the logits, by token id"})
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"help": "-100 to 100, added to the logits, by token id"}
+    )
     logprobs: int | None = _option(None, "log-probabilities of this many likeliest tokens at each step")
     skip_special_tokens: bool = _option(True, "leave special tokens out of the text")
     include_stop_str_in_output: bool = _option(False, "keep the stop text, or the token that ended the answer, at its end")
     structured: StructuredOutput | None = field(
         default=None, metadata={"help": "what the answer must look like; also as a dictionary"}
     )
+
+    def __new__(cls, *args: Any, **given: Any) -> SamplingParams:
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        if unknown:
+            names = ", ".join(cls.__dataclass_fields__)
+            hint = explain_sampling(unknown[0], cls.__dataclass_fields__)
+            raise RequestError(f"unknown sampling parameter {unknown[0]!r}{hint}; parameters: {names}", param=unknown[0])
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -385,8 +395,9 @@ class SamplingParams:
         bias = self.logit_bias
         if len(bias) > 1024 or not all(_is_integer(i) and abs(i) <= MAX_INTEGER and _is_number(v) for i, v in bias.items()):
             raise RequestError("logit_bias must hold at most 1024 finite numbers by token id", param="logit_bias")
-        if bias and max(bias.values()) > MAX_BIAS:
-            raise RequestError(f"logit_bias has {max(bias.values())!r}; at most {MAX_BIAS:g} is allowed", param="logit_bias")
+        for id, value in bias.items():
+            if not -100 <= value <= 100:
+                raise RequestError(f"logit_bias of token {id} is {value}; expected a number from -100 to 100", param="logit_bias")
         object.__setattr__(self, "logit_bias", {id: float(value) for id, value in bias.items()})
         object.__setattr__(self, "structured", _structured(self.structured))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -442,7 +453,7 @@ def read_options(values: Mapping[str, Any]) -> tuple[EngineConfig, MediaConfig]:
     known = {f.name: config for config in (EngineConfig, MediaConfig) for f in fields(config)}
     unknown = sorted(set(values) - set(known))
     if unknown:
-        hint = explain_option(unknown[0], known)
+        hint = explain_option(unknown[0], known, [f.name for f in fields(ServerConfig)])
         raise ConfigError(f"unknown option {unknown[0]!r}{hint}; options: {', '.join(sorted(known))}")
     engine, media = ({k: v for k, v in values.items() if known[k] is config} for config in (EngineConfig, MediaConfig))
     return EngineConfig(**engine), MediaConfig(**media)

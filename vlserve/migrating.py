@@ -80,6 +80,8 @@ KEYWORDS: Mapping[str, Foreign] = {
     "vision_config": Foreign((LMDEPLOY,), "", "tiles are encoded in small groups, so there is nothing to set"),
 }
 SAMPLING: Mapping[str, Foreign] = {
+    "gen_config": Foreign((LMDEPLOY,), "", "its fields stand beside the prompt, as in pipe(prompt, max_tokens=64)"),
+    "sampling_params": Foreign((VLLM, SGLANG), "", "its fields stand beside the prompt, or sampling=SamplingParams(...)"),
     "max_new_tokens": Foreign((LMDEPLOY, SGLANG), "max_tokens"),
     "min_new_tokens": Foreign((LMDEPLOY, SGLANG), "min_tokens"),
     "stop_words": Foreign((LMDEPLOY,), "stop"),
@@ -115,11 +117,11 @@ def explain_flags(unknown: Sequence[str], ours: Mapping[str, Collection[str]], c
     return plain + (_nearest(flags[0], ours[command]) if flags else "")
 
 
-def explain_option(name: str, ours: Collection[str]) -> str:
-    """What to add to the refusal of a keyword of `VLPipeline`; "" when nothing is near."""
+def explain_option(name: str, ours: Collection[str], served: Collection[str]) -> str:
+    """What to add to the refusal of a keyword of `VLPipeline`; "" when nothing is near. `served`: the server's options."""
     foreign = KEYWORDS.get(name) or FLAGS.get("--" + name.replace("_", "-"))
     if foreign is None:
-        return _nearest(name, ours)
+        return " (an option of vlserve serve)" if name in served else _nearest(name, ours)
     is_server = bool(foreign.ours) and _keyword(foreign.ours.removeprefix("--no-").removeprefix("--")) not in ours
     text = _explain(foreign, " of vlserve serve" if is_server else "")
     text = re.sub(r"--no-([a-z-]+)", lambda flag: f"{_keyword(flag[1])}=False", text)
@@ -141,7 +143,7 @@ def _explain(foreign: Foreign, where: str = "") -> str:
 
 
 def _nearest(name: str, ours: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, ours, n=1)
+    near = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

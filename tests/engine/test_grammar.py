@@ -365,6 +365,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"regex": "(a{1000}){1000}"}, "structured.regex", "states"),
     ({"regex": "(" * 2000 + ")" * 2000}, "structured.regex", "nested"),
     ({"grammar": "root ::= ("}, "structured.grammar", "EBNF parser error"),
+    ({"grammar": 'start: "a" | "b"'}, "structured.grammar", "expected GBNF .EBNF., whose rules are root ::= .*, not Lark"),
     ({"grammar": "root ::= nobody"}, "structured.grammar", "nobody"),
     ({"grammar": 'root ::= "a"{1,1000000000}'}, "structured.grammar", "repeat"),
     ({"grammar": "root ::= " + "[^x]{0,999} " * 9}, "structured.grammar", "1152 states"),

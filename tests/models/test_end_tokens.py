@@ -76,10 +76,10 @@ def test_each_of_them_ends_an_answer(checkpoint: Callable[..., Path], tmp_path: 
     assert read_checkpoint(folder).end_token_ids == {ends["<|endoftext|>"], ends["<|im_end|>"], 10**6}
     with VLPipeline(str(folder), device="cpu", dtype="float32", max_num_seqs=2, kv_cache_gib=0.01) as pipe:
         for name in ("<|endoftext|>", "<|im_end|>"):
-            answer = pipe("hi", max_tokens=5, logit_bias={ends[name]: 1000.0})
+            answer = pipe("hi", max_tokens=5, logit_bias={ends[name]: 100.0})
             assert answer.token_ids == (ends[name],) and answer.finish_reason == "stop"
-            going_on = pipe("hi", max_tokens=5, logit_bias={ends[name]: 1000.0}, ignore_eos=True)
+            going_on = pipe("hi", max_tokens=5, logit_bias={ends[name]: 100.0}, ignore_eos=True)
             assert len(going_on.token_ids) == 5 and going_on.finish_reason == "length"
-            later = pipe("hi", max_tokens=5, logit_bias={ends[name]: 1000.0}, min_tokens=2)
+            later = pipe("hi", max_tokens=5, logit_bias={ends[name]: 100.0}, min_tokens=2)
             assert later.token_ids[2:] == (ends[name],) and ends[name] not in later.token_ids[:2]
         assert pipe("hi", structured={"choice": ["yes"]}).text == "yes"

@@ -85,7 +85,7 @@ def test_the_fields_of_an_answer(pipe: VLPipeline) -> None:
 
 def test_the_ending_token_is_in_the_ids_and_not_in_the_text(pipe: VLPipeline) -> None:
     end = pipe.tokenizer.token_id("<|im_end|>")
-    answer = pipe("hi", max_tokens=5, logit_bias={end: 1000.0}, skip_special_tokens=False)
+    answer = pipe("hi", max_tokens=5, logit_bias={end: 100.0}, skip_special_tokens=False)
     assert answer.token_ids == (end,) and answer.text == "" and answer.finish_reason == "stop"
 
 
@@ -93,7 +93,7 @@ def test_the_ending_token_is_in_the_ids_and_not_in_the_text(pipe: VLPipeline) ->
 def test_a_stop_text_that_is_a_special_token_ends_the_answer(pipe: VLPipeline, included: bool) -> None:
     """It is no end of the checkpoint's, and is left out of texts."""
     token = pipe.tokenizer.token_id("<|im_start|>")
-    options: dict[str, Any] = {"max_tokens": 6, "logit_bias": {token: 1000.0}, "include_stop_str_in_output": included}
+    options: dict[str, Any] = {"max_tokens": 6, "logit_bias": {token: 100.0}, "include_stop_str_in_output": included}
     answer = pipe("hi", stop=["<|im_start|>"], ignore_eos=True, **options)
     assert answer.token_ids == (token,) and answer.finish_reason == "stop"
     assert answer.text == ("<|im_start|>" if included else "")
@@ -152,7 +152,7 @@ BAD: list[tuple[Any, dict[str, Any], str, str]] = [
     ("x", {"max_tokens": True}, "max_tokens", "True"),
     ("x", {"temperature": True}, "temperature", "True"),
     ("x", {"logit_bias": {5: True}}, "logit_bias", "finite numbers"),
-    ("x", {"logit_bias": {5: 1e39}}, "logit_bias", r"1e\+39; at most 1e\+09"),
+    ("x", {"logit_bias": {5: 1e39}}, "logit_bias", "from -100 to 100"),
     ("x", {"repetition_penalty": 1e-300}, "repetition_penalty", "from 1e-06 to 100"),
     ("x", {"repetition_penalty": 0}, "repetition_penalty", "is 0; expected a number from 1e-06 to 100"),
     ("x", {"stop": ["\ud83d"]}, "stop", "texts"),

@@ -24,6 +24,8 @@ def read(part: dict[str, Any], *, local: bool = False) -> ImagePart:
         ({"type": "image_url", "image_url": {"url": URL}}, URL, "image_url"),
         ({"type": "input_image", "image_url": URL, "detail": "auto"}, URL, "image_url"),
         ({"type": "image", "image": URL}, URL, "image"),
+        ({"type": "image", "image_url": {"url": URL}}, URL, "image_url"),
+        ({"type": "image", "image_url": URL}, URL, "image_url"),
         ({"type": "image", "image": "https://example.com/a.png"}, "https://example.com/a.png", "image"),
         ({"type": "image", "image": {"url": URL}}, URL, "image"),
         ({"type": "image", "url": URL}, URL, "url"),
@@ -56,6 +58,11 @@ def test_pictures_of_every_api(part: dict[str, Any], source: str, param: str) ->
     ("part", "param", "message"),
     [
         ({"type": "image"}, "image", "is missing"),
+        ({"type": "image", "image_url": {"path": "a.png"}}, "image_url.path", "not supported"),
+        ({"text": "hi"}, "type", "type is missing; expected text, image_url, image or file"),
+        ({"type": "picture"}, "type", "type is 'picture'; expected text, image_url, image or file"),
+        ({"type": "image_url", "image_url": {"url": URL, "detail": "tiny"}}, "image_url.detail", "auto, low, high, original"),
+        ({"type": "image_url", "image_url": {"url": URL, "detail": ["low"]}}, "image_url.detail", "auto, low, high, original"),
         ({"type": "image", "image": 7}, "image", "data: or http"),
         ({"type": "image", "image": {"path": "/etc/passwd"}}, "image", "data: or http"),
         ({"type": "image", "url": ["x"]}, "url", "data: or http"),
@@ -78,6 +85,14 @@ def test_what_is_no_picture_is_named(part: dict[str, Any], param: str, message: 
     with pytest.raises(RequestError, match=message) as caught:
         read(part)
     assert caught.value.param == f"messages[0].content[1].{param}"
+
+
+@pytest.mark.parametrize(
+    ("sent", "detail"), [(None, "auto"), ("auto", "auto"), ("low", "low"), ("high", "high"), ("original", "high")]
+)
+def test_a_pictures_detail(sent: str | None, detail: str) -> None:
+    assert read({"type": "image_url", "image_url": {"url": URL, "detail": sent}}).detail == detail
+    assert read({"type": "input_image", "image_url": URL, "detail": sent}).detail == detail
 
 
 def test_options_of_one_picture() -> None:

@@ -119,7 +119,8 @@ def test_encoded_bodies_are_decoded_within_the_bodys_bound(server: RunningServer
     body = json.dumps(chat("hi", max_tokens=1)).encode()
     assert post(ENCODED[name](body)).status_code == 200
     bomb = post(ENCODED[name](b" " * 2**22 + body))
-    assert bomb.status_code == 413 and "more than 1048576 bytes" in bomb.json()["error"]["message"]
+    assert bomb.status_code == 413 and "more than 1 MiB (the server's --max-body-mib)" in bomb.json()["error"]["message"]
+    assert sum("--max-body-mib N" in line for line in server.lines) == 1
     for wrong in (b"no such thing", ENCODED[name](body)[:-9]):
         error = post(wrong)
         assert error.status_code == 400 and "Content-Encoding" in error.json()["error"]["message"]

@@ -103,6 +103,7 @@ def test_a_signal_while_loading(slow: tuple[str, ...]) -> None:
     with running(*slow) as server:
         health = httpx2.get(server.base + "/health")
         assert health.status_code == 503 and health.json()["status"] == "loading" and health.json()["stage"]
+        assert health.headers["Retry-After"] == "5"
         refused = httpx2.post(server.base + "/v1/chat/completions", json=chat("hi"))
         assert refused.status_code == 503 and "loading" in refused.json()["error"]["message"] and refused.headers["Retry-After"]
         assert httpx2.get(server.base + "/live").status_code == 200

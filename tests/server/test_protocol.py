@@ -13,7 +13,8 @@ from vlserve.errors import RequestError
 from vlserve.server import neutral
 from vlserve.server.chat import ChatRequest
 from vlserve.server.completions import CompletionRequest
-from vlserve.server.protocol import read_body
+from vlserve.server.protocol import Body, read_body
+from vlserve.server.responses_request import ResponsesRequest
 from vlserve.server.tokenize import TokenizeRequest
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -133,7 +134,43 @@ def test_only_values_that_ask_for_nothing_are_taken_of_what_is_not_supported(fie
             if not neutral.is_neutral(field, value):
                 error = refused(needed | {field: value})
                 assert error.param == field and error.code == "unsupported_parameter"
-                assert neutral.INSTEAD.get(field, "leave it out") in str(error)
+                assert {**neutral.INSTEAD, **type(read(needed)).instead}.get(field, "leave it out") in str(error)
+
+
+ADVICE: list[tuple[type[Body], str, str]] = [
+    (ResponsesRequest, "response_format", "; here it is text.format"),
+    (ResponsesRequest, "guided_json", "; here it is structured_outputs.json"),
+    (ResponsesRequest, "ebnf", "; here it is structured_outputs.grammar"),
+    (ResponsesRequest, "regex", "; here it is structured_outputs.regex"),
+    (ResponsesRequest, "messages", "; here it is input"),
+    (ResponsesRequest, "max_new_tokens", "; here it is max_output_tokens"),
+    (ResponsesRequest, "reasoning_effort", "; here it is reasoning.effort"),
+    (ResponsesRequest, "functions", "; here it is tools"),
+    (CompletionRequest, "messages", "; send it to /v1/chat/completions"),
+    (CompletionRequest, "tools", "; send it to /v1/chat/completions"),
+    (CompletionRequest, "functions", "; send tools to /v1/chat/completions"),
+    (CompletionRequest, "image_data", "; send pictures to /v1/chat/completions, as image_url parts of a message"),
+    (ChatRequest, "input", "; here it is messages"),
+    (ChatRequest, "prompt", "; here it is messages"),
+    (ChatRequest, "text", "; here it is messages; text.format is response_format"),
+    (ChatRequest, "system", "; send it as a message with the role system"),
+    (ChatRequest, "instructions", "; send it as a message with the role system"),
+    (ChatRequest, "options", "; send its fields beside the others"),
+    (ChatRequest, "num_predict", "; here it is max_tokens"),
+    (ChatRequest, "images", "; send pictures as image_url parts of a message"),
+    (ChatRequest, "format", "; here it is response_format"),
+    (ChatRequest, "raw", "; leave it out"),
+    (TokenizeRequest, "content", "; here it is prompt"),
+]
+
+
+@pytest.mark.parametrize("kind,field,advice", ADVICE, ids=[f"{kind.__name__}-{field}" for kind, field, _ in ADVICE])
+def test_fields_of_other_routes_and_apis_are_refused_with_this_routes_own(kind: type[Body], field: str, advice: str) -> None:
+    needed = next((name for name in ("messages", "prompt", "input") if name in kind.model_fields and name != field), "")
+    for body in ({field: "x"}, {field: "x", needed: "hi"}):  # said before what is missing: it is what was meant
+        with pytest.raises(RequestError) as caught:
+            read_body(json.dumps(body).encode(), kind, required=[needed])
+        assert caught.value.args[0] == f"{field} is not a field that is supported{advice}" and caught.value.param == field
 
 
 def test_a_field_of_another_name_is_refused_with_ours() -> None:
@@ -191,6 +228,38 @@ def test_ranges(field: str, right: list[float], wrong: list[float]) -> None:
         if field != "n":
             with pytest.raises(RequestError):
                 SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
+    ({"stop": 7}, "stop: expected a text or a list of texts"),
+    ({"stop": ["a", 7]}, "stop.1: expected a text"),
+    ({"temperature": "hot"}, "temperature: expected a number"),
+    ({"stream": "yes"}, "stream: expected true or false"),
+    ({"n": 1.5}, "n: expected a whole number"),
+    ({"tools": {"a": 1}}, "tools: expected a list"),
+    ({"tools": [7]}, "tools.0: expected an object"),
+    (
+        {"stream_options": {"include_usages": True}},
+        "stream_options.include_usages is not a field of stream_options; leave it out",
+    ),
+    ({"service_tier": "gold"}, "service_tier: expected 'auto', 'default', 'flex', 'scale', 'priority', 'fast' or 'ultrafast'"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function is missing"),
+    ({"response_format": {"schema": {}}}, "response_format.type is missing"),
+    ({"logit_bias": {"5": 101}}, "logit_bias of token 5 is 101.0; expected a number from -100 to 100"),
+    ({"logit_bias": {"5": -100.5}}, "logit_bias of token 5 is -100.5; expected a number from -100 to 100"),
+]
+
+
+@pytest.mark.parametrize("fields,message", WRONG_TYPES, ids=range(len(WRONG_TYPES)))
+def test_wrong_types_are_told_in_plain_words(fields: dict[str, Any], message: str) -> None:
+    error = refused(CHAT | fields)
+    assert str(error) == message and str(error).startswith(error.param or "")
+
+
+def test_an_empty_body_is_called_so() -> None:
+    for body in (b"", b" \n"):
+        with pytest.raises(RequestError, match="the request's body is empty"):
+            read_body(body, ChatRequest, required=["messages"])
 
 
 def test_values_with_a_settled_meaning() -> None:

@@ -218,7 +218,7 @@ def test_items_become_the_messages_that_chat_has() -> None:
         {"type": "custom_tool_call_output", "call_id": "call_3", "output": "done"},
         {"role": "user", "content": [{"type": "input_file", "filename": "a.png", "file_data": "data:image/png;base64,AA"}]},
     )
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": "high"}}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": "original"}}
     function = {"name": "look", "arguments": '{"at": "Rome"}'}
     custom = {"name": "patch", "arguments": '{"input": "*** Begin"}'}
     assert Conversation(items, "Be brief.").messages == [
@@ -267,11 +267,12 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"input": "x", "max_tool_calls": 0}, "max_tool_calls", "greater than or equal to 1"),
     ({"input": "x", "n": 2}, "n", "one answer"),
     ({"input": "x", "conversation": "conv_1"}, "conversation", "previous_response_id"),
-    ({"input": "x", "metadata": {"a": 1}}, "metadata.a", "string"),
-    ({"input": "x", "user": 3}, "user", "string"),
+    ({"input": "x", "metadata": {"a": 1}}, "metadata.a", "expected a text"),
+    ({"input": "x", "user": 3}, "user", "expected a text"),
     ({"input": "x", "truncation": "middle"}, "truncation", "'auto'"),
     (user(TEXT_PART, {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}), "input[0].content[1].image_url", ""),
     (user(TEXT_PART, {"type": "input_image", "image_url": "x", "detail": "tiny"}), "input[0].content[1].detail", "original"),
+    (user(TEXT_PART, {"type": "input_image", "image_url": "x", "detail": ["low"]}), "input[0].content[1].detail", "original"),
     (user({"type": "input_image", "file_id": "file_1"}), "input[0].content[0].file_id", "data URL"),
     (user({"type": "input_file", "file_data": "data:application/pdf;base64,AA"}), "input[0].content[0].type", "input_image"),
     (user({"type": "input_file", "file_data": "data:image/png;base64,AAAA"}), "input[0].content[0].file_data", ""),
@@ -294,10 +295,27 @@ def test_errors_name_the_field_that_was_sent(server: RunningServer, body: dict[s
         assert foreign not in error["message"], error
 
 
+REFERENCE = [{"type": "item_reference", "id": "msg_1"}]
+UNKEPT: list[tuple[dict[str, Any], str]] = [
+    ({"previous_response_id": "resp_1"}, ", or send store: false and the whole conversation as input"),
+    ({"previous_response_id": "resp_1", "store": False}, ", or send the whole conversation as input"),
+    ({"input": REFERENCE}, ", or send store: false and the item itself"),
+    ({"input": REFERENCE, "store": False}, ", or send the item itself"),
+    ({"background": True}, ", or leave background out"),
+]
+
+
+@pytest.mark.parametrize("body,way_out", UNKEPT, ids=range(len(UNKEPT)))
+def test_a_server_that_keeps_nothing_says_what_to_do_without(server: RunningServer, body: dict[str, Any], way_out: str) -> None:
+    message = ask(server, {"input": "x"} | body)["error"]["message"]
+    assert message.endswith(" this one does not; start it with --store-responses" + way_out)
+
+
 def test_what_is_not_kept_is_said_below_the_route(server: RunningServer, client: openai.OpenAI) -> None:
     for call in (client.responses.retrieve, client.responses.delete, client.responses.cancel, client.responses.input_items.list):
-        with pytest.raises(openai.BadRequestError, match="--store-responses"):
+        with pytest.raises(openai.BadRequestError) as caught:
             call("resp_1")
+        assert caught.value.body["message"].endswith("start it with --store-responses")  # type: ignore[index]
     assert ask(server, {"input": "x", "store": True, "max_output_tokens": 1})["store"] is False, "it is not, and says so"
 
 

@@ -27,6 +27,7 @@ from vlserve.system_limits import refused
 
 log = logging.getLogger(__name__)
 MAX_PERCENT = 2**20  # characters of %xx; taking them apart takes fifty times their memory
+EXPECTED = "expected a data: or http(s): URL; for base64 begin with data:image/png;base64,"
 BLANKS = "\t\n\f\r "
 _BASE64 = re.compile(r";[\t\n\f\r ]*base64[\t\n\f\r ]*\Z", re.IGNORECASE)  # at a data: URL's comma
 _ESCAPES = {
@@ -54,7 +55,7 @@ def read_source(part: ImagePart, config: MediaConfig) -> Source:
         return _read_file_url(source.strip(BLANKS), part, config)
     if isinstance(source, (str, os.PathLike)):
         if not part.local:
-            raise image_error(param, "expected a data: or http(s): URL", "invalid_image_url")
+            raise image_error(param, EXPECTED, "invalid_image_url")
         return _read_path(source, param, config)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
@@ -118,7 +119,7 @@ def _read_file_url(url: str, part: ImagePart, config: MediaConfig) -> bytes:
         return _read_path(path, part.param, config)
     if config.allowed_local_media_path is None:
         log.info("a file: URL was refused; --allowed-local-media-path FOLDER would give the pictures below a folder")
-        message = "expected a data: or http(s): URL; this server gives no files"
+        message = EXPECTED + "; this server gives no files"
         raise image_error(part.param, message, "invalid_image_url")
     try:
         return _read_open_file(_open_below(config.allowed_local_media_path, path), part.param, config)

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 from vlserve.config import SamplingParams
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import EngineError, RequestError
-from vlserve.migrating import explain_sampling
 from vlserve.pipeline.outputs import Completion, Delta
 from vlserve.prompt.chat_messages import Turn, is_batch, read_prompt
 
@@ -160,11 +159,6 @@ def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sampli
         raise RequestError(f"give sampling or its fields, not both (got {', '.join(fields)})", param="sampling")
     if sampling is not None:
         return sampling
-    unknown = sorted(set(fields) - set(SamplingParams.__dataclass_fields__))
-    if unknown:
-        names = ", ".join(SamplingParams.__dataclass_fields__)
-        hint = explain_sampling(unknown[0], SamplingParams.__dataclass_fields__)
-        raise RequestError(f"unknown sampling parameter {unknown[0]!r}{hint}; parameters: {names}", param=unknown[0])
     return SamplingParams(**fields)
 
 

@@ -163,7 +163,9 @@ class LocalPipeline(PipelineCalls):
         """How many tokens the answer may have; raises RequestError when prompt or parameters do not fit the model."""
         ready = self.client.ready
         if ready is None or self.client.error is not None:
-            raise self.client.error or EngineError(f"the engine is still loading (stage: {self.client.stage.name})")
+            raise self.client.error or EngineError(
+                f"the engine is still loading (stage: {self.client.stage.name}); try again in 5 s"
+            )
         room = ready.max_model_len - len(prompt.token_ids)
         if room < 1:
             raise RequestError(

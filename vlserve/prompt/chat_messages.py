@@ -22,13 +22,14 @@ TEXTS = {
     "refusal": "refusal",
 }  # kinds of parts, and where they have it
 REASONING = ("reasoning_content", "reasoning")  # the field's two spellings
+DETAILS: Mapping[str, Detail] = {"auto": "auto", "low": "low", "high": "high", "original": "high"}  # as sent, and as known here
 # of one picture, as LMDeploy's clients send them beside its URL; which of them the model knows, its preprocessor says
 PICTURE_OPTIONS = ("max_dynamic_patch", "min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePart:
-    """Something that names or is a picture. `local`: a path is allowed. `detail`: OpenAI's wish, auto, low or high.
+    """Something that names or is a picture. `local`: a path is allowed. `detail`: OpenAI's wish; its original is high.
 
     `options`: what the model's preprocessing is to do with this picture, as `mm_processor_kwargs` for a request; they stand
     in `options_param`.
@@ -173,7 +174,7 @@ def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
     kind = part.get("type")
     if isinstance(kind, str) and kind in TEXTS:
         return _read_text(part.get(TEXTS[kind]), f"{param}.{TEXTS[kind]}")
-    if kind in ("image_url", "input_image"):
+    if kind in ("image_url", "input_image") or (kind == "image" and part.get("image_url") is not None):
         return _read_image_url(part, f"{param}.image_url")
     if kind == "image":
         return _read_image(part, param, local)
@@ -181,7 +182,8 @@ def _read_part(part: Any, param: str, local: bool) -> str | ImagePart:
         return _read_file(part.get("file"), f"{param}.file")
     if kind == "input_file":
         return _read_file(part, param)
-    raise RequestError(f"{param}.type is {kind!r}; expected text or image_url", param=f"{param}.type")
+    shown = "missing" if kind is None else repr(kind)[:64]
+    raise RequestError(f"{param}.type is {shown}; expected text, image_url, image or file", param=f"{param}.type")
 
 
 def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
@@ -192,14 +194,14 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImagePart:
     detail = part.get("detail") if detail is None else detail  # OpenAI has it inside; some clients put it beside
     if not isinstance(url, str):
         raise RequestError(f'{param} must be {{"url": "..."}}', param=param)
-    if detail not in (None, "auto", "low", "high"):
-        raise RequestError(f"{param}.detail is {detail!r}; expected auto, low or high", param=f"{param}.detail")
+    if detail is not None and (not isinstance(detail, str) or detail not in DETAILS):
+        raise RequestError(f"{param}.detail is {detail!r}; expected {', '.join(DETAILS)}", param=f"{param}.detail")
     beside, within = _picture_options(part), _picture_options(value) if isinstance(value, Mapping) else {}
     return ImagePart(
         source=url,
         param=param,
         local=False,
-        detail=detail or "auto",
+        detail=DETAILS["auto" if detail is None else detail],
         options=beside | within,
         options_param=param if within else param.removesuffix(".image_url"),
     )

@@ -123,7 +123,7 @@ class EngineClient(Supervisor):
         if self.error is not None:
             raise EngineError(str(self.error))
         if self.ready is None:
-            raise EngineError(f"the engine is still loading (stage: {self.stage.name})")
+            raise EngineError(f"the engine is still loading (stage: {self.stage.name}); try again in 5 s")
 
     def _pixel_folders(self) -> Sequence[Path]:
         return self._pixels.folders

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from starlette.routing import Match
 
 import vlserve
 from vlserve.config import SamplingParams, ServerConfig
@@ -37,6 +38,7 @@ from vlserve.server.streams import Answer, EventResponse, events, late_events, m
 from vlserve.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 BODY_SECONDS = 120
+LATER = {"Retry-After": "5"}
 BODIES: dict[str, Any] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
@@ -90,10 +92,11 @@ def create_app(pipeline: VLPipeline, config: ServerConfig | None = None) -> Fast
     @app.exception_handler(405)
     async def no_route(request: Request, error: Exception) -> Response:
         if getattr(error, "status_code", 404) == 405:
-            headers = getattr(error, "headers", None) or {}
-            message = f"{request.url.path} does not take {request.method}; it takes {headers.get('Allow', 'another method')}"
+            matching = [route for route in routes.routes if route.matches(request.scope)[0] is not Match.NONE]
+            allowed = ", ".join(sorted({method for route in matching for method in getattr(route, "methods", None) or ()}))
+            message = f"{request.url.path} does not take {request.method}; it takes {allowed or 'another method'}"
             body = protocol.error_dict(message, kind="invalid_request_error", code="method_not_allowed")
-            return JSONResponse(body, 405, headers)
+            return JSONResponse(body, 405, {"Allow": allowed})
         message = f"{request.method} {request.url.path} is not here; the API is at /v1, /openapi.json describes it"
         return JSONResponse(protocol.error_dict(message, kind="invalid_request_error", code="not_found"), 404)
 
@@ -152,16 +155,16 @@ class _Api:
         """Whether requests are answered: 200, or 503 with the reason."""
         client = self.pipeline.client
         if client.error is not None:
-            return JSONResponse({"status": "failed", "message": str(client.error)}, 503)
+            return JSONResponse({"status": "failed", "message": str(client.error)}, 503, LATER)
         if client.ready is None:
             stage = client.stage
             body = {"status": "loading", "stage": stage.name, "done": stage.done, "total": stage.total}
             ranks = [{"rank": s.rank, "stage": s.name, "seconds": round(seconds, 1)} for s, seconds in client.rank_stages]
-            return JSONResponse(body | {"ranks": ranks}, 503)
+            return JSONResponse(body | {"ranks": ranks}, 503, LATER)
         if client.is_overdue:
-            return JSONResponse({"status": "overdue", "message": "the running step takes longer than it may"}, 503)
+            return JSONResponse({"status": "overdue", "message": "the running step takes longer than it may"}, 503, LATER)
         if self.admission.is_draining:
-            return JSONResponse({"status": "draining", "message": "the server is shutting down"}, 503)
+            return JSONResponse({"status": "draining", "message": "the server is shutting down"}, 503, LATER)
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> dict[str, str]:

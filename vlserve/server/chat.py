@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -16,7 +16,7 @@ from vlserve.pipeline.outputs import Delta, Timing, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.conversation import PromptOptions
 from vlserve.prompt.tokenizer import Tokenizer
-from vlserve.server import protocol
+from vlserve.server import neutral, protocol
 from vlserve.server.constraints import ConstrainedBody, after, as_format
 from vlserve.server.output_parser import CALL, END_CALL, END_THINK, THINK, Piece, ReplyParser
 from vlserve.server.protocol import Chunks, Strict
@@ -57,6 +57,7 @@ class NamedTool(Strict):
 
 
 class ChatRequest(ConstrainedBody):
+    instead: ClassVar[Mapping[str, str]] = neutral.CHAT
     messages: list[Any] | str = Field(
         description="OpenAI's messages: role and content, a text or a list of text and image_url parts; a text alone is a user's"
     )

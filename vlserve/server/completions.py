@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,8 @@ from vlserve.errors import RequestError
 from vlserve.pipeline.outputs import Delta, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
-from vlserve.server import protocol
+from vlserve.server import neutral, protocol
+from vlserve.server.chat import ChatRequest
 from vlserve.server.constraints import ConstrainedBody
 from vlserve.server.protocol import MAX_CHOICES, Chunks
 
@@ -22,6 +23,10 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 class CompletionRequest(ConstrainedBody):
+    instead: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(ChatRequest.model_fields, "send it to /v1/chat/completions"),
+        **neutral.COMPLETIONS,
+    }
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="a text, token ids, or a list of either")
     echo: bool | None = None
     logprobs: int | Literal[False] | None = Field(None, description="0: of the chosen tokens only")

@@ -66,7 +66,7 @@ class StructuredBody(Strict):
 
 _ALWAYS_SO = {"disable_any_whitespace", "disable_additional_properties", "disable_fallback"}
 # fields of the body beside response_format, with the kind of StructuredOutput that they are
-_FIELDS = {
+FIELDS = {
     "json_schema": "json",
     "regex": "regex",
     "ebnf": "grammar",
@@ -120,7 +120,7 @@ class ConstrainedBody(SamplingBody):
             given = self.structured_outputs.model_dump(exclude_none=True, by_alias=True, exclude=_ALWAYS_SO)
             kind = next(iter(given)) if len(given) == 1 else ""
             yield f"structured_outputs.{kind}" if kind else "structured_outputs", kind, given.get(kind, given)
-        for name, kind in _FIELDS.items():
+        for name, kind in FIELDS.items():
             value = getattr(self, name)
             if value is not None:
                 yield name, kind, value

@@ -6,14 +6,17 @@ import asyncio
 import gzip
 import importlib
 import io
+import logging
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from starlette.requests import Request
 
 from vlserve.errors import RequestError
 
+log = logging.getLogger(__name__)
 Decode = Callable[[bytes, int], bytes]  # a body, and how many bytes are wanted at most
 
 
@@ -62,7 +65,14 @@ def _decoded(decode: Decode, encoding: str, body: bytes, most: int) -> bytes:
 
 
 def _too_large(most: int) -> RequestError:
-    return RequestError(f"the request's body has more than {most} bytes", code="body_too_large")
+    mib = most / 2**20
+    _say_the_option(mib)
+    return RequestError(f"the request's body has more than {mib:g} MiB (the server's --max-body-mib)", code="body_too_large")
+
+
+@cache
+def _say_the_option(mib: float) -> None:
+    log.warning("a request's body had more than %g MiB and was refused; --max-body-mib N would take it (said once)", mib)
 
 
 def _decoders() -> dict[str, Decode]:

@@ -6,7 +6,7 @@ Clients send what they never meant: LMDeploy's writes all its defaults, LiteLLM 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vlserve.errors import RequestError
@@ -54,7 +54,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),
 }
-# field: what to send in its place
+# field: what to send in its place, on any route that does not say something else
 INSTEAD: dict[str, str] = {
     "functions": "send tools",
     "function_call": "send tool_choice",
@@ -90,7 +90,58 @@ INSTEAD: dict[str, str] = {
     "add_special_tokens": "the chat template writes them; /v1/completions has add_special_tokens",
     "do_preprocess": "send the raw prompt to /v1/completions",
     "input_ids": "send them as prompt to /v1/completions",
-    "image_data": "send pictures as image_url parts of a message",
+    # other APIs'
+    "options": "send its fields beside the others",
+    "parameters": "send its fields beside the others",
+    "generation_config": "send its fields beside the others",
+    "num_predict": "here it is max_tokens",
+    "max_length": "here it is max_tokens",
+    "stop_sequences": "here it is stop",
+    "keep_alive": "the model stays loaded",
+}
+PICTURES = ("image", "images", "image_url", "image_data", "multi_modal_data")
+TEXTS = ("input", "inputs", "prompt", "text", "query", "question")
+CHAT = {
+    **dict.fromkeys(PICTURES, "send pictures as image_url parts of a message"),
+    **dict.fromkeys((*TEXTS, "history", "chat_history"), "here it is messages"),
+    **dict.fromkeys(("system", "system_prompt", "instructions"), "send it as a message with the role system"),
+    **dict.fromkeys(("previous_response_id", "conversation"), "send the whole conversation as messages"),
+    "text": "here it is messages; text.format is response_format",
+    "format": "here it is response_format",
+    "max_output_tokens": "here it is max_completion_tokens",
+    "reasoning": "here it is reasoning_effort",
+    "think": "here it is reasoning_effort or enable_thinking",
+    "thinking": "here it is reasoning_effort or enable_thinking",
+    "include": "send logprobs: true",
+}
+COMPLETIONS = {
+    **dict.fromkeys(PICTURES, "send pictures to /v1/chat/completions, as image_url parts of a message"),
+    **dict.fromkeys(("min_dynamic_patch", "max_dynamic_patch", "media_io_kwargs"), "send pictures to /v1/chat/completions"),
+    **dict.fromkeys(TEXTS, "here it is prompt"),
+    **dict.fromkeys(("system", "system_prompt", "instructions"), "send it to /v1/chat/completions, as a message of the system"),
+    **dict.fromkeys(("functions", "function_call"), "send tools to /v1/chat/completions"),
+    "input_ids": "here it is prompt",
+    "documents": "put them into the prompt",
+    "chat_template": "no template is used here",
+    "top_logprobs": "here it is logprobs, a number",
+    "format": "here it is response_format",
+    "max_output_tokens": "here it is max_tokens",
+}
+RESPONSES = {
+    **dict.fromkeys(PICTURES, "send pictures as input_image parts of input"),
+    **dict.fromkeys(("messages", *TEXTS, "history", "chat_history"), "here it is input"),
+    **dict.fromkeys(("system", "system_prompt"), "here it is instructions"),
+    **dict.fromkeys(("response_format", "format"), "here it is text.format"),
+    **dict.fromkeys(("max_new_tokens", "num_predict", "max_length", "thinking_token_budget"), "here it is max_output_tokens"),
+    **dict.fromkeys(("reasoning_effort", "think", "thinking"), "here it is reasoning.effort"),
+    **dict.fromkeys(("logprobs", "return_logprob"), 'here it is include: ["message.output_text.logprobs"]'),
+    **dict.fromkeys(("return_prompt_token_ids", "return_prompt_text"), "token ids come from /v1/chat/completions"),
+    **dict.fromkeys(("use_beam_search", "early_stopping", "length_penalty"), "send temperature"),
+    "best_of": "a response is one answer",
+    "verbosity": "here it is text.verbosity",
+    "enable_thinking": "here it is chat_template_kwargs.enable_thinking",
+    "function_call": "here it is tool_choice",
+    "functions": "here it is tools",
 }
 
 
@@ -104,14 +155,20 @@ def is_neutral(key: str, value: Any) -> bool:
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(key, ()))
 
 
-def refusal(key: str, known: Collection[str]) -> RequestError:
-    """The error for a field that is not supported and asks for something; `known` are the fields that are."""
+def refusal(key: str, known: Collection[str], instead: Mapping[str, str]) -> RequestError:
+    """The error for a field that is not supported and asks for something.
+
+    Args:
+        known: the fields that are supported. instead: what the route has in place of others, before INSTEAD.
+    """
     shown = key if len(key) <= 64 else key[:64] + "..."
-    return RequestError(f"{shown} is {_reason(key, shown, known)}", param=shown, code="unsupported_parameter")
+    return RequestError(
+        f"{shown} is {_reason(key, shown, known, {**INSTEAD, **instead})}", param=shown, code="unsupported_parameter"
+    )
 
 
-def _reason(key: str, shown: str, known: Collection[str]) -> str:
+def _reason(key: str, shown: str, known: Collection[str], instead: Mapping[str, str]) -> str:
     values = NEUTRAL.get(key, ())
     what = "only supported as " + " or ".join(map(json.dumps, values)) if values else "not a field that is supported"
-    hint = "" if key in NEUTRAL or key in INSTEAD else explain_sampling(shown, known)
-    return what + (hint or "; " + INSTEAD.get(key, "leave it out"))
+    hint = "" if key in NEUTRAL or key in instead else explain_sampling(shown, known)
+    return what + (hint or "; " + instead.get(key, "leave it out"))

@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,6 +23,7 @@ from vlserve.pipeline.outputs import Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import neutral
+from vlserve.server.validation import explain
 
 MAX_CHOICES = 16  # of one request
 FINGERPRINT = f"vlserve-{vlserve.__version__}"  # what serves
@@ -54,6 +55,7 @@ class Body(Strict):
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)
+    instead: ClassVar[Mapping[str, str]] = {}  # fields of other routes and APIs, with what to send in their place
     model: str | None = Field(None, description="the id that /v1/models lists; may be left out")
     user: str | None = None
     store: bool | None = None
@@ -152,6 +154,8 @@ A = TypeVar("A", bound=AnswerBody)
 
 def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     """Parse a request's body; raises RequestError naming the field."""
+    if not body.strip():
+        raise RequestError("the request's body is empty; expected a JSON object")
     try:
         values = json.loads(body)
         if _SURROGATE.search(body):  # half of a character, e.g. an emoji that was cut: no text that could be encoded
@@ -163,30 +167,22 @@ def read_body(body: bytes, kind: type[B], *, required: Sequence[str]) -> B:
     more = values.get("kwargs")  # where LMDeploy's client puts what it does not know
     if isinstance(more, dict):
         values = more | {key: value for key, value in values.items() if key != "kwargs"}
-    for name in required:
-        if values.get(name) is None:
-            raise RequestError(f"{name} is missing", param=name)
     values = {key: value for key, value in values.items() if not neutral.is_empty(key, value)}
     for key in sorted(set(values) - set(kind.model_fields)):
         if not neutral.is_neutral(key, values.pop(key)):
-            raise neutral.refusal(key, kind.model_fields)
+            raise neutral.refusal(key, kind.model_fields, kind.instead)
+    for name in required:
+        if values.get(name) is None:
+            raise RequestError(f"{name} is missing", param=name)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = _place(first["loc"])
-        raise RequestError(f"{place}: {first['msg'].removeprefix('Value error, ')}", param=place) from None
+        raise explain(error) from None
 
 
 def rename(error: RequestError, new: str) -> RequestError:
     """An error of a field with the name that the client knows it by."""
     return RequestError(str(error).replace(error.param or "", new), param=new, code=error.code)
-
-
-def _place(location: Sequence[int | str]) -> str:
-    """stop.0 and the like; a union's arms (`list[str]`, `ToolChoice`) are no fields."""
-    fields = [p for p in location if isinstance(p, int) or (p.islower() and "[" not in p and p not in ("str", "bool", "int"))]
-    return ".".join(map(str, fields)) or "body"
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:

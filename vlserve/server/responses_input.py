@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlserve.errors import RequestError
+from vlserve.prompt.chat_messages import DETAILS
 from vlserve.server import protocol
 
 Item = Mapping[str, Any]
-DETAILS = {"auto": "auto", "low": "low", "high": "high", "original": "high"}
 TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 CALLS, OUTPUTS = ("function_call", "custom_tool_call"), ("function_call_output", "custom_tool_call_output")
 PREFIXES = {"message": "msg_", "reasoning": "rs_"}  # of ids; calls and their outputs have fc_
@@ -174,9 +174,9 @@ def _image(part: Item, place: str) -> dict[str, Any]:
     detail = part.get("detail") if image.get("detail") is None else image["detail"]
     if not isinstance(image.get("url"), str):
         raise RequestError(f"{place}.image_url must be the URL or data URL of a picture", param=f"{place}.image_url")
-    if detail is not None and detail not in DETAILS:
+    if detail is not None and (not isinstance(detail, str) or detail not in DETAILS):
         raise RequestError(f"{place}.detail is {detail!r}; expected one of {', '.join(DETAILS)}", param=f"{place}.detail")
-    return image if detail is None else image | {"detail": DETAILS[detail]}
+    return image if detail is None else image | {"detail": detail}
 
 
 def _text(value: Any, place: str) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from vlserve.errors import RequestError
+from vlserve.server import neutral
 from vlserve.server.chat import ChatRequest, Function, FunctionName
-from vlserve.server.constraints import StructuredBody
+from vlserve.server.constraints import FIELDS, StructuredBody
 from vlserve.server.protocol import AnswerBody, SamplingBody, Strict, event
 from vlserve.server.responses_input import Conversation, Item
+from vlserve.server.validation import explain
 
 log = logging.getLogger(__name__)
 LOGPROBS = "message.output_text.logprobs"
@@ -52,7 +54,7 @@ REFUSED = {  # fields with something else to send in their place
     "max_tokens": "here it is max_output_tokens",
     "max_completion_tokens": "here it is max_output_tokens",
     "return_token_ids": "token ids come from /v1/chat/completions",
-    "conversation": "conversations are not kept; send the whole input, or previous_response_id",
+    "conversation": "conversations are not kept; send the whole input, or with --store-responses previous_response_id",
     "prompt": "prompt templates are not kept; send instructions and input",
     "context_management": "input is never compacted; leave it out and send less input",
     "moderation": "there is no moderation model; leave it out",
@@ -129,6 +131,10 @@ class Reasoning(Strict):
 
 
 class ResponsesRequest(SamplingBody):
+    instead: ClassVar[Mapping[str, str]] = {
+        **{name: f"here it is structured_outputs.{kind}" for name, kind in FIELDS.items()},
+        **neutral.RESPONSES,
+    }
     input: str | list[Any] = Field(description="a text, or a list of messages and function calls with their outputs")
     instructions: str | None = None
     max_output_tokens: int | None = None
@@ -212,9 +218,7 @@ class ResponsesRequest(SamplingBody):
             self._chat = ChatRequest.model_validate(values)
             return self._chat
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise RequestError(f"{place}: {first['msg']}", param=place) from None
+            raise explain(error) from None
 
     def failure_event(self, error: Mapping[str, Any]) -> bytes:
         fields = {key: value for key, value in error["error"].items() if key != "type"}

@@ -95,18 +95,21 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def check_on(self, param: str, what: str | None = None) -> None:
+    def check_on(self, param: str, what: str, instead: str = "") -> None:
+        """Raises RequestError where nothing is kept. `instead`: what the client can do without."""
         if not self.is_on:
             raise RequestError(
-                f"{what or param} needs a server that keeps responses, and this one does not; start it with --store-responses, "
-                "or send store: false and the whole conversation as input",
+                f"{what} needs a server that keeps responses, and this one does not; start it with --store-responses{instead}",
                 param=param,
                 code="unsupported_parameter",
             )
 
-    def find(self, id: str, owner: str, param: str = "response_id") -> Kept:
+    def find(self, id: str, owner: str) -> Kept:
         """Raises RequestError when there is none of this owner."""
-        self.check_on(param)
+        self.check_on("response_id", "response_id")
+        return self._find(id, owner, "response_id")
+
+    def _find(self, id: str, owner: str, param: str) -> Kept:
         kept = self._kept.get(id)
         if kept is None or kept.owner != owner:
             raise RequestError(
@@ -120,18 +123,21 @@ class ResponseStore:
     def conversation(self, asked: ResponsesRequest, owner: str) -> list[tuple[Item, str]]:
         """All items that a request is to be answered with, each with the field that it comes from."""
         if asked.background:
-            self.check_on("background")
+            self.check_on("background", "background: true", ", or leave background out")
             if asked.store is False:
                 raise RequestError("background needs store: true, since the answer is asked for later", param="background")
+        way_out = ", or send " if asked.store is False else ", or send store: false and "
         before: list[tuple[Item, str]] = []
         if asked.previous_response_id is not None:
             place = "previous_response_id"
-            kept = self.find(asked.previous_response_id, owner, place)
+            self.check_on(place, place, way_out + "the whole conversation as input")
+            kept = self._find(asked.previous_response_id, owner, place)
             if kept.body is None:
                 raise RequestError(f"{place} names a response that is not finished yet; wait for it, or cancel it", param=place)
             before = [(item, place) for item in (*kept.items, *kept.body["output"])]
         known: dict[str, Item] = {}
-        items = [*before, *((self._referred(item, place, owner, known), place) for item, place in asked.own_items)]
+        instead = way_out + "the item itself"
+        items = [*before, *((self._referred(item, place, owner, known, instead), place) for item, place in asked.own_items)]
         if self.keeps(asked) and _size([item for item, _ in items]) > self._most_bytes:
             raise RequestError(
                 f"the conversation is larger than the {self._most_bytes // 2**20} MiB of kept responses (--max-stored-mib); "
@@ -178,14 +184,18 @@ class ResponseStore:
             await kept.run.cancel()
         return kept.whole()
 
-    def _referred(self, item: Any, place: str, owner: str, known: dict[str, Item]) -> Any:
-        """The item itself, or the one that it names. `known`: all kept items by id, once one was asked for."""
+    def _referred(self, item: Any, place: str, owner: str, known: dict[str, Item], instead: str) -> Any:
+        """The item itself, or the one that it names.
+
+        Args:
+            known: all kept items by id, once one was asked for. instead: the way out where nothing is kept.
+        """
         if not isinstance(item, Mapping) or (item.get("type") or ("message" if "role" in item else REFERENCE)) != REFERENCE:
             return item
         id = item.get("id")
         if not isinstance(id, str):
             raise RequestError(f"{place}.id is missing", param=f"{place}.id")
-        self.check_on(f"{place}.type", f"{place}.type item_reference")
+        self.check_on(f"{place}.type", f"{place}.type item_reference", instead)
         if not known:
             for kept in self._items_of(owner):
                 known.setdefault(kept["id"], kept)

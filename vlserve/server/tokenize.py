@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ MAX_DETOKENIZE = 1_000_000
 
 
 class TokenizeRequest(Body):
+    instead: ClassVar[Mapping[str, str]] = dict.fromkeys(("content", "text", "input"), "here it is prompt")
     prompt: str | None = Field(None, description="a raw text; or messages")
     messages: list[Any] | None = None
     add_special_tokens: bool | None = None
@@ -38,6 +40,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
+    instead: ClassVar[Mapping[str, str]] = dict.fromkeys(("token_ids", "ids", "input_ids"), "here it is tokens")
     tokens: list[int]
 
     def check(self, vocab_size: int) -> None:

@@ -82,7 +82,7 @@ def to_grammar(structured: StructuredOutput) -> xgrammar.Grammar:
             texts = [{"type": "const_string", "value": text} for text in structured.choice]
             return Grammar.from_structural_tag(_tag({"type": "or", "elements": texts}))
         if structured.grammar is not None:
-            return Grammar.from_ebnf(_check_grammar(structured.grammar, regex.Budget()))
+            return _read_grammar(structured.grammar)
         return Grammar.from_structural_tag(_read_tag(str(structured.structural_tag)))
     except (RuntimeError, ValueError) as error:
         raise RequestError(f"{param} cannot be used: {_reason(error)}", param=param) from None
@@ -94,6 +94,18 @@ def is_json(structured: StructuredOutput) -> bool:
     xgrammar lets them into strings with a length limit, where JSON forbids them.
     """
     return structured.kind in ("json", "json_object", "structural_tag")
+
+
+def _read_grammar(text: str) -> xgrammar.Grammar:
+    from xgrammar import Grammar
+
+    checked = _check_grammar(text, regex.Budget())
+    try:
+        return Grammar.from_ebnf(checked)
+    except (RuntimeError, ValueError) as error:
+        if re.search(r"^\s*root\s*::=", text, re.MULTILINE):
+            raise
+        raise ValueError(f"{_reason(error)}; expected GBNF (EBNF), whose rules are root ::= ..., not Lark") from None
 
 
 def _check_grammar(text: str, budget: regex.Budget) -> str:
