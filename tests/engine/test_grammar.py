@@ -166,7 +166,7 @@ def test_min_tokens_is_kept_while_there_is_something_to_say(folder: Path) -> Non
 
 def test_special_tokens_never_come_inside(folder: Path) -> None:
     ids = [tokenizer(folder).token_id(name) for name in SPECIAL]
-    pushed = {id: 1000.0 for id in ids if id != tokenizer(folder).token_id("<|im_end|>")}
+    pushed = {id: 100.0 for id in ids if id != tokenizer(folder).token_id("<|im_end|>")}
     (events,) = ask(engine(folder), [StructuredOutput(regex=r"(?:.|\n){20,}")], max_tokens=60, logit_bias=pushed)
     assert not set(ids) & set(tokens(events)[:-1])
 
