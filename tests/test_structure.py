@@ -148,7 +148,7 @@ def test_the_core_knows_no_family_of_models() -> None:
 
 def test_tests_mirror_the_tree() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
-    assert folders <= {*ROOMS, "examples", "benchmarks"}
+    assert folders <= {*ROOMS, "examples", "benchmarks", "rehearsal"}
     assert sorted(path.parent.name for path in (ROOT / "tests/kernels").glob("*/__init__.py")) == OPERATIONS
 
 

@@ -1,0 +1,299 @@
+"""A CUDA device that is not there: tensors that say they are on it, and compute on the CPU.
+
+Every operator passes `Device.__torch_dispatch__`, which refuses what a CUDA device refuses (operands on two devices, a tensor's
+memory read by the host), notes where the host would wait for the device, counts memory as torch's allocator does, and records
+and replays graphs. Values are real, so what an engine answers on it can be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+ROOT = Path(__file__).parents[2]
+ROUND = 512  # bytes to which torch's allocator rounds
+DATA_DEPENDENT = {  # the size of what they give is known to the device only
+    "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
+    "aten::repeat_interleave.Tensor", "aten::equal", "aten::_local_scalar_dense", "aten::is_nonzero",
+}  # fmt: skip
+
+
+class DeviceTensor(torch.Tensor):
+    """`inner` has the numbers, on the CPU or, where only sizes count, on torch's meta device."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, device: torch.device) -> DeviceTensor:
+        made: DeviceTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+            requires_grad=False,
+        )
+        made.inner = inner
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DeviceTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} on a rehearsed device from a thread that has not entered it")
+
+
+class DeviceError(RuntimeError):
+    """What CUDA would have refused."""
+
+
+@dataclass
+class Memory:
+    """Bytes that tensors hold, and their most since `peak` was set back."""
+
+    now: int = 0
+    peak: int = 0
+    holders: dict[int, int] = field(default_factory=dict)  # live tensors by storage
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    def hold(self, tensor: DeviceTensor) -> None:
+        storage = tensor.inner.untyped_storage()
+        key = storage._cdata
+        if key not in self.holders:
+            self.holders[key], self.sizes[key] = 0, -(-storage.nbytes() // ROUND) * ROUND
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+        self.holders[key] += 1
+        weakref.finalize(tensor, self._release, key).atexit = False
+
+    def _release(self, key: int) -> None:
+        self.holders[key] -= 1
+        if not self.holders[key]:
+            del self.holders[key]
+            self.now -= self.sizes.pop(key)
+
+
+class Graph:
+    """Operators with the very tensors that they read and write."""
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], None]] = []
+        self.kept: list[Any] = []
+
+    def replay(self) -> None:
+        for step in self.steps:
+            step()
+
+
+class Device(TorchDispatchMode):
+    """Entered by each thread that computes on it; threads share `shared`."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode these come as they are
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        return _Call(self.shared, func, args, kwargs).run()
+
+
+@dataclass
+class Shared:
+    """What is known of the devices of one machine."""
+
+    memory: dict[int, Memory] = field(default_factory=dict)
+    waits: list[str] = field(default_factory=list)  # where the host waited, as `operator at file:line`
+    pinned_storages: dict[int, int] = field(default_factory=dict)
+    recording: threading.local = field(default_factory=threading.local)
+    may_wait: threading.local = field(default_factory=threading.local)
+
+    @property
+    def graph(self) -> Graph | None:
+        return getattr(self.recording, "graph", None)
+
+    def wait(self, what: str) -> None:
+        if getattr(self.may_wait, "is_meant", False):
+            return
+        if self.graph is not None:
+            raise DeviceError(f"{what} while a graph is recorded")
+        self.waits.append(f"{what} at {_place()}")
+
+    @contextlib.contextmanager
+    def meant(self) -> Iterator[None]:
+        """Waits in it are meant."""
+        self.may_wait.is_meant = True
+        try:
+            yield
+        finally:
+            self.may_wait.is_meant = False
+
+    def wrap(self, inner: torch.Tensor, device: torch.device) -> DeviceTensor:
+        with torch.inference_mode(mode=False):  # views of what was made outside of that mode are made in it
+            tensor = DeviceTensor(inner, device)
+        self.memory.setdefault(device.index or 0, Memory()).hold(tensor)
+        return tensor
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        self.pinned_storages[key] = self.pinned_storages.get(key, 0) + 1
+        weakref.finalize(tensor, self._unpin, key).atexit = False
+        return tensor
+
+    def _unpin(self, key: int) -> None:
+        self.pinned_storages[key] -= 1
+        if not self.pinned_storages[key]:
+            del self.pinned_storages[key]
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.pinned_storages
+
+
+class _Call:
+    """One operator."""
+
+    def __init__(self, shared: Shared, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.shared, self.func, self.args, self.kwargs = shared, func, args, kwargs
+        self.name = func._schema.name + ("." + func._schema.overload_name if func._schema.overload_name else "")
+        flat = tree_flatten((args, kwargs))[0]
+        self.tensors = [one for one in flat if isinstance(one, torch.Tensor)]
+        self.on_device = [one for one in self.tensors if isinstance(one, DeviceTensor)]
+
+    def run(self) -> Any:
+        wanted = self.kwargs.get("device")
+        wanted = None if wanted is None else torch.device(wanted)
+        if wanted is not None and wanted.type == "cuda" and wanted.index is None:
+            wanted = torch.device("cuda", 0)
+        is_pinned = bool(self.kwargs.get("pin_memory"))
+        if is_pinned:
+            self.kwargs = self.kwargs | {"pin_memory": False}
+        if not self.on_device and (wanted is None or wanted.type != "cuda"):
+            result = self.func(*self.args, **self.kwargs)
+            return self.shared.pin(result) if is_pinned else result
+        if self.name == "aten::_to_copy":
+            return self._to_copy(wanted)
+        if self.name in ("aten::copy_", "aten::copy"):
+            return self._copy()
+        return self._compute(wanted)
+
+    def _to_copy(self, wanted: torch.device | None) -> Any:
+        (source,) = self.tensors
+        is_async = bool(self.kwargs.get("non_blocking"))
+        target = wanted or source.device
+        self._crossing(source, target, is_async)
+        kwargs = {key: value for key, value in self.kwargs.items() if key not in ("device", "pin_memory")}
+        inner = source.inner if isinstance(source, DeviceTensor) else source
+        if inner.is_meta:
+            kwargs["device"] = "meta"
+        made = self.func(inner, **kwargs)
+        if made.untyped_storage()._cdata == inner.untyped_storage()._cdata:
+            made = made.clone()
+        if target.type != "cuda":
+            return made
+        self._record(lambda: made.copy_(inner), made)
+        return self.shared.wrap(made, target)
+
+    def _copy(self) -> Any:
+        target, source = self.args[0], self.args[1]
+        is_async = bool(self.args[2] if len(self.args) > 2 else self.kwargs.get("non_blocking", False))
+        self._crossing(source, target.device, is_async)
+        to, of = _inner(target), _inner(source)
+        to.copy_(of)
+        self._record(lambda: to.copy_(of), None)
+        return target
+
+    def _crossing(self, source: torch.Tensor, target: torch.device, is_async: bool) -> None:
+        """What a copy between host and device means."""
+        if source.is_meta or source.device.type == target.type:
+            return
+        if self.shared.graph is not None:
+            raise DeviceError(f"a copy from {source.device} to {target} while a graph is recorded, at {_place()}")
+        if source.device.type == "cpu":
+            if not self.shared.is_pinned(source):
+                self.shared.wait(f"a copy of {source.nbytes} bytes from pageable memory")
+        elif not is_async:
+            self.shared.wait(f"{self.name} to the host")
+
+    def _compute(self, wanted: torch.device | None) -> Any:
+        devices = {one.device for one in self.on_device} | ({wanted} if wanted is not None and wanted.type == "cuda" else set())
+        others = [one for one in self.tensors if not isinstance(one, DeviceTensor) and one.ndim > 0 and not one.is_meta]
+        if others and self.func is not torch.ops.aten.empty_like.default:
+            raise DeviceError(f"{self.name} has operands on cpu and {devices}, at {_place()}")
+        if len(devices) > 1:
+            raise DeviceError(f"{self.name} has operands on {devices}, at {_place()}")
+        (device,) = devices
+        if self.name in DATA_DEPENDENT or (self.name.startswith("aten::index") and self._has_mask()):
+            self.shared.wait(self.name)
+        args, kwargs = tree_map(_inner, (self.args, self.kwargs))
+        if wanted is not None:
+            is_meta = any(one.inner.is_meta for one in self.on_device)
+            kwargs["device"] = "meta" if is_meta else "cpu"
+        made = self.func(*args, **kwargs)
+        self._record_operator(args, kwargs, made)
+        back = {id(one.inner): one for one in self.on_device}
+
+        def wrap(one: Any) -> Any:
+            if not isinstance(one, torch.Tensor):
+                return one
+            known = back.get(id(one))
+            return self.shared.wrap(one, device) if known is None else known
+
+        return tree_map(wrap, made)
+
+    def _has_mask(self) -> bool:
+        flat = tree_flatten((self.args[1:], self.kwargs))[0]
+        return any(isinstance(one, torch.Tensor) and one.dtype in (torch.bool,) for one in flat)
+
+    def _record_operator(self, args: Any, kwargs: Any, made: Any) -> None:
+        if self.shared.graph is None:
+            return
+        outs = [one for one in tree_flatten(made)[0] if isinstance(one, torch.Tensor)]
+        given = {one.untyped_storage()._cdata for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)}
+        is_changing = self.func._schema.is_mutable
+        if not is_changing and outs and all(one.untyped_storage()._cdata in given for one in outs):
+            return  # a view
+
+        def again() -> None:
+            new = self.func(*args, **kwargs)
+            for old, one in zip(outs, (one for one in tree_flatten(new)[0] if isinstance(one, torch.Tensor)), strict=True):
+                if old.data_ptr() != one.data_ptr():
+                    old.copy_(one)
+
+        self._record(again, made)
+
+    def _record(self, step: Callable[[], Any], kept: Any) -> None:
+        if self.shared.graph is not None:
+            self.shared.graph.steps.append(step)
+            self.shared.graph.kept.append(kept)
+
+
+def _inner(one: Any) -> Any:
+    return one.inner if isinstance(one, DeviceTensor) else one
+
+
+def _place() -> str:
+    """The nearest line of ours that is not the stand-in's."""
+    own = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py")}
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and path not in own and "site-packages" not in path.parts:
+            return f"{path.relative_to(ROOT)}:{frame.lineno}"
+    return "?"

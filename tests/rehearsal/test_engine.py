@@ -1,0 +1,113 @@
+"""Whole engines on a card that is not there: they answer as the CPU does, and wait for the device only where that is meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.reference import add, engine, prompt, run
+from tests.engine.test_laws import picture
+from tests.rehearsal.cuda import H100, Rehearsal, install
+from tests.rehearsal.device import DeviceError
+from tests.rehearsal.launches import Launches
+from vlserve.config import SamplingParams
+from vlserve.engine.engine import Engine
+from vlserve.engine.messages import TokenEvent
+from vlserve.prompt.build import Prompt
+
+SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128, "kv_cache_gib": 0.001}
+READ = "Event.synchronize at vlserve/kernels/upload.py"
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rehearsal]:
+    rehearsal = Rehearsal(H100)
+    install(monkeypatch, rehearsal)
+    with rehearsal.entered():
+        yield rehearsal
+
+
+@pytest.fixture
+def launches(card: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    found = Launches(card.shared)
+    found.install(monkeypatch)
+    return found
+
+
+def answers(ours: Engine, prompts: list[Prompt], max_tokens: int = 4) -> tuple[dict[int, list[TokenEvent]], int]:
+    """And the number of steps."""
+    for i, one in enumerate(prompts):
+        add(ours, i, one, SamplingParams(logprobs=2), max_tokens)
+    before, steps = ours.step, 0
+
+    def counted() -> list[TokenEvent]:
+        nonlocal steps
+        steps += 1
+        return before()
+
+    ours.step = counted  # type: ignore[method-assign]
+    return run(ours), steps
+
+
+@pytest.fixture
+def prompts(checkpoint: Callable[..., Path]) -> list[Prompt]:
+    folder = checkpoint("qwen2")
+    return [prompt(folder, "How many?", [picture(1)]), prompt(folder, "Who are you?")]
+
+
+@pytest.fixture
+def on_the_cpu(checkpoint: Callable[..., Path], prompts: list[Prompt]) -> dict[int, list[TokenEvent]]:
+    return answers(engine(checkpoint("qwen2"), device="cpu", **SMALL), prompts)[0]
+
+
+def test_it_answers_as_the_cpu_and_waits_once_a_step(
+    checkpoint: Callable[..., Path],
+    prompts: list[Prompt],
+    on_the_cpu: dict[int, list[TokenEvent]],
+    card: Rehearsal,
+    launches: Launches,
+) -> None:
+    """With graphs, and steps that are scheduled while the one before them runs."""
+    ours = engine(checkpoint("qwen2"), device="cuda", **SMALL)
+    assert ours.overlaps and ours.runner.decodes is not None
+    card.shared.waits.clear()
+    got, steps = answers(ours, prompts)
+    assert {i: [e.token_id for e in events] for i, events in got.items()} == {
+        i: [e.token_id for e in events] for i, events in on_the_cpu.items()
+    }
+    waits = Counter(place.rpartition(":")[0] for place in card.shared.waits)
+    recorded = len(ours.runner.decodes.graphs.recorded)
+    assert waits.pop(READ) < steps, "the last step reads what was sampled, and starts nothing"
+    assert waits == {"torch.cuda.synchronize at vlserve/engine/cuda_graphs.py": recorded + 1}, "one for a picture's graph"
+    assert {signature.kernel for signature in launches.signatures} >= {"_attention_kernel", "_rms_kernel", "_layer_kernel"}
+    assert sum(ours.runner.device_bytes().values()) == card.memory().now
+
+
+def test_faults_are_found(card: Rehearsal) -> None:
+    """The rehearsal would tell of a hidden read, of operands on two devices, and of what a graph cannot record."""
+    there, here = torch.ones(4, device="cuda"), torch.ones(4)
+    float(there.sum())
+    assert card.shared.waits[-1].startswith("aten::_local_scalar_dense at tests/rehearsal/test_engine.py")
+    there[there > 0]
+    assert card.shared.waits[-1].startswith("aten::index.Tensor")
+    with pytest.raises(DeviceError, match="operands on cpu"):
+        there + here
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(DeviceError, match="while a graph is recorded"), torch.cuda.graph(graph):
+        here.to("cuda")
+
+
+def test_a_graph_does_the_work_again_on_the_same_memory(card: Rehearsal) -> None:
+    given, taken = torch.zeros(3, device="cuda"), torch.zeros(3, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        taken.copy_((given + 1) * 2)
+    before = card.memory().now
+    given.fill_(4)
+    graph.replay()
+    assert taken.cpu().tolist() == [10.0] * 3 and card.memory().now == before
