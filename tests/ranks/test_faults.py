@@ -32,7 +32,7 @@ from tests.ranks.faults import (
 from tests.settling import eventually, wait_until
 from tests.vision.test_preprocess import noise
 from vlserve import EngineError, VLPipeline
-from vlserve.engine.messages import STAGES
+from vlserve.engine.messages import STAGES, Step
 
 LIMIT_S = 4
 Hold = Callable[..., None]
@@ -126,6 +126,19 @@ def begin(pipe: VLPipeline) -> tuple[Iterator[Any], psutil.Process]:
     return deltas, rank
 
 
+def wait_for_its_absence(pipe: VLPipeline) -> None:
+    """Until rank 0 waits for a rank that was stopped, and not only for one that is slow."""
+    status = pipe.client._ranks._status
+    seen: list[tuple[int, str]] = []
+
+    def read() -> list[tuple[int, str]]:
+        first = status.read()[0]
+        seen.append((first.number, first.kind))
+        return seen
+
+    eventually(read, lambda seen: seen[-1][1] and len(seen) >= 10 and len(set(seen[-10:])) == 1, "rank 0 waits in a collective")
+
+
 def test_a_rank_killed_in_a_step(checkpoint: Callable[..., Path]) -> None:
     with pipeline(checkpoint("qwen2")) as pipe:
         deltas, rank = begin(pipe)
@@ -160,8 +173,12 @@ def test_requests_that_leave_do_not_hide_a_rank_that_hangs(checkpoint: Callable[
     with pipeline(checkpoint("qwen2"), step_timeout_s=LIMIT_S) as pipe:
         deltas, rank = begin(pipe)
         rank.suspend()
+        wait_for_its_absence(pipe)
         clock = Clock("rank 1 stopped, and its client leaves")
         deltas.close()  # type: ignore[attr-defined]
+        wait_until(lambda: not pipe.client._streams, "the ranks are told that the client left")
+        late = Step(events=[], stats=pipe.client.stats, num_taken=1)  # of the step before, and read only now
+        pipe.client._handle(late, *[None] * 3)
         assert "step_timeout_s" in clock.wait_error(pipe, limit_s=LIMIT_S)
 
 

@@ -163,6 +163,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
 
     events: list[TokenEvent]
     stats: Stats
+    num_taken: int  # messages that rank 0 had read before this step, since it started
 
 
 ToRank = Add | Abort | Shutdown

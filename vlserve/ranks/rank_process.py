@@ -114,7 +114,7 @@ class _Rank:
             return
         if rank == 0:
             engine = Engine(config, self._enter, seat=seat)
-            self._send(Step(events=[], stats=engine.stats()))  # before Ready: whoever sees it ready has figures
+            self._send(Step(events=[], stats=engine.stats(), num_taken=0))  # before Ready: whoever sees it ready has figures
             self._ready(engine.runner)
             self._serve(engine, requests)
             engine.runner.idle(is_last=True)
@@ -215,12 +215,14 @@ class _Rank:
 
     def _serve(self, engine: Engine, requests: zmq.Socket[bytes]) -> None:
         decoder = msgspec.msgpack.Decoder(ToRank)
+        num_taken = 0
         while True:
             ended: list[TokenEvent] = []
             received = _receive(requests, wait_s=0.0 if engine.has_work else TICK_S)
             if not received and not engine.has_work:
                 engine.runner.idle()
                 continue
+            num_taken += len(received)
             for frame in received:
                 try:
                     message = decoder.decode(frame)
@@ -235,7 +237,7 @@ class _Rank:
                     ended.append(TokenEvent(id=id, token_id=None, finish_reason="error", error=reason))
             ended += engine.step()
             engine.runner.keep_alive(TICK_S)
-            self._send(Step(events=ended, stats=engine.stats()))
+            self._send(Step(events=ended, stats=engine.stats(), num_taken=num_taken))
 
     def _follow(self, runner: Runner) -> None:
         told, at = runner.device_bytes(), time.monotonic()

@@ -71,7 +71,8 @@ class Supervisor:
         self._settled = threading.Event()  # ready or failed
         self._closing = threading.Event()
         self._last_sign = time.monotonic()
-        self._is_owed = False  # the ranks have a message that no step answered yet
+        self._is_owed = False  # the ranks have a request, or a message that they have not read yet
+        self._num_told = 0  # messages to the ranks that run now
         self._encoder = msgspec.msgpack.Encoder()
         self._folder = PrivateFolder(Path(tempfile.gettempdir()))
         if len(os.fsencode(self._folder.path)) > MAX_FOLDER_BYTES:
@@ -158,6 +159,7 @@ class Supervisor:
         frame = self._encoder.encode(message)  # first: what cannot be encoded is owed no answer
         if not self._is_owed:
             self._is_owed, self._last_sign = True, time.monotonic()
+        self._num_told += 1
         self._outbox.send(frame)
 
     def _run(self) -> None:
@@ -189,9 +191,6 @@ class Supervisor:
         folder.mkdir()
         requests, events = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         self._failure = self._echo = None
-        with contextlib.suppress(zmq.Again):  # left over from ranks that failed; open requests are sent again
-            while True:
-                inbox.recv(zmq.NOBLOCK)
         self._last_sign = time.monotonic()
         try:
             for socket in (requests, events):
@@ -224,10 +223,10 @@ class Supervisor:
             readable = dict(poller.poll(POLL_MS))
             if inbox in readable:
                 message = inbox.recv()
-                if self.ready is not None:  # requests made before are sent again when the ranks are ready
+                if self.ready is not None:
                     requests.send(message)  # never blocks: it has a queue without limit from the start
             if events in readable:
-                self._handle(decoder.decode(events.recv()), ranks, requests)
+                self._handle(decoder.decode(events.recv()), ranks, inbox, requests)
                 if time.monotonic() - looked < POLL_MS / 1000:
                     continue
             looked = time.monotonic()
@@ -250,7 +249,7 @@ class Supervisor:
         elif self._echo is not None and time.monotonic() > self._echo[0]:
             self._failure = self._echo[1]
 
-    def _handle(self, message: FromRank, ranks: Ranks, requests: zmq.Socket[bytes]) -> None:
+    def _handle(self, message: FromRank, ranks: Ranks, inbox: zmq.Socket[bytes], requests: zmq.Socket[bytes]) -> None:
         self._last_sign = time.monotonic()
         if isinstance(message, Step):
             stats = message.stats
@@ -260,7 +259,8 @@ class Supervisor:
             self.stats = stats
             self._dispatch(message.events)
             with self._lock:
-                self._is_owed = any(True for _ in self._open_requests())
+                # news that was on its way when a client left does not answer that it left
+                self._is_owed = message.num_taken < self._num_told or any(True for _ in self._open_requests())
         elif isinstance(message, Stage):
             before = ranks.stages[message.rank].name
             seconds = ranks.saw(message)
@@ -274,7 +274,7 @@ class Supervisor:
             if message.rank != 0:
                 self._memory[message.rank] = message.device_bytes
             if len(self._ready_ranks) == len(ranks.numbers):
-                self._begin(self._ready_ranks[ranks.first], requests)
+                self._begin(self._ready_ranks[ranks.first], inbox, requests)
         elif isinstance(message, Failed):
             kind = getattr(errors, message.kind, EngineError)
             if message.is_echo:
@@ -283,13 +283,17 @@ class Supervisor:
             else:
                 self._failure = kind(message.message)
 
-    def _begin(self, ready: Ready, requests: zmq.Socket[bytes]) -> None:
-        """The ranks serve; requests that waited for a restart go to them."""
+    def _begin(self, ready: Ready, inbox: zmq.Socket[bytes], requests: zmq.Socket[bytes]) -> None:
+        """The ranks serve; open requests go to them, those too that were open when earlier ranks failed."""
         with self._lock:
-            self._is_owed = False
+            with contextlib.suppress(zmq.Again):  # what was told before is told again below, or is about requests that are gone
+                while True:
+                    inbox.recv(zmq.NOBLOCK)
+            self._num_told = 0
             for request in self._open_requests():
                 requests.send(self._encoder.encode(request))
-                self._is_owed = True
+                self._num_told += 1
+            self._is_owed = self._num_told > 0
             self.ready = ready
         self._settled.set()
 
