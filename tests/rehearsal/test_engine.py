@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.reference import add, engine, prompt, run
+from tests.engine.reference import engine, prompt
 from tests.engine.test_laws import picture
-from tests.rehearsal.cuda import H100, Rehearsal, install
+from tests.rehearsal.cuda import Rehearsal
 from tests.rehearsal.device import DeviceError
+from tests.rehearsal.engines import READ, SMALL, answers, tokens, waits
 from tests.rehearsal.launches import Launches
-from vlserve.config import SamplingParams
-from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
 from vlserve.prompt.build import Prompt
-
-SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128, "kv_cache_gib": 0.001}
-READ = "Event.synchronize at vlserve/kernels/upload.py"
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rehearsal]:
-    rehearsal = Rehearsal(H100)
-    install(monkeypatch, rehearsal)
-    with rehearsal.entered():
-        yield rehearsal
-
-
-@pytest.fixture
-def launches(card: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> Launches:
-    found = Launches(card.shared)
-    found.install(monkeypatch)
-    return found
-
-
-def answers(ours: Engine, prompts: list[Prompt], max_tokens: int = 4) -> tuple[dict[int, list[TokenEvent]], int]:
-    """And the number of steps."""
-    for i, one in enumerate(prompts):
-        add(ours, i, one, SamplingParams(logprobs=2), max_tokens)
-    before, steps = ours.step, 0
-
-    def counted() -> list[TokenEvent]:
-        nonlocal steps
-        steps += 1
-        return before()
-
-    ours.step = counted  # type: ignore[method-assign]
-    return run(ours), steps
 
 
 @pytest.fixture
@@ -77,13 +41,11 @@ def test_it_answers_as_the_cpu_and_waits_once_a_step(
     assert ours.overlaps and ours.runner.decodes is not None
     card.shared.waits.clear()
     got, steps = answers(ours, prompts)
-    assert {i: [e.token_id for e in events] for i, events in got.items()} == {
-        i: [e.token_id for e in events] for i, events in on_the_cpu.items()
-    }
-    waits = Counter(place.rpartition(":")[0] for place in card.shared.waits)
+    assert tokens(got) == tokens(on_the_cpu)
+    seen = waits(card)
     recorded = len(ours.runner.decodes.graphs.recorded)
-    assert waits.pop(READ) < steps, "the last step reads what was sampled, and starts nothing"
-    assert waits == {"torch.cuda.synchronize at vlserve/engine/cuda_graphs.py": recorded + 1}, "one for a picture's graph"
+    assert seen.pop(READ) < steps, "the last step reads what was sampled, and starts nothing"
+    assert seen == {"torch.cuda.synchronize at vlserve/engine/cuda_graphs.py": recorded + 1}, "one for a picture's graph"
     assert {signature.kernel for signature in launches.signatures} >= {"_attention_kernel", "_rms_kernel", "_layer_kernel"}
     assert sum(ours.runner.device_bytes().values()) == card.memory().now
 

@@ -1,0 +1,40 @@
+"""What the rehearsal's tests share: small engines, their answers, and where they waited for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tests.engine.reference import add, run
+from tests.rehearsal.cuda import Rehearsal
+from vlserve.config import SamplingParams
+from vlserve.engine.engine import Engine
+from vlserve.engine.messages import TokenEvent
+from vlserve.prompt.build import Prompt
+
+SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128, "kv_cache_gib": 0.001}
+READ = "Event.synchronize at vlserve/kernels/upload.py"
+
+
+def answers(ours: Engine, prompts: list[Prompt], max_tokens: int = 4) -> tuple[dict[int, list[TokenEvent]], int]:
+    """And the number of steps."""
+    for i, one in enumerate(prompts):
+        add(ours, i, one, SamplingParams(logprobs=2), max_tokens)
+    before, steps = ours.step, 0
+
+    def counted() -> list[TokenEvent]:
+        nonlocal steps
+        steps += 1
+        return before()
+
+    ours.step = counted  # type: ignore[method-assign]
+    return run(ours), steps
+
+
+def tokens(got: dict[int, list[TokenEvent]]) -> dict[int, list[int | None]]:
+    return {i: [event.token_id for event in events] for i, events in got.items()}
+
+
+def waits(card: Rehearsal) -> Counter[str]:
+    """How often the host waited for the device, as `operator at file`."""
+    return Counter(place.rpartition(":")[0] for place in card.shared.waits)
