@@ -6,7 +6,9 @@ Every hundredth channel that a norm of the decoder gives is thirty times as larg
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +30,9 @@ VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 SALIENT_EVERY, SALIENT = 100, 30.0
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+def make_checkpoint(
+    folder: Path, seed: int = 0, *, text: Mapping[str, Any] = TEXT, vision: Mapping[str, Any] = VISION
+) -> Path:
     """Write config.json, tokenizer, processor and model.safetensors in bfloat16 into `folder`; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in DEMO.iterdir():
@@ -36,8 +40,8 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
             (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((DEMO / "config.json").read_text())
     config["dtype"] = "bfloat16"
-    config["text_config"] |= TEXT | {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
-    config["vision_config"] |= VISION
+    config["text_config"] |= {**text, "layer_types": ["full_attention"] * text["num_hidden_layers"]}
+    config["vision_config"] |= vision
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     with torch.device("meta"):
         targets = INTERNVL.build(config, INTERNVL.preprocessor(config, {}), Split()).targets()

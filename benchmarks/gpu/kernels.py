@@ -71,14 +71,14 @@ def all_cases(models: list[Sizes], *, quick: bool = False) -> Iterator[Case]:
             yield from make(sizes, quick=quick)
 
 
-def measure_rates(timer: Timer) -> Rates:
+def measure_rates(timer: Timer, copied: int = COPIED, width: int = PRODUCT) -> Rates:
     """Of the device at hand."""
-    source = torch.empty(COPIED, dtype=torch.uint8, device=timer.device)
+    source = torch.empty(copied, dtype=torch.uint8, device=timer.device)
     target = torch.empty_like(source)
-    x = torch.randn(PRODUCT, PRODUCT, device=timer.device).bfloat16()
+    x = torch.randn(width, width, device=timer.device).bfloat16()
     return Rates(
-        bandwidth=2 * COPIED / timer(lambda: target.copy_(source)),
-        rate=2 * PRODUCT**3 / timer(lambda: F.linear(x, x)),
+        bandwidth=2 * copied / timer(lambda: target.copy_(source)),
+        rate=2 * width**3 / timer(lambda: F.linear(x, x)),
     )
 
 
