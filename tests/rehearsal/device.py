@@ -70,6 +70,11 @@ class Memory:
     holders: dict[int, int] = field(default_factory=dict)  # live tensors by storage
     sizes: dict[int, int] = field(default_factory=dict)
 
+    def exempt(self, tensor: DeviceTensor) -> None:
+        """Memory that torch's allocator knows nothing of."""
+        key = tensor.inner.untyped_storage()._cdata
+        self.holders[key], self.sizes[key] = 1, 0
+
     def hold(self, tensor: DeviceTensor) -> None:
         storage = tensor.inner.untyped_storage()
         key = storage._cdata
@@ -113,6 +118,8 @@ class Device(TorchDispatchMode):
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
+        if func.name() in self.shared.operators:
+            return self.shared.operators[func.name()](*args, **kwargs)
         return _Call(self.shared, func, args, kwargs).run()
 
 
@@ -121,10 +128,26 @@ class Shared:
     """What is known of the devices of one machine."""
 
     memory: dict[int, Memory] = field(default_factory=dict)
-    waits: list[str] = field(default_factory=list)  # where the host waited, as `operator at file:line`
+    waits_for: dict[int, list[str]] = field(default_factory=dict)  # by device, where the host waited, as `operator at file:line`
+    operators: dict[str, Callable[..., Any]] = field(default_factory=dict)  # of packages that know CUDA alone, by name
     pinned_storages: dict[int, int] = field(default_factory=dict)
     recording: threading.local = field(default_factory=threading.local)
     may_wait: threading.local = field(default_factory=threading.local)
+    here: threading.local = field(default_factory=threading.local)
+
+    @property
+    def current(self) -> int:
+        """The index of this thread's device."""
+        return getattr(self.here, "index", 0)
+
+    @current.setter
+    def current(self, index: int) -> None:
+        self.here.index = index
+
+    @property
+    def waits(self) -> list[str]:
+        """For this thread's device."""
+        return self.waits_for.setdefault(self.current, [])
 
     @property
     def graph(self) -> Graph | None:
@@ -146,10 +169,12 @@ class Shared:
         finally:
             self.may_wait.is_meant = False
 
-    def wrap(self, inner: torch.Tensor, device: torch.device) -> DeviceTensor:
+    def wrap(self, inner: torch.Tensor, device: torch.device, *, is_counted: bool = True) -> DeviceTensor:
+        """`is_counted`: torch's allocator knows of it."""
         with torch.inference_mode(mode=False):  # views of what was made outside of that mode are made in it
             tensor = DeviceTensor(inner, device)
-        self.memory.setdefault(device.index or 0, Memory()).hold(tensor)
+        memory = self.memory.setdefault(device.index or 0, Memory())
+        memory.hold(tensor) if is_counted else memory.exempt(tensor)
         return tensor
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -181,7 +206,7 @@ class _Call:
         wanted = self.kwargs.get("device")
         wanted = None if wanted is None else torch.device(wanted)
         if wanted is not None and wanted.type == "cuda" and wanted.index is None:
-            wanted = torch.device("cuda", 0)
+            wanted = torch.device("cuda", self.shared.current)
         is_pinned = bool(self.kwargs.get("pin_memory"))
         if is_pinned:
             self.kwargs = self.kwargs | {"pin_memory": False}
@@ -291,7 +316,7 @@ def _inner(one: Any) -> Any:
 
 def _place() -> str:
     """The nearest line of ours that is not the stand-in's."""
-    own = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py")}
+    own = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py", "collectives.py")}
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and path not in own and "site-packages" not in path.parts:
