@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from tests.rehearsal.device import Device, DeviceError, Graph, Memory, Shared
 
@@ -144,6 +145,7 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
         memory = rehearsal.memory(device)
         memory.peak = memory.now
 
+    _device_constructors()  # a set that torch keeps: of its own functions, not of those that stand for them
     tensor, empty = torch.tensor, torch.empty
 
     def pinning(make: Any) -> Any:
