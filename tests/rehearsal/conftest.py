@@ -14,6 +14,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rehearsal]:
     install(monkeypatch, rehearsal)
     with rehearsal.entered():
         yield rehearsal
+        rehearsal.shared.finish()
 
 
 @pytest.fixture
