@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +73,7 @@ class Rehearsal:
     def entered(self) -> Iterator[None]:
         with Device(self.shared):
             yield
+            self.shared.queue(self.shared.current).finish()
 
     def memory(self, device: Any = None) -> Memory:
         return self.shared.memory.setdefault(self.index(device), Memory())
@@ -83,28 +86,43 @@ class Rehearsal:
         return self.shared.current if given is None else given
 
 
+def _called_alike(real: Any, stand_in: Any) -> Any:
+    """Refuses arguments that torch's own would not take."""
+    if not inspect.isfunction(real):  # a class
+        return stand_in
+    signature = inspect.signature(real)
+
+    @functools.wraps(real)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        signature.bind(*args, **kwargs)
+        return stand_in(*args, **kwargs)
+
+    return called
+
+
 def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
     """In place of torch's own; with the test they are gone."""
     shared, card = rehearsal.shared, rehearsal.card
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  # as FakeTensorMode does
 
     class Event:
-        """The device is through with everything at once, so it only knows whether it was recorded."""
+        """It knows which transfers were asked for before it; all else is done at once."""
 
         def __init__(self, enable_timing: bool = False, **_: Any) -> None:
-            self.is_timing, self.is_recorded, self.index = enable_timing, False, -1
+            self.is_timing, self.is_recorded, self.index, self.up_to = enable_timing, False, -1, 0
 
         def record(self, stream: Any = None) -> None:
             index = rehearsal.index() if stream is None else stream.device_index
             if self.index not in (-1, index):
                 raise DeviceError(f"an event of device {self.index} is recorded on device {index}")
-            self.is_recorded, self.index = True, index
+            self.is_recorded, self.index, self.up_to = True, index, shared.queue(index).num_begun
 
         def query(self) -> bool:
+            shared.queue(self.index).finish(self.up_to)
             return True
 
         def synchronize(self) -> None:
-            shared.wait("Event.synchronize")
+            shared.wait("Event.synchronize", self.up_to, self.index)
 
         def elapsed_time(self, other: Event) -> float:
             if not (self.is_timing and other.is_timing and self.is_recorded and other.is_recorded):
@@ -183,6 +201,6 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
         },
     }
     for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.cuda, name, _called_alike(getattr(torch.cuda, name), stand_in))
     monkeypatch.setattr(torch, "tensor", pinning(tensor))
     monkeypatch.setattr(torch, "empty", pinning(empty))

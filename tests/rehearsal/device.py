@@ -11,6 +11,7 @@ import contextlib
 import threading
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT = Path(__file__).parents[2]
+GARBAGE = 123  # in memory that a copy is still to fill
 ROUND = 512  # bytes to which torch's allocator rounds
 DATA_DEPENDENT = {  # the size of what they give is known to the device only
     "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
@@ -92,6 +94,48 @@ class Memory:
             self.now -= self.sizes.pop(key)
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A copy between pinned memory and a device that the host did not wait for. A real device is through with it at any moment
+    until the host waits; this one is as late as it can be, which shows who reads or writes too early."""
+
+    host: torch.Tensor
+    values: torch.Tensor  # of its source, when the copy was asked for
+    is_to_device: bool
+    place: str
+
+    def finish(self) -> None:
+        if not self.is_to_device:
+            with torch.inference_mode():  # it may have been made in it
+                self.host.copy_(self.values)
+        elif not torch.equal(_bytes(self.host), _bytes(self.values)):
+            raise DeviceError(f"memory of the host was written before the device had read it, in the copy at {self.place}")
+
+
+@dataclass
+class Queue:
+    """Transfers of one device that are under way."""
+
+    transfers: deque[Transfer] = field(default_factory=deque)
+    num_finished: int = 0
+
+    @property
+    def num_begun(self) -> int:
+        """Up to now; what an event marks."""
+        return self.num_finished + len(self.transfers)
+
+    def begin(self, transfer: Transfer) -> None:
+        if not transfer.is_to_device:
+            transfer.host.fill_(GARBAGE)
+        self.transfers.append(transfer)
+
+    def finish(self, up_to: int | None = None) -> None:
+        """What was asked for before is done: all of it, or the transfers before an event."""
+        while self.transfers and (up_to is None or self.num_finished < up_to):
+            self.num_finished += 1
+            self.transfers.popleft().finish()
+
+
 class Graph:
     """Operators with the very tensors that they read and write."""
 
@@ -134,6 +178,11 @@ class Shared:
     recording: threading.local = field(default_factory=threading.local)
     may_wait: threading.local = field(default_factory=threading.local)
     here: threading.local = field(default_factory=threading.local)
+    queues: dict[int, Queue] = field(default_factory=dict)
+
+    def queue(self, index: int) -> Queue:
+        """Of a device."""
+        return self.queues.setdefault(index, Queue())
 
     @property
     def current(self) -> int:
@@ -153,7 +202,10 @@ class Shared:
     def graph(self) -> Graph | None:
         return getattr(self.recording, "graph", None)
 
-    def wait(self, what: str) -> None:
+    def wait(self, what: str, up_to: int | None = None, index: int | None = None) -> None:
+        """The host waits for all that was asked for, or for an event, of this thread's device or of another."""
+        if self.graph is None:
+            self.queue(self.current if index is None else index).finish(up_to)
         if getattr(self.may_wait, "is_meant", False):
             return
         if self.graph is not None:
@@ -232,7 +284,11 @@ class _Call:
         if made.untyped_storage()._cdata == inner.untyped_storage()._cdata:
             made = made.clone()
         if target.type != "cuda":
+            if is_async and isinstance(source, DeviceTensor):
+                self._begin(made, made.clone(), is_to_device=False)
             return made
+        if source.device.type == "cpu" and is_async and self.shared.is_pinned(source):
+            self._begin(source, source.clone(), is_to_device=True)
         self._record(lambda: made.copy_(inner), made)
         return self.shared.wrap(made, target)
 
@@ -241,9 +297,18 @@ class _Call:
         is_async = bool(self.args[2] if len(self.args) > 2 else self.kwargs.get("non_blocking", False))
         self._crossing(source, target.device, is_async)
         to, of = _inner(target), _inner(source)
+        if is_async and target.device.type == "cpu" and source.device.type == "cuda":
+            self._begin(to, of.to(to.dtype, copy=True), is_to_device=False)
+            return target
+        if is_async and target.device.type == "cuda" and source.device.type == "cpu" and self.shared.is_pinned(source):
+            self._begin(of, of.clone(), is_to_device=True)
         to.copy_(of)
         self._record(lambda: to.copy_(of), None)
         return target
+
+    def _begin(self, host: torch.Tensor, values: torch.Tensor, *, is_to_device: bool) -> None:
+        if not values.is_meta:
+            self.shared.queue(self.shared.current).begin(Transfer(host, values, is_to_device, _place()))
 
     def _crossing(self, source: torch.Tensor, target: torch.device, is_async: bool) -> None:
         """What a copy between host and device means."""
@@ -252,8 +317,8 @@ class _Call:
         if self.shared.graph is not None:
             raise DeviceError(f"a copy from {source.device} to {target} while a graph is recorded, at {_place()}")
         if source.device.type == "cpu":
-            if not self.shared.is_pinned(source):
-                self.shared.wait(f"a copy of {source.nbytes} bytes from pageable memory")
+            if not self.shared.is_pinned(source):  # and what was asked for before may be done or not
+                self.shared.wait(f"a copy of {source.nbytes} bytes from pageable memory", up_to=0)
         elif not is_async:
             self.shared.wait(f"{self.name} to the host")
 
@@ -308,6 +373,10 @@ class _Call:
         if self.shared.graph is not None:
             self.shared.graph.steps.append(step)
             self.shared.graph.kept.append(kept)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten().view(torch.uint8)
 
 
 def _inner(one: Any) -> Any:
