@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from tests.rehearsal.device import Device, DeviceError, Graph, Memory, Shared
 
@@ -71,6 +72,7 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
     """In place of torch's own; with the test they are gone."""
     shared, card = rehearsal.shared, rehearsal.card
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  # as FakeTensorMode does
+    _device_constructors()  # which `with torch.device(...)` asks for once, by torch's own functions
 
     class Event:
         """The device is through with everything at once, so it only knows whether it was recorded."""
