@@ -104,6 +104,7 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
     """In place of torch's own; with the test they are gone."""
     shared, card = rehearsal.shared, rehearsal.card
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  # as FakeTensorMode does
+    _device_constructors()  # which `with torch.device(...)` asks for once, by torch's own functions
 
     class Event:
         """It knows which transfers were asked for before it; all else is done at once."""
