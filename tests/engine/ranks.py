@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,16 @@ class SharedPixels(PixelStore):
         return self.pixels[digest]
 
 
+Seated = Callable[[EngineConfig, int], contextlib.AbstractContextManager[Seat]]
+
+
 @contextlib.contextmanager
-def tp_engine(folder: Path, tp: int, **options: Any) -> Iterator[tuple[Engine, list[Runner]]]:
-    """An engine on `tp` ranks and the runners of all of them; ends them with the block. `lend` comes before the step's encode."""
+def tp_engine(folder: Path, tp: int, *, seated: Seated | None = None, **options: Any) -> Iterator[tuple[Engine, list[Runner]]]:
+    """An engine on `tp` ranks and the runners of all of them; ends them with the block. `lend` comes before the step's encode.
+
+    Args:
+        seated: for each rank's thread, in place of the CPU.
+    """
     config = EngineConfig(
         **{"model": str(folder), "tp": tp, "device": "cpu", "kv_cache_gib": 0.01, "dtype": "float32", **options}
     )
@@ -45,16 +53,22 @@ def tp_engine(folder: Path, tp: int, **options: Any) -> Iterator[tuple[Engine, l
     runners: list[Runner | None] = [None] * tp
     errors: list[BaseException] = []
 
-    def seat(rank: int) -> Seat:
+    def on_the_cpu(config: EngineConfig, rank: int) -> contextlib.AbstractContextManager[Seat]:
         group = DistributedGroup(store, rank, tp, address="127.0.0.1", timeout_s=60, status=RankStatusWriter())
+        return contextlib.nullcontext(Seat(group=group, local_rank=rank % config.ranks_per_node))
+
+    @contextlib.contextmanager
+    def at_rank(rank: int) -> Iterator[Seat]:
         is_here = rank < config.ranks_per_node  # on rank 0's machine; to the others rank 0 must send what they need
-        return Seat(group=group, local_rank=rank % config.ranks_per_node, pixels=pixels if is_here else PixelStore([]))
+        with (seated or on_the_cpu)(config, rank) as seat:
+            yield replace(seat, pixels=pixels if is_here else PixelStore([]))
 
     def follow(rank: int) -> None:
         try:
-            runner = runners[rank] = build_runner(read_checkpoint(folder), config, seat(rank), lambda name, done, total: None)
-            while runner.follow():
-                pass
+            with at_rank(rank) as seat:
+                runner = runners[rank] = build_runner(read_checkpoint(folder), config, seat, lambda name, done, total: None)
+                while runner.follow():
+                    pass
         except BaseException as error:
             errors.append(error)
             raise
@@ -62,14 +76,15 @@ def tp_engine(folder: Path, tp: int, **options: Any) -> Iterator[tuple[Engine, l
     threads = [threading.Thread(target=follow, args=(rank,), daemon=True) for rank in range(1, tp)]
     for thread in threads:
         thread.start()
-    engine = Engine(config, seat=seat(0))
-    runners[0] = engine.runner
-    while any(runner is None for runner in runners) and not errors:  # they warmed up together, so they are as good as built
-        time.sleep(0.001)
-    try:
-        yield engine, [runner for runner in runners if runner is not None]
-    finally:
-        engine.runner.idle(is_last=True)
-        for thread in threads:
-            thread.join(timeout=60)
+    with at_rank(0) as first:
+        engine = Engine(config, seat=first)
+        runners[0] = engine.runner
+        while any(runner is None for runner in runners) and not errors:  # they warmed up together, so they are as good as built
+            time.sleep(0.001)
+        try:
+            yield engine, [runner for runner in runners if runner is not None]
+        finally:
+            engine.runner.idle(is_last=True)
+            for thread in threads:
+                thread.join(timeout=60)
     assert not errors, errors

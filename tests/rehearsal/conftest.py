@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from tests import checkpoints
+from tests.checkpoints import make_checkpoint
+from tests.rehearsal import interpreter
 from tests.rehearsal.cuda import H100, Rehearsal, install
+from tests.rehearsal.engines import TINY, Rig
 from tests.rehearsal.launches import Launches
+from vlserve.vision import tower
 
 
 @pytest.fixture
@@ -20,4 +27,28 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rehearsal]:
 def launches(card: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> Launches:
     found = Launches(card.shared)
     found.install(monkeypatch)
+    interpreter.install(monkeypatch)
     return found
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """A card for all tests of a file, so that they share engines. It has few multiprocessors, since a decode step has programs
+    for each of them, and the encoder takes few tiles at once, since the peak is measured with so many."""
+    with pytest.MonkeyPatch.context() as patch:
+        rehearsal = Rehearsal(replace(H100, multi_processor_count=4))
+        install(patch, rehearsal)
+        launches = Launches(rehearsal.shared)
+        launches.install(patch)
+        interpreter.install(patch)
+        patch.setattr(tower, "TILES_AT_ONCE", 2)
+        with rehearsal.entered():
+            yield Rig(rehearsal, launches)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "TILE", 14)
+        return make_checkpoint(tmp_path_factory.mktemp("tiny"), **TINY)

@@ -11,6 +11,7 @@ import contextlib
 import threading
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT = Path(__file__).parents[2]
+GARBAGE = 123  # in memory that a copy is still to fill
 ROUND = 512  # bytes to which torch's allocator rounds
 DATA_DEPENDENT = {  # the size of what they give is known to the device only
     "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
@@ -70,6 +72,11 @@ class Memory:
     holders: dict[int, int] = field(default_factory=dict)  # live tensors by storage
     sizes: dict[int, int] = field(default_factory=dict)
 
+    def exempt(self, tensor: DeviceTensor) -> None:
+        """Memory that torch's allocator knows nothing of."""
+        key = tensor.inner.untyped_storage()._cdata
+        self.holders[key], self.sizes[key] = 1, 0
+
     def hold(self, tensor: DeviceTensor) -> None:
         storage = tensor.inner.untyped_storage()
         key = storage._cdata
@@ -85,6 +92,48 @@ class Memory:
         if not self.holders[key]:
             del self.holders[key]
             self.now -= self.sizes.pop(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A copy between pinned memory and a device that the host did not wait for. A real device is through with it at any moment
+    until the host waits; this one is as late as it can be, which shows who reads or writes too early."""
+
+    host: torch.Tensor
+    values: torch.Tensor  # of its source, when the copy was asked for
+    is_to_device: bool
+    place: str
+
+    def finish(self) -> None:
+        if not self.is_to_device:
+            with torch.inference_mode():  # it may have been made in it
+                self.host.copy_(self.values)
+        elif not torch.equal(_bytes(self.host), _bytes(self.values)):
+            raise DeviceError(f"memory of the host was written before the device had read it, in the copy at {self.place}")
+
+
+@dataclass
+class Queue:
+    """Transfers of one device that are under way."""
+
+    transfers: deque[Transfer] = field(default_factory=deque)
+    num_finished: int = 0
+
+    @property
+    def num_begun(self) -> int:
+        """Up to now; what an event marks."""
+        return self.num_finished + len(self.transfers)
+
+    def begin(self, transfer: Transfer) -> None:
+        if not transfer.is_to_device:
+            transfer.host.fill_(GARBAGE)
+        self.transfers.append(transfer)
+
+    def finish(self, up_to: int | None = None) -> None:
+        """What was asked for before is done: all of it, or the transfers before an event."""
+        while self.transfers and (up_to is None or self.num_finished < up_to):
+            self.num_finished += 1
+            self.transfers.popleft().finish()
 
 
 class Graph:
@@ -113,6 +162,8 @@ class Device(TorchDispatchMode):
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
+        if func.name() in self.shared.operators:
+            return self.shared.operators[func.name()](*args, **kwargs)
         return _Call(self.shared, func, args, kwargs).run()
 
 
@@ -121,16 +172,40 @@ class Shared:
     """What is known of the devices of one machine."""
 
     memory: dict[int, Memory] = field(default_factory=dict)
-    waits: list[str] = field(default_factory=list)  # where the host waited, as `operator at file:line`
+    waits_for: dict[int, list[str]] = field(default_factory=dict)  # by device, where the host waited, as `operator at file:line`
+    operators: dict[str, Callable[..., Any]] = field(default_factory=dict)  # of packages that know CUDA alone, by name
     pinned_storages: dict[int, int] = field(default_factory=dict)
     recording: threading.local = field(default_factory=threading.local)
     may_wait: threading.local = field(default_factory=threading.local)
+    here: threading.local = field(default_factory=threading.local)
+    queues: dict[int, Queue] = field(default_factory=dict)
+
+    def queue(self, index: int) -> Queue:
+        """Of a device."""
+        return self.queues.setdefault(index, Queue())
+
+    @property
+    def current(self) -> int:
+        """The index of this thread's device."""
+        return getattr(self.here, "index", 0)
+
+    @current.setter
+    def current(self, index: int) -> None:
+        self.here.index = index
+
+    @property
+    def waits(self) -> list[str]:
+        """For this thread's device."""
+        return self.waits_for.setdefault(self.current, [])
 
     @property
     def graph(self) -> Graph | None:
         return getattr(self.recording, "graph", None)
 
-    def wait(self, what: str) -> None:
+    def wait(self, what: str, up_to: int | None = None, index: int | None = None) -> None:
+        """The host waits for all that was asked for, or for an event, of this thread's device or of another."""
+        if self.graph is None:
+            self.queue(self.current if index is None else index).finish(up_to)
         if getattr(self.may_wait, "is_meant", False):
             return
         if self.graph is not None:
@@ -146,10 +221,12 @@ class Shared:
         finally:
             self.may_wait.is_meant = False
 
-    def wrap(self, inner: torch.Tensor, device: torch.device) -> DeviceTensor:
+    def wrap(self, inner: torch.Tensor, device: torch.device, *, is_counted: bool = True) -> DeviceTensor:
+        """`is_counted`: torch's allocator knows of it."""
         with torch.inference_mode(mode=False):  # views of what was made outside of that mode are made in it
             tensor = DeviceTensor(inner, device)
-        self.memory.setdefault(device.index or 0, Memory()).hold(tensor)
+        memory = self.memory.setdefault(device.index or 0, Memory())
+        memory.hold(tensor) if is_counted else memory.exempt(tensor)
         return tensor
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -181,7 +258,7 @@ class _Call:
         wanted = self.kwargs.get("device")
         wanted = None if wanted is None else torch.device(wanted)
         if wanted is not None and wanted.type == "cuda" and wanted.index is None:
-            wanted = torch.device("cuda", 0)
+            wanted = torch.device("cuda", self.shared.current)
         is_pinned = bool(self.kwargs.get("pin_memory"))
         if is_pinned:
             self.kwargs = self.kwargs | {"pin_memory": False}
@@ -207,7 +284,11 @@ class _Call:
         if made.untyped_storage()._cdata == inner.untyped_storage()._cdata:
             made = made.clone()
         if target.type != "cuda":
+            if is_async and isinstance(source, DeviceTensor):
+                self._begin(made, made.clone(), is_to_device=False)
             return made
+        if source.device.type == "cpu" and is_async and self.shared.is_pinned(source):
+            self._begin(source, source.clone(), is_to_device=True)
         self._record(lambda: made.copy_(inner), made)
         return self.shared.wrap(made, target)
 
@@ -216,9 +297,18 @@ class _Call:
         is_async = bool(self.args[2] if len(self.args) > 2 else self.kwargs.get("non_blocking", False))
         self._crossing(source, target.device, is_async)
         to, of = _inner(target), _inner(source)
+        if is_async and target.device.type == "cpu" and source.device.type == "cuda":
+            self._begin(to, of.to(to.dtype, copy=True), is_to_device=False)
+            return target
+        if is_async and target.device.type == "cuda" and source.device.type == "cpu" and self.shared.is_pinned(source):
+            self._begin(of, of.clone(), is_to_device=True)
         to.copy_(of)
         self._record(lambda: to.copy_(of), None)
         return target
+
+    def _begin(self, host: torch.Tensor, values: torch.Tensor, *, is_to_device: bool) -> None:
+        if not values.is_meta:
+            self.shared.queue(self.shared.current).begin(Transfer(host, values, is_to_device, _place()))
 
     def _crossing(self, source: torch.Tensor, target: torch.device, is_async: bool) -> None:
         """What a copy between host and device means."""
@@ -227,8 +317,8 @@ class _Call:
         if self.shared.graph is not None:
             raise DeviceError(f"a copy from {source.device} to {target} while a graph is recorded, at {_place()}")
         if source.device.type == "cpu":
-            if not self.shared.is_pinned(source):
-                self.shared.wait(f"a copy of {source.nbytes} bytes from pageable memory")
+            if not self.shared.is_pinned(source):  # and what was asked for before may be done or not
+                self.shared.wait(f"a copy of {source.nbytes} bytes from pageable memory", up_to=0)
         elif not is_async:
             self.shared.wait(f"{self.name} to the host")
 
@@ -285,13 +375,17 @@ class _Call:
             self.shared.graph.kept.append(kept)
 
 
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
 def _inner(one: Any) -> Any:
     return one.inner if isinstance(one, DeviceTensor) else one
 
 
 def _place() -> str:
     """The nearest line of ours that is not the stand-in's."""
-    own = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py")}
+    own = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py", "collectives.py")}
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and path not in own and "site-packages" not in path.parts:

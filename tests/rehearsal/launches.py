@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Launches:
 
     def __init__(self, shared: Shared) -> None:
         self.shared, self.signatures = shared, dict[Signature, int]()
+        self.one_at_a_time = threading.Lock()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         launch = GridExecutor.__call__
@@ -45,7 +47,8 @@ class Launches:
             named = {key: _inner(one) for key, one in kwargs.items()}
 
             def again() -> None:
-                launch(executor, *inner, **named)
+                with self.one_at_a_time:  # the interpreter keeps its state in globals
+                    launch(executor, *inner, **named)
 
             again()
             if self.shared.graph is not None:

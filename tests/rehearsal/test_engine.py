@@ -64,6 +64,22 @@ def test_faults_are_found(card: Rehearsal) -> None:
         here.to("cuda")
 
 
+def test_copies_that_are_not_waited_for_are_late(card: Rehearsal) -> None:
+    """So that a host that reads before it waited, or writes what the device has not read yet, is found."""
+    given, taken = torch.arange(4), torch.zeros(4, dtype=torch.int64, pin_memory=False)
+    taken.copy_(given.to("cuda") + 1, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    assert taken.tolist() != [1, 2, 3, 4]
+    event.synchronize()
+    assert taken.tolist() == [1, 2, 3, 4]
+    words = torch.tensor([1, 2, 3], pin_memory=True)
+    there = words.to("cuda", non_blocking=True)
+    words[1] = 7
+    with pytest.raises(DeviceError, match="was written before the device had read it.*test_engine"):
+        float(there.sum())
+
+
 def test_a_graph_does_the_work_again_on_the_same_memory(card: Rehearsal) -> None:
     given, taken = torch.zeros(3, device="cuda"), torch.zeros(3, device="cuda")
     graph = torch.cuda.CUDAGraph()

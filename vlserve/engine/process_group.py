@@ -135,7 +135,9 @@ class DistributedGroup(Group):
             if self._one_shot is not None and self._one_shot.takes(x):
                 self._one_shot.all_reduce(x)
             else:
-                group.allreduce([x], options).wait()
+                work = group.allreduce([x], options)
+                if work is not None:  # on that stream there is nothing to wait for, and since torch 2.8 NCCL gives nothing
+                    work.wait()
         return x
 
     def minimum(self, value: int, kind: str) -> int:
