@@ -4,7 +4,8 @@ Parts in the order of their worth, each in a process of its own with a time limi
 definition, whole engines against the CPU (launched kernel by kernel, as graphs, overlapped, in other types, on two ranks), memory
 against the plan, and the figures that matter as fractions of their floors. It needs torch and Triton, and for engines timm and what
 transformers brings; no network. What is found is written after each part, so a machine that is taken away has still told
-something, and a second run passes over what passed: as long as files, card and versions are the same. Run this before
+something, and a second run passes over what passed: as long as files, card and versions are the same. The CPU's
+answers are computed once; `--prepare` does so on a machine without a GPU, for a folder that is then taken along. Run this before
 benchmarks/bench_gpu.py, which times everything.
 
 Without a GPU, `--rehearse` does the same in tiny sizes on a device that is not there (tests/rehearsal): values are real, Triton is
@@ -14,10 +15,12 @@ interpreted, and nothing is timed. The exit status is 0 when every part passed, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -35,6 +38,7 @@ except ModuleNotFoundError:
 
 KEPT = ROOT / ".gpu-contact"
 BUDGET_S = 360.0
+REHEARSED = 5  # times as long may everything take when it is interpreted
 INTERRUPTED = 130  # the exit status, as a shell's
 
 
@@ -43,16 +47,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the parts with their limits, and end")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="run these alone, and what is there")
     parser.add_argument("--again", nargs="+", default=[], metavar="PART", help="run these though they passed before, or 'all'")
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for everything (%(default)g)")
+    parser.add_argument("--budget-s", type=float, help=f"seconds for everything ({BUDGET_S:g})")
     parser.add_argument("--out", type=Path, help="folder for summary.json, rows.jsonl and log.txt; default: results in --kept")
     parser.add_argument(
         "--kept", type=Path, default=KEPT, help="folder for what later runs take again; default: .gpu-contact in the checkout"
     )
     parser.add_argument("--rehearse", action="store_true", help="no GPU: tiny sizes on a device that is not there")
+    parser.add_argument("--prepare", action="store_true", help="no GPU: compute the CPU's answers into --kept, and end")
     args = parser.parse_args(argv)
     os.environ.setdefault("TRITON_CACHE_DIR", str(args.kept / "triton"))
-    if args.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1" if args.rehearse else "0"  # what tests/ does to the environment leaves it so
+    args.slowness = REHEARSED if args.rehearse else 1
+    args.budget_s = args.budget_s or BUDGET_S * args.slowness
     args.out = args.out or args.kept / "results"
     return args
 
@@ -60,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def load() -> str:
     """What the parts' processes share; why some of it is not there."""
     missing = []
-    for name in ("timm", "triton", "vlserve.vision.internvit_tower", "vlserve.models.internvl", "tests.engine.ranks"):
+    for name in ("timm", "triton", "vlserve.vision.internvit_tower", "vlserve.models.internvl"):
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  (the parts that need it say so)
@@ -78,7 +84,7 @@ class Contact:
         from benchmarks.contact.setting import REAL, TINY, Setting
 
         self.args, self.parts, self.begun = args, parts, time.monotonic()
-        results = [Result(part=part.name, limit_s=part.limit_s) for part in parts]
+        results = [Result(part=part.name, limit_s=part.limit_s * args.slowness) for part in parts]
         versions = {"torch": torch.__version__, "triton": _version("triton"), "python": sys.version.split()[0]}
         about = {"rehearsed": args.rehearse, "budget_s": args.budget_s, "stand_ins": _stand_ins(), **versions}
         self.record, self.passed = Record(args.out, results, about), Passed(args.kept / "passed")
@@ -89,8 +95,21 @@ class Contact:
             rows=self.record.rows,
             log=self.record.log,
             is_rehearsed=args.rehearse,
+            is_prepared_only=args.prepare,
             scale=TINY if args.rehearse else REAL,
         )
+
+    def prepare(self) -> int:
+        """The CPU's answers, without a limit."""
+        from benchmarks.contact.isolated import PASSED, Job, run_jobs
+
+        jobs = [Job(name=part.name, work=partial(_prepare, part.work, self._setting(part=part.name)), limit_s=math.inf)
+                for part in self.parts if part.has_reference]  # fmt: skip
+        outcomes = dict(run_jobs(jobs, self.record.log))
+        for job, outcome in outcomes.items():
+            print(f"{job.name}: {outcome.status}, {outcome.seconds:.1f} s {outcome.reason}".rstrip())
+        print(f"{self.args.kept / 'references'} has the CPU's answers; {self.record.log} says more")
+        return 0 if all(outcome.status == PASSED for outcome in outcomes.values()) else 1
 
     def run(self) -> int:
         """The exit status."""
@@ -131,7 +150,7 @@ class Contact:
         result.status = RUNNING
         self.record.save()
         self.record.head(part.name)
-        job = Job(name=part.name, work=partial(part.work, self._setting(part=part.name)), limit_s=min(part.limit_s, left))
+        job = Job(name=part.name, work=partial(part.work, self._setting(part=part.name)), limit_s=min(result.limit_s, left))
         for _, outcome in run_jobs([job], self.record.log):
             result.status, result.seconds, result.reason = outcome.status, round(outcome.seconds, 1), outcome.reason
         result.rows = self.record.rows_of(part.name)
@@ -154,6 +173,13 @@ class Contact:
             print("this was a rehearsal: no GPU was there, and nothing was timed")
         print(f"{time.monotonic() - self.begun:.0f} s; {self.record.summary}")
         return status
+
+
+def _prepare(work: Any, setting: Any) -> None:
+    from benchmarks.contact.setting import PreparedError
+
+    with contextlib.suppress(PreparedError):
+        work(setting)
 
 
 def _version(name: str) -> str | None:
@@ -190,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"not loaded: {missing}")
     parts = [part for part in PARTS if not args.only or part.name in args.only or part.name == "environment"]
     signal.signal(signal.SIGTERM, _interrupt)
-    return Contact(args, parts).run()
+    contact = Contact(args, parts)
+    return contact.prepare() if args.prepare else contact.run()
 
 
 def _interrupt(number: int, frame: object) -> None:

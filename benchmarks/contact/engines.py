@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.contact.asking import Answers, answer, compare, kept_answers, make_engine, make_prompts
-from benchmarks.contact.isolated import CheckError
+from benchmarks.contact.isolated import CheckError, first_line
 from benchmarks.contact.setting import Setting
 from benchmarks.internvl3_1b import make_checkpoint
 from vlserve.llm.int4_packing import pack_awq
@@ -91,7 +91,7 @@ def _demo_answers_as_on_the_cpu(setting: Setting, what: str, **options: Any) -> 
 
 def _small(setting: Setting) -> dict[str, Any]:
     small = {"max_num_seqs": setting.scale.max_num_seqs}
-    return small | ({"max_model_len": 256, "max_num_batched_tokens": 128, "kv_cache_gib": 0.01} if setting.is_rehearsed else {})
+    return small | ({"max_model_len": 128, "max_num_batched_tokens": 32, "kv_cache_gib": 0.001} if setting.is_rehearsed else {})
 
 
 def forms(setting: Setting) -> None:
@@ -105,24 +105,23 @@ def forms(setting: Setting) -> None:
         "fp8 cache": (plain, {"kv_cache_dtype": "fp8"}),
         "8-bit head": (plain, {"lm_head_bits": 8}),
     }
+    scale = setting.scale
+    prompts = make_prompts(plain, scale.forms)
+    wanted = {
+        what: kept_answers(setting, folder, prompts, scale.tokens, **options | {"dtype": "float32"})
+        for what, (folder, options) in tried.items()
+    }
     failed = []
-    for what, (folder, options) in tried.items():
-        try:
-            _form_answers_as_on_the_cpu(setting, what, folder, options)
-        except Exception as error:  # noqa: BLE001  (the next one is tried)
-            setting.found(what=what, error=f"{type(error).__name__}: {error}")
-            failed.append(what)
+    with setting.device():
+        for what, (folder, options) in tried.items():
+            try:
+                got = answer(make_engine(folder, "cuda", **{"dtype": "float32", **_small(setting), **options}), prompts, scale.tokens)
+                compare(setting, what, got, wanted[what], **ROUNDED)
+            except Exception as error:  # noqa: BLE001  (the next one is tried)
+                setting.found(what=what, error=first_line(error))
+                failed.append(what)
     if failed:
         raise CheckError(f"failed: {', '.join(failed)}")
-
-
-def _form_answers_as_on_the_cpu(setting: Setting, what: str, folder: Path, options: dict[str, Any]) -> None:
-    scale, options = setting.scale, {"dtype": "float32", **options}
-    prompts = make_prompts(folder, scale.forms)
-    want = kept_answers(setting, folder, prompts, scale.tokens, **options | {"dtype": "float32"})
-    with setting.device():
-        got = answer(make_engine(folder, "cuda", **_small(setting), **options), prompts, scale.tokens)
-        compare(setting, what, got, want, **ROUNDED)
 
 
 def make_awq(plain: Path, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -27,7 +28,8 @@ def kernels(setting: Setting) -> None:
     cases = list(tiny_cases() if setting.is_rehearsed else real_cases())
     jobs = {case.name: Job(name=case.name, work=partial(_check, case, setting), limit_s=CASE_LIMIT_S) for case in cases}
     failed = []
-    for job, outcome in run_jobs(jobs.values(), setting.log, at_once=setting.scale.at_once, is_nested=True):
+    at_once = min(setting.scale.at_once, os.cpu_count() or 1)
+    for job, outcome in run_jobs(jobs.values(), setting.log, at_once=at_once, is_nested=True):
         if outcome.status != PASSED:
             failed.append(job.name)
             setting.found(case=job.name, status=outcome.status, seconds=round(outcome.seconds, 1), reason=outcome.reason)

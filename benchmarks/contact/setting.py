@@ -34,15 +34,20 @@ REAL = Scale(
 TINY = Scale(items=2, tokens=3, forms=2, large_items=2, large_tokens=2, max_num_seqs=2, context=32, runs=1, at_once=2)
 
 
+class PreparedError(Exception):
+    """All that needs no device is done, and no more was asked for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """`kept`: what later runs take again; `rows`: the file of findings; `log`: of what is printed."""
+    """`kept`: what later runs take again; `rows`: the file of findings; `log`: of what is printed. `is_prepared_only`: no device."""
 
     part: str
     kept: Path
     rows: Path
     log: Path
     is_rehearsed: bool
+    is_prepared_only: bool
     scale: Scale
 
     def found(self, **row: Any) -> None:
@@ -52,7 +57,9 @@ class Setting:
 
     @contextlib.contextmanager
     def device(self) -> Iterator[None]:
-        """In it `cuda` is there: the card, or what stands for it. Whatever the CPU must do first is done before."""
+        """In it `cuda` is there: the card, or what stands for it. Whatever the CPU must do first is done before, and kept."""
+        if self.is_prepared_only:
+            raise PreparedError
         if self.is_rehearsed:
             from benchmarks.contact.rehearsed import rehearsed
 
