@@ -1,4 +1,4 @@
-# Every target but bench-gpu sets itself up: a virtual environment in .venv with the pinned versions of what it needs, then the job.
+# Every target but bench-gpu and gpu-contact sets itself up: a virtual environment in .venv with the pinned versions of what it needs, then the job.
 PYTHON ?= python3
 MODEL ?= demo
 BIN := .venv/bin
@@ -7,7 +7,7 @@ READY := .venv/.ready
 INSTALL := $(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test lint bench bench-gpu clean
+.PHONY: help serve demo test lint bench bench-gpu gpu-contact clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -33,8 +33,12 @@ bench: $(READY)-test ## time the server on this machine: concurrency and start-u
 bench-gpu: ## check and time kernels and whole models on an NVIDIA GPU (ARGS="--dry-run" without one, "--help" for more)
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(ARGS)
 
+# takes what is there, as bench-gpu does
+gpu-contact: ## try everything once on an NVIDIA GPU, in six minutes at most (ARGS="--rehearse" without one, "--list", "--help")
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_contact.py $(ARGS)
+
 clean: ## remove the virtual environments and caches
-	rm -rf .venv .venv-demo .venv-ray build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-demo .venv-ray .gpu-contact build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlserve needs Python 3.10 or newer; this is %s. Set PYTHON=/path/to/python3" % sys.version.split()[0]'

@@ -1,15 +1,15 @@
-"""The first contact with an NVIDIA GPU, in six minutes at most; `make gpu-contact ARGS="..."`.
+"""The first contact with an NVIDIA GPU, in six minutes at most; `make gpu-contact ARGS="..."`. See docs/gpu_contact.md.
 
 Parts in the order of their worth, each in a process of its own with a time limit: what is there, every kernel against its
-definition, whole engines against the CPU (launched kernel by kernel, as graphs, overlapped, in other types, on two ranks), memory
-against the plan, and the figures that matter as fractions of their floors. It needs torch and Triton, and for engines timm and what
-transformers brings; no network. What is found is written after each part, so a machine that is taken away has still told
-something, and a second run passes over what passed: as long as files, card and versions are the same. The CPU's
-answers are computed once; `--prepare` does so on a machine without a GPU, for a folder that is then taken along. Run this before
-benchmarks/bench_gpu.py, which times everything.
+definition, whole engines against the CPU (kernel by kernel, as graphs, overlapped, in other types, on two ranks), memory against
+the plan, and the figures that matter as fractions of their floors. It needs torch and Triton, for engines also timm and what
+transformers brings; no network. What is found is written at once, so a machine that is taken away has still told something, and a
+second run passes over what passed, as long as files, card and versions are the same. The CPU's answers are computed once;
+`--prepare` does so on a machine without a GPU, for a folder that is then taken along.
 
-Without a GPU, `--rehearse` does the same in tiny sizes on a device that is not there (tests/rehearsal): values are real, Triton is
-interpreted, and nothing is timed. The exit status is 0 when every part passed, 1 when one did not, 130 when it was interrupted.
+Without a GPU, `--rehearse` does the same in tiny sizes on a device that is not there (tests/rehearsal): values are real,
+Triton is interpreted, and nothing is timed. The exit status is 0 when every part passed, 1 when one did not, 130 when it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load() -> str:
+def load(parts: list[Any]) -> str:
     """What the parts' processes share; why some of it is not there."""
     missing = []
-    for name in ("timm", "triton", "vlserve.vision.internvit_tower", "vlserve.models.internvl"):
+    modules = dict.fromkeys(part.module for part in parts)
+    for name in ("torch", "triton", "timm", *modules, "vlserve.vision.internvit_tower", "vlserve.models.internvl"):
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  (the parts that need it say so)
@@ -78,14 +79,12 @@ def load() -> str:
 
 class Contact:
     def __init__(self, args: argparse.Namespace, parts: list[Any]) -> None:
-        import torch
-
         from benchmarks.contact.record import Passed, Record, Result
         from benchmarks.contact.setting import REAL, TINY, Setting
 
         self.args, self.parts, self.begun = args, parts, time.monotonic()
         results = [Result(part=part.name, limit_s=part.limit_s * args.slowness) for part in parts]
-        versions = {"torch": torch.__version__, "triton": _version("triton"), "python": sys.version.split()[0]}
+        versions = {"torch": _version("torch"), "triton": _version("triton"), "python": sys.version.split()[0]}
         about = {"rehearsed": args.rehearse, "budget_s": args.budget_s, "stand_ins": _stand_ins(), **versions}
         self.record, self.passed = Record(args.out, results, about), Passed(args.kept / "passed")
         self._known = {**versions, "rehearsed": args.rehearse}
@@ -103,7 +102,7 @@ class Contact:
         """The CPU's answers, without a limit."""
         from benchmarks.contact.isolated import PASSED, Job, run_jobs
 
-        jobs = [Job(name=part.name, work=partial(_prepare, part.work, self._setting(part=part.name)), limit_s=math.inf)
+        jobs = [Job(name=part.name, work=partial(_prepare, part.run, self._setting(part=part.name)), limit_s=math.inf)
                 for part in self.parts if part.has_reference]  # fmt: skip
         outcomes = dict(run_jobs(jobs, self.record.log))
         for job, outcome in outcomes.items():
@@ -150,7 +149,7 @@ class Contact:
         result.status = RUNNING
         self.record.save()
         self.record.head(part.name)
-        job = Job(name=part.name, work=partial(part.work, self._setting(part=part.name)), limit_s=min(result.limit_s, left))
+        job = Job(name=part.name, work=partial(part.run, self._setting(part=part.name)), limit_s=min(result.limit_s, left))
         for _, outcome in run_jobs([job], self.record.log):
             result.status, result.seconds, result.reason = outcome.status, round(outcome.seconds, 1), outcome.reason
         result.rows = self.record.rows_of(part.name)
@@ -194,15 +193,15 @@ def _version(name: str) -> str | None:
 def _stand_ins() -> list[str]:
     """Packages that were not there, and what is used of them is stood in for."""
     place = str(ROOT / "benchmarks/contact/stand_ins")
-    return sorted(name for name, module in sys.modules.items() if "." not in name and place in str(getattr(module, "__file__", "")))
+    return sorted(
+        name for name, module in sys.modules.items() if "." not in name and place in str(getattr(module, "__file__", ""))
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        from benchmarks.contact.parts import PARTS
-    except ModuleNotFoundError as error:
-        sys.exit(f"this needs {error.name}, which is not here")
+    from benchmarks.contact.parts import PARTS
+
     if args.list:
         for part in PARTS:
             print(f"{part.name:12}{part.limit_s:4d} s  {part.about}")
@@ -211,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     unknown = {*args.only, *args.again} - {part.name for part in PARTS} - {"all"}
     if unknown:
         sys.exit(f"there is no part {', '.join(sorted(unknown))}; --list names them")
-    missing = load()
+    parts = [part for part in PARTS if not args.only or part.name in args.only or part.name == "environment"]
+    missing = load(parts)
     if missing:
         print(f"not loaded: {missing}")
-    parts = [part for part in PARTS if not args.only or part.name in args.only or part.name == "environment"]
     signal.signal(signal.SIGTERM, _interrupt)
     contact = Contact(args, parts)
     return contact.prepare() if args.prepare else contact.run()

@@ -30,9 +30,7 @@ VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 SALIENT_EVERY, SALIENT = 100, 30.0
 
 
-def make_checkpoint(
-    folder: Path, seed: int = 0, *, text: Mapping[str, Any] = TEXT, vision: Mapping[str, Any] = VISION
-) -> Path:
+def make_checkpoint(folder: Path, seed: int = 0, *, text: Mapping[str, Any] = TEXT, vision: Mapping[str, Any] = VISION) -> Path:
     """Write config.json, tokenizer, processor and model.safetensors in bfloat16 into `folder`; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in DEMO.iterdir():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.contact.isolated import CheckError
 from benchmarks.contact.setting import ROOT, Setting
-from benchmarks.contact.sources import digest_of
+from benchmarks.contact.sources import ENGINE, digest_of
 from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import Add, MediaRef
@@ -26,7 +26,6 @@ from vlserve.prompt.conversation import Message, Picture, Text
 
 Token = tuple[int, float, list[tuple[int, float]]]  # id, log-probability, and the likeliest ones
 Answers = list[list[Token]]
-ENGINE = ("vlserve/config.py", "vlserve/engine", "vlserve/models", "vlserve/prompt", "llm", "vision", "kernels")
 SAMPLED, MOST = 65536, 16  # bytes of a checkpoint's file, at so many places, by which it is known again
 
 
@@ -67,8 +66,10 @@ def answer(engine: Engine, prompts: list[Prompt], max_tokens: int, logprobs: int
     return answers
 
 
-def kept_answers(setting: Setting, folder: Path, prompts: list[Prompt], max_tokens: int, *, logprobs: int = 2, **options: Any) -> Answers:
-    """The CPU's, computed where they are not kept yet: by checkpoint, questions, options and the engine's files but for Triton's."""
+def kept_answers(
+    setting: Setting, folder: Path, prompts: list[Prompt], max_tokens: int, *, logprobs: int = 2, **options: Any
+) -> Answers:
+    """The CPU's, computed where they are not kept: by checkpoint, questions, options and the engine's files but for Triton's."""
     asked = json.dumps([[p.token_ids for p in prompts], max_tokens, logprobs, sorted(options.items())])
     key = hashlib.sha256((asked + fingerprint(folder) + digest_of(ENGINE, without="triton")).encode()).hexdigest()[:24]
     path = setting.kept / "references" / f"{key}.json"

@@ -1,4 +1,4 @@
-"""Whole engines on the device, against the CPU: launched kernel by kernel, as graphs, overlapped, in other types, on two ranks."""
+"""Whole engines on the device, against the CPU: kernel by kernel, as graphs, overlapped, in other types, on two ranks."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def forms(setting: Setting) -> None:
     with setting.device():
         for what, (folder, options) in tried.items():
             try:
-                got = answer(make_engine(folder, "cuda", **{"dtype": "float32", **_small(setting), **options}), prompts, scale.tokens)
+                got = answer(
+                    make_engine(folder, "cuda", **{"dtype": "float32", **_small(setting), **options}), prompts, scale.tokens
+                )
                 compare(setting, what, got, wanted[what], **ROUNDED)
             except Exception as error:  # noqa: BLE001  (the next one is tried)
                 setting.found(what=what, error=first_line(error))

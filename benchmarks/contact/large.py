@@ -1,4 +1,4 @@
-"""A checkpoint in the sizes of InternVL3-1B, made on the spot: its log-probabilities in bfloat16, and its memory against the plan."""
+"""A checkpoint in the sizes of InternVL3-1B, made on the spot: its answers in bfloat16, and its memory against the plan."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ def memory(setting: Setting) -> None:
         by_kind = runner.device_bytes()
         row = {
             "weights": {"planned": plan.vision_bytes + plan.decoder_bytes + plan.embedding_bytes, "held": _weights(by_kind)},
-            "kv_cache": {"planned": (runner.num_blocks + 1) * runner.block_size * plan.kv_bytes_per_token, "held": by_kind["kv_cache"]},
+            "kv_cache": {
+                "planned": (runner.num_blocks + 1) * runner.block_size * plan.kv_bytes_per_token,
+                "held": by_kind["kv_cache"],
+            },
             "activations": {"planned": plan.activation_bytes, "measured_at_start": measured[0], "peak_of_a_run": peak},
             "graphs": {"planned": plan.graph_bytes, "left": _left(runner)},
             "vision_cache": by_kind["vision_cache"],

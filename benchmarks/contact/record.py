@@ -61,8 +61,8 @@ class Record:
         """Those of the timings, a line each."""
         rows = [row for one in self.results for row in one.rows if "microseconds" in row]
         return "\n".join(
-            f"{row['figure']:64}{row['microseconds']:10.1f} us  {_share(row['of_measured_floor'])} of the floor by measured rates, "
-            f"{_share(row['of_data_sheet_floor'])} by the data sheet's ({row['limit']})"
+            f"{row['figure']:64}{row['microseconds']:10.1f} us  {_share(row['of_measured_floor'])} of the floor "
+            f"by measured rates, {_share(row['of_data_sheet_floor'])} by the data sheet's ({row['limit']})"
             for row in rows
         )
 

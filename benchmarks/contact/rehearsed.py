@@ -1,5 +1,5 @@
-"""A device that is not there, for the parts of benchmarks/gpu_contact.py: the rehearsal's of tests/, with what timing and two ranks on
-one device need as well. For a process that does nothing else."""
+"""A device that is not there, for the parts of benchmarks/gpu_contact.py: the rehearsal's of tests/, with what timing and two
+ranks on one device need as well. For a process that does nothing else."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ class Scale:
     at_once: int  # processes with a kernel each
 
 
-REAL = Scale(
-    items=24, tokens=16, forms=12, large_items=8, large_tokens=8, max_num_seqs=16, context=1024, runs=20, at_once=12
-)
+REAL = Scale(items=24, tokens=16, forms=12, large_items=4, large_tokens=4, max_num_seqs=16, context=1024, runs=20, at_once=12)
 TINY = Scale(items=2, tokens=3, forms=2, large_items=2, large_tokens=2, max_num_seqs=2, context=32, runs=1, at_once=2)
 
 
@@ -40,7 +38,10 @@ class PreparedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """`kept`: what later runs take again; `rows`: the file of findings; `log`: of what is printed. `is_prepared_only`: no device."""
+    """`kept`: what later runs take again; `rows`: the file of findings; `log`: of what is printed.
+
+    `is_prepared_only`: nothing is done that needs a device.
+    """
 
     part: str
     kept: Path
@@ -70,6 +71,3 @@ class Setting:
 
         with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is compared with the CPU's
             yield
-
-
-Work = Callable[[Setting], None]

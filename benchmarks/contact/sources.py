@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.contact.setting import ROOT
 
+ENGINE = ("vlserve/config.py", "vlserve/engine", "vlserve/models", "vlserve/prompt", "llm", "vision", "kernels")
 KINDS = (".py", ".json", ".jinja")
 
 

@@ -8,7 +8,7 @@ import pickle
 import types
 from collections.abc import Callable
 from inspect import get_annotations
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 _MISSING = object()
 
@@ -26,8 +26,8 @@ field = _Field
 
 
 class Struct:
-    _fields: tuple[str, ...] = ()
-    _makers: dict[str, Callable[[], Any]] = {}
+    _fields: ClassVar[tuple[str, ...]] = ()
+    _makers: ClassVar[dict[str, Callable[[], Any]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         own = tuple(get_annotations(cls))
