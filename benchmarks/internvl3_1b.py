@@ -30,8 +30,19 @@ VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 SALIENT_EVERY, SALIENT = 100, 30.0
 
 
-def make_checkpoint(folder: Path, seed: int = 0, *, text: Mapping[str, Any] = TEXT, vision: Mapping[str, Any] = VISION) -> Path:
-    """Write config.json, tokenizer, processor and model.safetensors in bfloat16 into `folder`; returns it."""
+def make_checkpoint(
+    folder: Path,
+    seed: int = 0,
+    *,
+    text: Mapping[str, Any] = TEXT,
+    vision: Mapping[str, Any] = VISION,
+    salient: float = SALIENT,
+) -> Path:
+    """Write config.json, tokenizer, processor and model.safetensors in bfloat16 into `folder`; returns it.
+
+    Args:
+        salient: how many times as large a hundredth of the channels are that the decoder's norms give.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in DEMO.iterdir():
         if path.suffix in (".json", ".jinja"):
@@ -47,12 +58,12 @@ def make_checkpoint(folder: Path, seed: int = 0, *, text: Mapping[str, Any] = TE
     tensors = {}
     for name, target in sorted(targets.items()):
         shape = target.full if isinstance(target, Slot) else tuple(target.shape)
-        tensors[name] = random_weight(name, shape, generator).bfloat16()
+        tensors[name] = random_weight(name, shape, generator, salient).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator, salient: float) -> torch.Tensor:
     """Scaled by fan-in; norms and layer scales are one, and the decoder's norms have salient channels."""
     if len(shape) > 1:
         return torch.randn(shape, generator=generator) * torch.Size(shape[1:]).numel() ** -0.5
@@ -60,5 +71,5 @@ def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator)
         return torch.randn(shape, generator=generator) * 0.02
     weight = torch.ones(shape)
     if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
-        weight[torch.randperm(shape[0], generator=generator)[::SALIENT_EVERY]] *= SALIENT
+        weight[torch.randperm(shape[0], generator=generator)[::SALIENT_EVERY]] *= salient
     return weight

@@ -53,10 +53,10 @@ PARTS = (
         WHOLE,
     ),
     Part(
-        "bfloat16",
+        "1b",
         60,
-        "a checkpoint of 1B, in bfloat16, against the CPU in float32",
-        "benchmarks.contact.large:bfloat16",
+        "a checkpoint of 1B, in float32 and in bfloat16, against the CPU in float32",
+        "benchmarks.contact.large:one_billion",
         WHOLE,
         True,
     ),

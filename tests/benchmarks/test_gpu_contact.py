@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from benchmarks.contact.kernels import real_cases
 from benchmarks.contact.record import Record, Result
 from benchmarks.contact.timings import cases
 from benchmarks.gpu.sizes import MODELS
+from vlserve.vision.pixels import Unit
 
 ROOT = Path(__file__).parents[2]
 # a machine that has torch, Triton, timm and transformers, and no more of what a server needs
@@ -164,6 +167,56 @@ def test_every_operation_with_a_kernel_is_among_the_cases() -> None:
     }
     products = [case.kernel for case in cases(MODELS["8b"], 1024)]
     assert products.count("AWQ product") == products.count("16-bit product") == 4
+
+
+# as in vlserve/engine/batch.py, with what a step's message has: the same classes by either package
+MESSAGES = """
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    digest: bytes
+    runs: list[tuple[int, int]]
+    units: list[Unit]
+
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    piece: Piece | None
+    ids: list[int] = []
+    is_last: bool = False
+
+class File(msgspec.Struct):
+    added: list[Piece] = []
+    vocab: dict[str, int] | list[Any] = {}
+    inner: Message = msgspec.field(default_factory=lambda: Message(None))
+"""
+
+
+@pytest.mark.parametrize("package", ("msgspec", "stand-in"))
+def test_what_stands_in_for_msgspec_gives_the_same(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "benchmarks/contact/stand_ins/msgspec/__init__.py"
+    spec = (
+        importlib.util.find_spec("msgspec") if package == "msgspec" else importlib.util.spec_from_file_location("stand_in", path)
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    home = types.ModuleType("messages_of_a_test")
+    home.__dict__.update(msgspec=module, Unit=Unit, Any=Any)
+    monkeypatch.setitem(sys.modules, home.__name__, home)
+    exec(compile("from __future__ import annotations\n" + MESSAGES, "messages", "exec"), home.__dict__)
+    message = home.Message(home.Piece(b"\x00\xff", [(1, 2)], [Unit((3, 4), 5)]), [7])
+    decoder = module.msgpack.Decoder(home.Message)
+    for one in (message, home.Message(None, is_last=True)):
+        assert decoder.decode(module.msgpack.Encoder().encode(one)) == one
+    changed = module.structs.replace(message, ids=[8])
+    assert (changed.ids, changed.piece, message.ids) == ([8], message.piece, [7])
+    assert home.Message(None).ids is not home.Message(None).ids
+    read = module.json.decode(b'{"vocab": {"a": 1}, "other": [1]}', type=home.File)
+    assert (read.vocab, read.added, read.inner) == ({"a": 1}, [], home.Message(None))
+    assert module.json.decode(b'{"vocab": [["a", 1]]}', type=home.File).vocab == [["a", 1]]
+    for wrong in (b'{"vocab": 3}', b"{"):
+        with pytest.raises(module.DecodeError):
+            module.json.decode(wrong, type=home.File)
+    with pytest.raises(TypeError):
+        home.Piece(b"")
 
 
 def answer(*ids: int, gap: float = 1.0) -> list[Token]:

@@ -1,10 +1,10 @@
-"""What vlserve's engine uses of msgspec, in plain Python, for benchmarks on a machine that lacks it. Slower, and for one process:
-a step's message is pickled. benchmarks/gpu_contact.py puts it on the path where there is no msgspec, and says so."""
+"""What vlserve's engine uses of msgspec, in plain Python, for benchmarks on a machine that lacks it. It is slower, and messages
+are JSON, not msgpack. benchmarks/gpu_contact.py puts it on the path where there is no msgspec, and says so."""
 
 from __future__ import annotations
 
+import dataclasses
 import json as _json
-import pickle
 import types
 from collections.abc import Callable
 from inspect import get_annotations
@@ -77,14 +77,25 @@ class json:
 class msgpack:
     class Encoder:
         def encode(self, value: Any) -> bytes:
-            return pickle.dumps(value)
+            return _json.dumps(_plain(value)).encode()
 
     class Decoder:
         def __init__(self, type: Any) -> None:
-            pass
+            self._type = type
 
         def decode(self, data: bytes) -> Any:
-            return pickle.loads(data)  # noqa: S301  (what this process's own threads wrote)
+            return json.decode(data, type=self._type)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: structs are lists of their fields, bytes texts of as many characters."""
+    if isinstance(value, Struct):
+        return [_plain(one) for one in value.__dict__.values()]
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _converted(value: Any, hint: Any) -> Any:
@@ -99,9 +110,16 @@ def _converted(value: Any, hint: Any) -> Any:
             except (ValueError, TypeError):
                 continue
         raise ValueError(f"{value!r} is no {hint}")
-    if isinstance(hint, type) and issubclass(hint, Struct) and isinstance(value, dict):
+    is_struct = isinstance(hint, type) and origin is None and (issubclass(hint, Struct) or dataclasses.is_dataclass(hint))
+    if is_struct and isinstance(value, dict | list):
         hints = get_type_hints(hint)
-        return hint(**{name: _converted(value[name], hints[name]) for name in hint._fields if name in value})
+        given = dict(zip(hint._fields, value, strict=False)) if isinstance(value, list) else value
+        return hint(**{name: _converted(one, hints[name]) for name, one in given.items() if name in hints})
+    if hint is bytes and isinstance(value, str):
+        return value.encode("latin-1")
+    if origin is tuple and isinstance(value, list):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(_converted(one, kind) for one, kind in zip(value, kinds, strict=True))
     if origin is list and isinstance(value, list):
         return [_converted(one, inner[0]) for one in value]
     if origin is dict and isinstance(value, dict):
