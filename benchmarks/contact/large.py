@@ -20,7 +20,7 @@ from vlserve.plan.tp_plan import make_plan
 
 FLOAT32 = {"tie": 1e-3, "within": 5e-3}
 # random weights: the likeliest tokens lie near each other, and every layer rounds to 8 bits
-BFLOAT16 = {"tie": 0.5, "within": 0.5}
+BFLOAT16 = {"tie": 0.1, "within": 0.1}
 LOGPROBS = 20
 NEAR = 0.02  # of planned bytes of weights and of the KV cache
 
