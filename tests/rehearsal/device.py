@@ -67,6 +67,8 @@ class Memory:
 
     now: int = 0
     peak: int = 0
+    pool: int = 0  # beside `now`, what recorded graphs keep for what they compute
+    limit: int | None = None  # of both
     holders: dict[int, int] = field(default_factory=dict)  # live tensors by storage
     sizes: dict[int, int] = field(default_factory=dict)
 
@@ -77,6 +79,10 @@ class Memory:
             self.holders[key], self.sizes[key] = 0, -(-storage.nbytes() // ROUND) * ROUND
             self.now += self.sizes[key]
             self.peak = max(self.peak, self.now)
+            if self.limit is not None and self.now + self.pool > self.limit:
+                raise torch.cuda.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {self.sizes[key]} bytes beside {self.now + self.pool - self.sizes[key]}"
+                )
         self.holders[key] += 1
         weakref.finalize(tensor, self._release, key).atexit = False
 
@@ -108,6 +114,9 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.shared.is_meta and func.name() == "aten::scaled_dot_product_attention":
+            with self:
+                return _flash_attention(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # in inference mode these come as they are
                 made = func.decompose(*args, **kwargs)
@@ -118,8 +127,9 @@ class Device(TorchDispatchMode):
 
 @dataclass
 class Shared:
-    """What is known of the devices of one machine."""
+    """What is known of the devices of one machine. `is_meta`: its tensors have sizes and no numbers; the host reads zeros."""
 
+    is_meta: bool = False
     memory: dict[int, Memory] = field(default_factory=dict)
     waits: list[str] = field(default_factory=list)  # where the host waited, as `operator at file:line`
     pinned_storages: dict[int, int] = field(default_factory=dict)
@@ -201,6 +211,10 @@ class _Call:
         self._crossing(source, target, is_async)
         kwargs = {key: value for key, value in self.kwargs.items() if key not in ("device", "pin_memory")}
         inner = source.inner if isinstance(source, DeviceTensor) else source
+        if target.type != "cuda" and inner.is_meta:
+            return torch.zeros(inner.shape, dtype=kwargs.get("dtype") or inner.dtype)
+        if self.shared.is_meta and target.type == "cuda":
+            inner = inner.to("meta")
         if inner.is_meta:
             kwargs["device"] = "meta"
         made = self.func(inner, **kwargs)
@@ -216,7 +230,9 @@ class _Call:
         is_async = bool(self.args[2] if len(self.args) > 2 else self.kwargs.get("non_blocking", False))
         self._crossing(source, target.device, is_async)
         to, of = _inner(target), _inner(source)
-        to.copy_(of)
+        if of.is_meta and not to.is_meta:
+            return _zeroed(target, to)
+        to.copy_(of.to("meta") if to.is_meta else of)
         self._record(lambda: to.copy_(of), None)
         return target
 
@@ -242,9 +258,11 @@ class _Call:
         (device,) = devices
         if self.name in DATA_DEPENDENT or (self.name.startswith("aten::index") and self._has_mask()):
             self.shared.wait(self.name)
+            if self.shared.is_meta and self.name == "aten::_local_scalar_dense":
+                return 0
         args, kwargs = tree_map(_inner, (self.args, self.kwargs))
         if wanted is not None:
-            is_meta = any(one.inner.is_meta for one in self.on_device)
+            is_meta = self.shared.is_meta or any(one.inner.is_meta for one in self.on_device)
             kwargs["device"] = "meta" if is_meta else "cpu"
         made = self.func(*args, **kwargs)
         self._record_operator(args, kwargs, made)
@@ -263,7 +281,7 @@ class _Call:
         return any(isinstance(one, torch.Tensor) and one.dtype in (torch.bool,) for one in flat)
 
     def _record_operator(self, args: Any, kwargs: Any, made: Any) -> None:
-        if self.shared.graph is None:
+        if self.shared.graph is None or self.shared.is_meta:
             return
         outs = [one for one in tree_flatten(made)[0] if isinstance(one, torch.Tensor)]
         given = {one.untyped_storage()._cdata for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)}
@@ -280,9 +298,20 @@ class _Call:
         self._record(again, made)
 
     def _record(self, step: Callable[[], Any], kept: Any) -> None:
-        if self.shared.graph is not None:
+        if self.shared.graph is not None and not self.shared.is_meta:
             self.shared.graph.steps.append(step)
             self.shared.graph.kept.append(kept)
+
+
+def _flash_attention(query: Any, key: Any, value: Any, mask: None = None, dropout: float = 0.0, **kwargs: Any) -> Any:
+    """What CUDA takes for 16 bits without a mask; elsewhere torch would choose its plainest way, with all scores in memory."""
+    assert mask is None and query.itemsize == 2
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, **kwargs)[0]
+
+
+def _zeroed(target: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    to.zero_()
+    return target
 
 
 def _inner(one: Any) -> Any:
