@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from tests.rehearsal.device import Device, DeviceError, Graph, Memory, Shared
-
-GIB = 2**30
-CONTEXT = 500 * 2**20  # bytes that the driver takes for itself
+from vlserve.plan.tp_plan import DRIVER_BYTES, GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +110,7 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         memory = rehearsal.memory(device)
-        return card.total_memory - memory.now - memory.pool - CONTEXT, card.total_memory
+        return card.total_memory - memory.now - memory.pool - DRIVER_BYTES, card.total_memory
 
     def reset_peak(device: Any = None) -> None:
         memory = rehearsal.memory(device)

@@ -80,9 +80,7 @@ class Memory:
             self.now += self.sizes[key]
             self.peak = max(self.peak, self.now)
             if self.limit is not None and self.now + self.pool > self.limit:
-                raise torch.cuda.OutOfMemoryError(
-                    f"CUDA out of memory. Tried to allocate {self.sizes[key]} bytes beside {self.now + self.pool - self.sizes[key]}"
-                )
+                raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {self.sizes[key]} bytes")
         self.holders[key] += 1
         weakref.finalize(tensor, self._release, key).atexit = False
 

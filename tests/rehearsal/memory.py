@@ -3,15 +3,13 @@ and no numbers.
 
 The count is that of torch's allocator: each tensor's bytes, rounded up to 512. What it does not have: the blocks of 2 and 20 MiB
 in which the allocator asks the driver for memory (`kSmallBuffer`, `kLargeBuffer` in c10/core/AllocatorConfig.h) and what is lost
-between them, the libraries' workspaces, and NCCL's buffers; the driver's own share is a stand-in of cuda.CONTEXT bytes.
+between them, the libraries' workspaces, and NCCL's buffers; the driver's own share is a the allowance that the plan makes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +31,6 @@ from vlserve.llm import detect_formats, int4_packing, weights
 from vlserve.llm.int4_packing import AWQ
 from vlserve.llm.tensor_parallel import Group
 from vlserve.models.registry import find_architecture
-from vlserve.plan.tp_plan import Plan, make_plan
 
 MIB, GIB = 2**20, 2**30
 CARDS = {"80 GB": H100, "24 GB": RTX4090}
@@ -41,19 +38,37 @@ TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
 VIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 VIT_6B = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25}
 IMAGE = {
-    **{"crop_to_patches": False, "min_patches": 1, "max_patches": 12, "do_normalize": True, "do_rescale": True},
-    **{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "rescale_factor": 0.00392156862745098},
-    **{"image_processor_type": "GotOcr2ImageProcessorFast", "resample": 3, "size": {"height": 448, "width": 448}},
+    "crop_to_patches": False,
+    "min_patches": 1,
+    "max_patches": 12,
+    "do_normalize": True,
+    "do_rescale": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "rescale_factor": 0.00392156862745098,
+    "image_processor_type": "GotOcr2ImageProcessorFast",
+    "resample": 3,
+    "size": {"height": 448, "width": 448},
 }
 
 
 def internvl(heads: int, kv_heads: int, hidden: int, width: int, layers: int, *, is_large: bool = False) -> dict[str, Any]:
     """InternVL3's config.json in transformers' format, as published ("-hf"); Qwen2.5 and InternViT."""
     text = {
-        **{"model_type": "qwen2", "num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": hidden},
-        **{"intermediate_size": width, "num_hidden_layers": layers, "vocab_size": 151674, "max_position_embeddings": 32768},
-        **{"rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}, "rope_theta": 1000000.0},
-        **{"rms_norm_eps": 1e-06, "eos_token_id": 151645, "sliding_window": None, "torch_dtype": "bfloat16"},
+        "model_type": "qwen2",
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "vocab_size": 151674,
+        "max_position_embeddings": 32768,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-06,
+        "eos_token_id": 151645,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
     }
     norms = {"norm_type": "rms_norm" if is_large else "layer_norm", "attention_bias": not is_large, "use_qk_norm": is_large}
     vision = {**(VIT_6B if is_large else VIT_300M), **norms, "image_size": [448, 448], "patch_size": [14, 14]}
@@ -167,9 +182,7 @@ class OneOf(Group):
         return torch.cat([torch.empty_like(x) for _ in range(self.size)], dim=-1) if self.rank == 0 else None
 
     def all_gather(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        out = x.new_empty((self.size, *x.shape))
-        out.new_empty(out.shape)  # in which NCCL's is computed, from where it is copied (ProcessGroupNCCL::allgather)
-        return out
+        return x.new_empty((self.size, *x.shape))
 
 
 class Anything(Grammar):
@@ -226,7 +239,7 @@ class Trial:
     """An engine of a rank, and what it takes."""
 
     def __init__(self, card: Rehearsal, folder: Path, tp: int, rank: int = 0, **options: Any) -> None:
-        self.memory, self.counted = card.memory(), Counted()
+        self.memory, self.counted, self.base = card.memory(), Counted(), 0
         self.config = EngineConfig(model=str(folder), device="cuda", tp=tp, **options)
         with pytest.MonkeyPatch.context() as patch:
             measure = Runner._measure_peak
@@ -245,3 +258,80 @@ class Trial:
     def _stage(self, name: str, done: int, total: int) -> None:
         if name == "kv cache":
             self.counted.weights, self.counted.loading = self.memory.now, self.memory.peak
+
+    def run(self) -> Counted:
+        """The largest steps, one after another."""
+        engine, config = self.engine, self.config
+        engine.grammars.start = lambda structured: Anything()  # type: ignore[method-assign]
+        self.base = self.memory.now
+        picture, length = self._picture(), engine.runner.max_model_len
+        number = min(config.max_num_seqs, self.counted.kv_tokens // (picture + 48))
+        self._seen_before([self._request(i, picture) for i in range(number)], config.max_num_batched_tokens // number)
+        self._step("pictures")  # each request's last tokens, and its picture anew
+        while any(s.num_computed < s.num_prompt_tokens for s in (*engine.scheduler.running, *engine.scheduler.waiting)):
+            self._step("pictures")
+        for _ in range(3):  # done, recorded, replayed
+            self._step("decodes")
+        self._abort()
+        self._seen_before([self._request(number, 0, length - 8)], config.max_num_batched_tokens)
+        for _ in range(2):
+            self._step("a long context")
+        self._abort()
+        self.counted.graphs = self.memory.pool + self.memory.now - self.base - engine.runner.device_bytes()["vision_cache"]
+        return self.counted
+
+    def _picture(self) -> int:
+        """Features of the largest one."""
+        tower = self.engine.runner.model.tower
+        assert tower is not None and tower.fixed_unit is not None
+        return 13 * tower.fixed_unit.num_features
+
+    def _request(self, id: int, picture: int, length: int = 0) -> Add:
+        """All that costs memory in sampling; with a picture, which ends its prompt."""
+        media = []
+        if picture:
+            tower = self.engine.runner.model.tower
+            assert tower is not None and tower.fixed_unit is not None
+            media = [MediaRef(digest=bytes([id] * 32), units=[tower.fixed_unit] * 13, runs=[(8, picture)], start=8)]
+        sampling = SamplingParams(
+            temperature=1.0,
+            top_k=50,
+            top_p=0.9,
+            repetition_penalty=1.1,
+            frequency_penalty=0.5,
+            logit_bias={1: 1.0},
+            min_tokens=8,
+            logprobs=20,
+            ignore_eos=True,
+            structured={"regex": "a"},
+        )
+        tokens = [(id * 7 + i) % 1000 for i in range(length or 8 + picture)]
+        return Add(id=id, token_ids=tokens, media=media, sampling=sampling, max_tokens=16)
+
+    def _seen_before(self, requests: list[Add], but: int) -> None:
+        """Their blocks are in the prefix cache, but for the last tokens."""
+        engine, tile = self.engine, self.engine.runner.model.tower
+        assert tile is not None and tile.fixed_unit is not None
+        pixels = torch.zeros(13 * tile.fixed_unit.num_bytes, dtype=torch.uint8)
+        pool, size = engine.scheduler.pool, self.config.block_size
+        for request in requests:
+            engine.add(request, [pixels for _ in request.media])
+            sequence = engine.scheduler.waiting[-1]
+            number = (len(sequence.token_ids) - but) // size
+            blocks = pool.allocate(number)
+            for block, digest in zip(blocks, sequence.digest_blocks(number, size), strict=True):
+                pool.register(block, digest)
+            pool.release(blocks)
+
+    def _step(self, name: str) -> None:
+        memory = self.memory
+        memory.peak = memory.now
+        self.engine.step()
+        self.counted.steps[name] = max(self.counted.steps.get(name, 0), memory.peak - self.base)
+        self.counted.peak = max(self.counted.peak, memory.peak + memory.pool)
+
+    def _abort(self) -> None:
+        scheduler = self.engine.scheduler
+        self.engine.abort([s.id for s in (*scheduler.running, *scheduler.waiting)])
+        while self.engine.has_work:
+            self.engine.step()

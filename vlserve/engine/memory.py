@@ -7,6 +7,7 @@ import ctypes
 import gc
 import math
 import sys
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +18,7 @@ from vlserve.llm.kv_cache import block_bytes
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.plan.cuda_graph_sizes import graph_bytes
-from vlserve.plan.footprint import Step, shard
+from vlserve.plan.footprint import Step, feature_bytes, shard, step_bytes
 from vlserve.plan.host_memory import available_memory
 from vlserve.plan.model_shape import read_model_shape
 
@@ -69,21 +70,30 @@ def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_byte
     return num_blocks
 
 
-def graph_budget(checkpoint: Checkpoint, config: EngineConfig, model: Model, max_model_len: int) -> int:
-    """Bytes that this rank sets aside for CUDA graphs; 0 where there are to be none."""
-    dtype = model.decoder.norm.dtype
-    if config.enforce_eager:
-        return 0
-    step = Step(
-        itemsize=dtype.itemsize,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-        kv_dtype=config.kv_cache_dtype,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """Bytes of this rank, as `vlserve plan` counts them."""
+
+    step: int = 0  # the fullest moment of a step
+    features: int = 0  # of pictures
+    graphs: int = 0  # 0 where there are to be none
+
+
+NOTHING = Planned()
+
+
+def planned_bytes(checkpoint: Checkpoint, config: EngineConfig, model: Model, max_model_len: int) -> Planned:
+    step = Step.of(config, model.decoder.norm.dtype.itemsize, max_model_len)
     shape = read_model_shape(checkpoint.config)
-    return graph_bytes(shape, shard(shape.decoder, config.tp), step)
+    shape = replace(shape, decoder=replace(shape.decoder, quantisation=checkpoint.quantisation))  # or a file's beside config.json
+    if model.tower is None:
+        shape = replace(shape, encoder=None, counted=None)
+    part = shard(shape.decoder, config.tp)
+    return Planned(
+        step=step_bytes(shape, part, step, is_first=model.decoder.split.group.rank == 0),
+        features=feature_bytes(shape, step),
+        graphs=0 if config.enforce_eager else graph_bytes(shape, part, step),
+    )
 
 
 def _free_bytes(config: EngineConfig, device: torch.device) -> float:
