@@ -32,6 +32,8 @@ class DeviceTensor(torch.Tensor):
     """`inner` has the numbers, on the CPU or, where only sizes count, on torch's meta device."""
 
     inner: torch.Tensor
+    memory: Memory
+    held: weakref.finalize[..., DeviceTensor]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, device: torch.device) -> DeviceTensor:
@@ -49,6 +51,20 @@ class DeviceTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"DeviceTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @property
+    def data(self) -> DeviceTensor:  # type: ignore[override]
+        with torch.inference_mode(mode=False):
+            view = DeviceTensor(self.inner.detach(), self.device)
+        self.memory.hold(view)
+        return view
+
+    @data.setter
+    def data(self, value: DeviceTensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner
+        self.held()
+        self.memory.hold(self)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -82,7 +98,8 @@ class Memory:
             if self.limit is not None and self.now + self.pool > self.limit:
                 raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {self.sizes[key]} bytes")
         self.holders[key] += 1
-        weakref.finalize(tensor, self._release, key).atexit = False
+        tensor.memory, tensor.held = self, weakref.finalize(tensor, self._release, key)
+        tensor.held.atexit = False
 
     def _release(self, key: int) -> None:
         self.holders[key] -= 1

@@ -1,18 +1,20 @@
-"""Planned bytes against counted ones: a whole engine of a published size on a card that is not there, with tensors that have sizes
-and no numbers.
+"""Planned bytes against counted ones: engines of published sizes on a card that is not there, with tensors without numbers.
 
-The count is that of torch's allocator: each tensor's bytes, rounded up to 512. What it does not have: the blocks of 2 and 20 MiB
-in which the allocator asks the driver for memory (`kSmallBuffer`, `kLargeBuffer` in c10/core/AllocatorConfig.h) and what is lost
-between them, the libraries' workspaces, and NCCL's buffers; the driver's own share is a the allowance that the plan makes.
+`python -m tests.rehearsal.memory` prints them for all of them. The count is that of torch's allocator: each tensor's bytes,
+rounded up to 512. What it does not have: the blocks of 2 and 20 MiB in which the allocator asks the driver for memory
+(`kSmallBuffer`, `kLargeBuffer` in c10/core/AllocatorConfig.h) and what is lost between them, what putting 4-bit weights in order
+takes while they are loaded, the libraries' workspaces, and NCCL's buffers. The driver's share is the allowance that the plan makes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,13 +28,18 @@ from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine, Seat
 from vlserve.engine.grammar import Grammar
 from vlserve.engine.messages import Add, MediaRef
-from vlserve.engine.runner import Runner
+from vlserve.errors import ConfigError
+from vlserve.kernels import int4_pairs
 from vlserve.llm import detect_formats, int4_packing, weights
 from vlserve.llm.int4_packing import AWQ
 from vlserve.llm.tensor_parallel import Group
 from vlserve.models.registry import find_architecture
+from vlserve.plan.cuda_graph_sizes import EACH_BYTES, SEGMENT_BYTES, TILE_SIZES, decode_sizes
+from vlserve.plan.tp_plan import Plan, make_plan
+from vlserve.vision.pixels import Unit
 
 MIB, GIB = 2**20, 2**30
+LAYERS = 3  # that steps go through
 CARDS = {"80 GB": H100, "24 GB": RTX4090}
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
 VIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -217,82 +224,103 @@ def rehearsed(card: Card, utilization: float = 0.9) -> Iterator[Rehearsal]:
         patch.setattr(weights, "safe_open", Header)
         patch.setattr(detect_formats, "safe_open", Header)
         patch.setattr(int4_packing, "AT_ONCE", 2**40)  # codes unpacked at a time on the host
+        patch.setattr(int4_pairs, "words_of", lambda codes: codes.new_empty(len(codes) // 64, codes.shape[1] // 64, 64, 16))
         with rehearsal.entered():
             yield rehearsal
 
 
-@dataclass(kw_only=True)
-class Counted:
-    """Bytes of one rank."""
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Of one rank, planned or counted."""
 
-    weights: int = 0
-    kv_cache: int = 0
-    kv_tokens: int = 0
-    loading: int = 0  # the most before the KV cache
-    measured: int = 0  # activations, as the engine measures them
-    graphs: int = 0  # buffers, and the pool
-    steps: dict[str, int] = field(default_factory=dict)  # the most beside weights, KV cache and graphs, by step
-    peak: int = 0
+    weights: int
+    kv_cache: int  # a block for graphs' rows of padding among them
+    kv_tokens: int
+    graphs: int  # buffers that stay and the pool, without allowances for the driver
+    activations: int  # the most beside all of these: a step, pictures' features, the rotary table
+    peak: int  # of everything at once
 
 
 class Trial:
     """An engine of a rank, and what it takes."""
 
     def __init__(self, card: Rehearsal, folder: Path, tp: int, rank: int = 0, **options: Any) -> None:
-        self.memory, self.counted, self.base = card.memory(), Counted(), 0
+        self.memory, self.weights, self.loading = card.memory(), 0, 0
         self.config = EngineConfig(model=str(folder), device="cuda", tp=tp, **options)
         with pytest.MonkeyPatch.context() as patch:
-            measure = Runner._measure_peak
-
-            def measured(runner: Runner, *args: Any) -> int:
-                self.counted.measured = measure(runner, *args)
-                return self.counted.measured
-
-            patch.setattr(Runner, "_measure_peak", measured)
             patch.setattr(torch.cuda, "device_count", lambda: tp)
-            seat = Seat(group=OneOf(rank, tp) if tp > 1 else Group())
-            self.engine = Engine(self.config, self._stage, seat=seat)
-        self.counted.kv_cache = self.engine.runner.device_bytes()["kv_cache"]
-        self.counted.kv_tokens = self.engine.runner.num_blocks * self.config.block_size
+            self.engine = Engine(self.config, self._stage, seat=Seat(group=OneOf(rank, tp) if tp > 1 else Group()))
+        self.engine.grammars.start = lambda structured: Anything()  # type: ignore[method-assign]
+        self.fixed = self.memory.now
+        self.peaks: dict[str, int] = {}  # by step: the most of everything
+        self.activations = 0
+        self.kept = self._shorten()
+
+    def _shorten(self) -> list[Any]:
+        """Steps go through the first layers alone: the others would take the same memory again. They stay where they are."""
+        model, cache = self.engine.runner.model, self.engine.runner.cache
+        encoder = model.tower.encoder  # type: ignore[union-attr]
+        kept = [model.decoder.layers, encoder.blocks, cache.layers]
+        model.decoder.layers = torch.nn.ModuleList(list(model.decoder.layers)[:LAYERS])
+        encoder.blocks = type(encoder.blocks)(*list(encoder.blocks)[:LAYERS])
+        cache.layers = cache.layers[:LAYERS]
+        return kept
+
+    def _fill_vision_cache(self) -> None:
+        """With features of pictures that nobody asks for any more."""
+        runner = self.engine.runner
+        features = runner.model.decoder.norm.new_zeros(1024, 1, runner.model.decoder.config.hidden_size)
+        number = runner.features.max_bytes // features.nbytes
+        with torch.inference_mode():
+            for i in range(number):
+                runner.features.put((2**200 + i).to_bytes(32, "big"), features.clone())
 
     def _stage(self, name: str, done: int, total: int) -> None:
         if name == "kv cache":
-            self.counted.weights, self.counted.loading = self.memory.now, self.memory.peak
+            self.weights, self.loading = self.memory.now, self.memory.peak
 
-    def run(self) -> Counted:
+    def run(self) -> Bytes:
         """The largest steps, one after another."""
-        engine, config = self.engine, self.config
-        engine.grammars.start = lambda structured: Anything()  # type: ignore[method-assign]
-        self.base = self.memory.now
-        picture, length = self._picture(), engine.runner.max_model_len
-        number = min(config.max_num_seqs, self.counted.kv_tokens // (picture + 48))
-        self._seen_before([self._request(i, picture) for i in range(number)], config.max_num_batched_tokens // number)
-        self._step("pictures")  # each request's last tokens, and its picture anew
-        while any(s.num_computed < s.num_prompt_tokens for s in (*engine.scheduler.running, *engine.scheduler.waiting)):
-            self._step("pictures")
-        for _ in range(3):  # done, recorded, replayed
-            self._step("decodes")
+        engine, most = self.engine, self.config.max_num_seqs
+        runner, batch = engine.runner, self.config.max_num_batched_tokens
+        self._add([self._request(most, 6)])
+        self._steps("a small picture", 2)
         self._abort()
-        self._seen_before([self._request(number, 0, length - 8)], config.max_num_batched_tokens)
-        for _ in range(2):
-            self._step("a long context")
+        self._fill_vision_cache()
+        tokens = 13 * self._tile.num_features
+        number = min(most, runner.num_blocks * runner.block_size // (tokens + 64))
+        self._add([self._request(i, 13) for i in range(number)], but=batch // number)
+        self._steps("pictures", 1)
         self._abort()
-        self.counted.graphs = self.memory.pool + self.memory.now - self.base - engine.runner.device_bytes()["vision_cache"]
-        return self.counted
+        self._add([self._request(i, 0, 4) for i in range(most)])
+        self._steps("decodes", 3)  # the second is recorded
+        self._abort()
+        self._add([self._request(0, 0, runner.max_model_len - 8)], but=batch)
+        self._steps("a long context", 2)
+        self._abort()
+        held = runner.device_bytes()
+        table = runner.model.decoder.rotary
+        assert table is not None
+        graphs = self.memory.pool + self.memory.now - self.fixed - held["vision_cache"]
+        return Bytes(
+            weights=self.weights,
+            kv_cache=held["kv_cache"],
+            kv_tokens=runner.num_blocks * runner.block_size,
+            graphs=graphs,
+            activations=self.activations + table.nbytes,
+            peak=max(self.peaks.values()),
+        )
 
-    def _picture(self) -> int:
-        """Features of the largest one."""
+    @property
+    def _tile(self) -> Unit:
         tower = self.engine.runner.model.tower
         assert tower is not None and tower.fixed_unit is not None
-        return 13 * tower.fixed_unit.num_features
+        return tower.fixed_unit
 
-    def _request(self, id: int, picture: int, length: int = 0) -> Add:
+    def _request(self, id: int, tiles: int, length: int = 0) -> Add:
         """All that costs memory in sampling; with a picture, which ends its prompt."""
-        media = []
-        if picture:
-            tower = self.engine.runner.model.tower
-            assert tower is not None and tower.fixed_unit is not None
-            media = [MediaRef(digest=bytes([id] * 32), units=[tower.fixed_unit] * 13, runs=[(8, picture)], start=8)]
+        features = tiles * self._tile.num_features
+        media = [MediaRef(digest=bytes([id] * 32), units=[self._tile] * tiles, runs=[(8, features)], start=8)] if tiles else []
         sampling = SamplingParams(
             temperature=1.0,
             top_k=50,
@@ -305,33 +333,93 @@ class Trial:
             ignore_eos=True,
             structured={"regex": "a"},
         )
-        tokens = [(id * 7 + i) % 1000 for i in range(length or 8 + picture)]
+        tokens = [(id * 7 + i) % 1000 for i in range(length or 8 + features)]
         return Add(id=id, token_ids=tokens, media=media, sampling=sampling, max_tokens=16)
 
-    def _seen_before(self, requests: list[Add], but: int) -> None:
-        """Their blocks are in the prefix cache, but for the last tokens."""
-        engine, tile = self.engine, self.engine.runner.model.tower
-        assert tile is not None and tile.fixed_unit is not None
-        pixels = torch.zeros(13 * tile.fixed_unit.num_bytes, dtype=torch.uint8)
-        pool, size = engine.scheduler.pool, self.config.block_size
+    def _add(self, requests: list[Add], but: int = 2**31) -> None:
+        """All but their last tokens are in the prefix cache."""
+        scheduler, size = self.engine.scheduler, self.config.block_size
         for request in requests:
-            engine.add(request, [pixels for _ in request.media])
-            sequence = engine.scheduler.waiting[-1]
-            number = (len(sequence.token_ids) - but) // size
-            blocks = pool.allocate(number)
+            tiles = sum(len(media.units) for media in request.media)
+            self.engine.add(request, [torch.zeros(tiles * self._tile.num_bytes, dtype=torch.uint8)] if tiles else [])
+            sequence = scheduler.waiting[-1]
+            number = max(0, (len(sequence.token_ids) - but) // size)
+            blocks = scheduler.pool.allocate(number)
             for block, digest in zip(blocks, sequence.digest_blocks(number, size), strict=True):
-                pool.register(block, digest)
-            pool.release(blocks)
+                scheduler.pool.register(block, digest)
+            scheduler.pool.release(blocks)
 
-    def _step(self, name: str) -> None:
-        memory = self.memory
-        memory.peak = memory.now
-        self.engine.step()
-        self.counted.steps[name] = max(self.counted.steps.get(name, 0), memory.peak - self.base)
-        self.counted.peak = max(self.counted.peak, memory.peak + memory.pool)
+    def _steps(self, name: str, number: int) -> None:
+        memory, runner = self.memory, self.engine.runner
+        for _ in range(number):
+            before = memory.now - runner.features.num_bytes
+            memory.peak = memory.now
+            failed = [event.error for event in self.engine.step() if event.error]
+            assert not failed, failed[0]
+            self.peaks[name] = max(self.peaks.get(name, 0), memory.peak + memory.pool)
+            self.activations = max(self.activations, memory.peak - before)
 
     def _abort(self) -> None:
         scheduler = self.engine.scheduler
         self.engine.abort([s.id for s in (*scheduler.running, *scheduler.waiting)])
         while self.engine.has_work:
             self.engine.step()
+
+
+def planned(config: dict[str, Any], card: Card, tp: int, rank: int = 0, **options: Any) -> tuple[Plan, Bytes]:
+    plan = make_plan(config, tp=tp, device_memory=card.total_memory / GIB, **options)
+    step = EngineConfig(**options)
+    one = plan.ranks[rank]
+    count = len(decode_sizes(step.max_num_seqs)) + len(TILE_SIZES)
+    graphs = one.graph_bytes - count * EACH_BYTES - 2 * SEGMENT_BYTES
+    cache = one.kv_bytes_per_token * ((plan.kv_tokens or 0) + step.block_size)
+    return plan, Bytes(
+        weights=one.vision_bytes + one.decoder_bytes + one.embedding_bytes,
+        kv_cache=cache,
+        kv_tokens=plan.kv_tokens or 0,
+        graphs=graphs,
+        activations=one.activation_bytes + one.feature_bytes,
+        peak=one.total_bytes - one.graph_bytes + graphs + cache,
+    )
+
+
+def counted(name: str, card: Card, tp: int, rank: int = 0, **options: Any) -> Bytes:
+    """Raises ConfigError where the model does not fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_checkpoint(Path(folder), config_of(name))
+        with rehearsed(card) as rehearsal:
+            return Trial(rehearsal, path, tp, rank, **options).run()
+
+
+def main() -> None:
+    """A line for each model, degree and card, as the table in docs/serving.md."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("models", nargs="*", default=[*PUBLISHED, *(f"{name}-AWQ" for name in PUBLISHED)])
+    parser.add_argument("--tp", type=int, nargs="*", default=[1, 2, 4, 8])
+    options = parser.parse_args()
+    print("| model | tp | card | | weights | graphs | activations, features | in all with KV cache | KV tokens |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in options.models:
+        for tp in options.tp:
+            for label, card in CARDS.items():
+                print("\n".join(_lines(name, tp, label, card)), flush=True)
+
+
+def _lines(name: str, tp: int, label: str, card: Card) -> Iterator[str]:
+    plan = make_plan(config_of(name), tp=tp, device_memory=card.total_memory / GIB)
+    head = f"| {name} | {tp} | {label} |"
+    if not plan.ranks:
+        return  # a degree that does not divide the heads
+    try:
+        found = counted(name, card, tp)
+    except ConfigError as error:
+        same = "as planned" if str(error) == plan.reason else f"planned: {plan.reason}"
+        yield f"{head} does not fit | {str(error).partition(';')[0]} | {same} |||"
+        return
+    for kind, one in (("planned", planned(config_of(name), card, tp)[1]), ("counted", found)):
+        sizes = (one.weights, one.graphs, one.activations, one.peak)
+        yield f"{head} {kind} | {' | '.join(f'{size / MIB:,.1f}' for size in sizes)} | {one.kv_tokens:,} |"
+
+
+if __name__ == "__main__":
+    main()
