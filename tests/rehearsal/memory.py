@@ -283,7 +283,7 @@ class Trial:
         """The largest steps, one after another."""
         engine, most = self.engine, self.config.max_num_seqs
         runner, batch = engine.runner, self.config.max_num_batched_tokens
-        self._add([self._request(most, 6)])
+        self._add([self._request(most, TILE_SIZES[-1] * self.config.tp)])  # recorded on each rank
         self._steps("a small picture", 2)
         self._abort()
         self._fill_vision_cache()

@@ -64,6 +64,7 @@ class Shard:
     feed_forward: int
     shared_feed_forward: int
     vocabulary: int
+    ranks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ def shard(decoder: DecoderShape, tp: int) -> Shard:
         feed_forward=-(-decoder.intermediate_size // tp),
         shared_feed_forward=-(-decoder.shared_intermediate_size // tp),
         vocabulary=-(-decoder.vocab_size // tp),
+        ranks=tp,
     )
 
 
@@ -189,7 +191,7 @@ def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bo
 def step_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
     """The fullest moment of a step beside all that stays; `is_first` for the rank that samples."""
     peaks = [_layer_peak(shape.decoder, part, step), _logits_peak(shape.decoder, part, step, is_first=is_first)]
-    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, step) if shape.has_pictures else 0)
+    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, part, step) if shape.has_pictures else 0)
 
 
 def most_features(max_num_batched_tokens: int, max_model_len: int) -> int:
@@ -275,23 +277,27 @@ def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bo
     return max(held + max(gathered, own + whole * (b + FLOAT32)), sampling)
 
 
-def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, step: Step) -> int:
+def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, part: Shard, step: Step) -> int:
     """TILES_AT_ONCE tiles in the encoder, or a copy of all new features, while the step's embeddings wait."""
     tokens, features = _step_tokens(step), _new_features(decoder, step)
     waiting = tokens * decoder.hidden_size * step.itemsize + _index_bytes(step, tokens)
     if encoder is None:  # only its own code knows: it is measured
         return waiting + features
-    b, width, tiles = step.itemsize, encoder.hidden_size, TILES_AT_ONCE
-    pixels, patches = 3 * encoder.image_size**2, _positions(encoder)
+    # of the features only this rank's share is there while it encodes
+    inside = TILES_AT_ONCE * tile_bytes(encoder, decoder, step.itemsize) - (features - features // part.ranks)
+    return waiting + max(inside, features)
+
+
+def tile_bytes(encoder: EncoderConfig, decoder: DecoderShape, itemsize: int) -> int:
+    """A tile in the encoder, from its uint8 numbers to its features, at the fullest moment."""
+    b, width, pixels, patches = itemsize, encoder.hidden_size, 3 * encoder.image_size**2, _positions(encoder)
     # the encoder's input, the sum so far and the norm of it; feed-forward before and after GELU
     feed_forward = (3 * width + 2 * encoder.intermediate_size) * b
     # the encoder's input, the block's, its norm, query, key and value, the result, its projection; norms of query and key
     attention = (8 + 2 * encoder.use_qk_norm) * width * b
-    out = encoder.tokens_per_tile * decoder.hidden_size * b
-    projector = 3 * patches * width * b + 3 * out  # the patches, shuffled, normed; then three layers' results
+    projector = 3 * patches * width * b + 3 * encoder.tokens_per_tile * decoder.hidden_size * b  # and three layers' results
     normalise = pixels * (1 + 2 * FLOAT32)  # uint8, and two steps in float32
-    inside = tiles * max(pixels * (b + 1) + max(patches * max(feed_forward, attention), projector), normalise)
-    return waiting + max(inside, features)
+    return max(pixels * (b + 1) + max(patches * max(feed_forward, attention), projector), normalise)
 
 
 def _step_tokens(step: Step) -> int:
