@@ -93,5 +93,6 @@ class TileTower(Tower):
                 found = some if len(parts) == 1 else some.new_empty(len(units), *some.shape[1:])
             if len(parts) > 1:  # put into one tensor at once: all parts beside it would take the memory twice
                 found[place * TILES_AT_ONCE :][: len(some)] = some
+            del some
         assert found is not None
         return found.flatten(0, 1).unsqueeze(1)

@@ -3,7 +3,7 @@
 `python -m tests.rehearsal.memory` prints them for all of them. The count is that of torch's allocator: each tensor's bytes,
 rounded up to 512. What it does not have: the blocks of 2 and 20 MiB in which the allocator asks the driver for memory
 (`kSmallBuffer`, `kLargeBuffer` in c10/core/AllocatorConfig.h) and what is lost between them, what putting 4-bit weights in order
-takes while they are loaded, the libraries' workspaces, and NCCL's buffers. The driver's share is the allowance that the plan makes.
+takes while they are loaded, the libraries' workspaces, and NCCL's buffers. The driver's share is the plan's allowance.
 """
 
 from __future__ import annotations

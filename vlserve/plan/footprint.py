@@ -25,8 +25,8 @@ FLOAT32 = 4  # bytes
 LOGIT_COPIES = 4  # of what is sampled from, with penalties and log-probabilities
 KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
 SPREAD_BLOCK = 128  # inputs, in which 4-bit weights lie
-# as kernels/attention/plan.py has them, whose package needs torch: rows of a tile, programs a multiprocessor
-MOST_ROWS, MOST_PROGRAMS = 128, 16
+# as kernels/attention/plan.py has them, whose package needs torch: rows of a tile, programs a multiprocessor, a tile's positions at least
+MOST_ROWS, MOST_PROGRAMS, POSITIONS = 128, 16, 32
 MULTIPROCESSORS, GOOD_LOAD = 132, 8  # of an H100; with so many programs for each of them no context is cut
 
 
@@ -64,7 +64,6 @@ class Shard:
     feed_forward: int
     shared_feed_forward: int
     vocabulary: int
-    ranks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +85,6 @@ def shard(decoder: DecoderShape, tp: int) -> Shard:
         feed_forward=-(-decoder.intermediate_size // tp),
         shared_feed_forward=-(-decoder.shared_intermediate_size // tp),
         vocabulary=-(-decoder.vocab_size // tp),
-        ranks=tp,
     )
 
 
@@ -191,7 +189,7 @@ def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bo
 def step_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
     """The fullest moment of a step beside all that stays; `is_first` for the rank that samples."""
     peaks = [_layer_peak(shape.decoder, part, step), _logits_peak(shape.decoder, part, step, is_first=is_first)]
-    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, part, step) if shape.has_pictures else 0)
+    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, step) if shape.has_pictures else 0)
 
 
 def most_features(max_num_batched_tokens: int, max_model_len: int) -> int:
@@ -261,6 +259,7 @@ def _part_bytes(decoder: DecoderShape, part: Shard, step: Step) -> int:
     tokens = max(1, MOST_ROWS // group)
     programs = -(-_step_tokens(step) // tokens) * part.kv_heads
     most = max(MOST_PROGRAMS * MULTIPROCESSORS, 2 * programs) if programs < GOOD_LOAD * MULTIPROCESSORS else 0
+    most = min(most, programs * -(-step.max_model_len // POSITIONS))
     return most * tokens * group * (decoder.head_dim + 1) * FLOAT32
 
 
@@ -277,15 +276,13 @@ def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bo
     return max(held + max(gathered, own + whole * (b + FLOAT32)), sampling)
 
 
-def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, part: Shard, step: Step) -> int:
+def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, step: Step) -> int:
     """TILES_AT_ONCE tiles in the encoder, or a copy of all new features, while the step's embeddings wait."""
     tokens, features = _step_tokens(step), _new_features(decoder, step)
     waiting = tokens * decoder.hidden_size * step.itemsize + _index_bytes(step, tokens)
     if encoder is None:  # only its own code knows: it is measured
         return waiting + features
-    # of the features only this rank's share is there while it encodes
-    inside = TILES_AT_ONCE * tile_bytes(encoder, decoder, step.itemsize) - (features - features // part.ranks)
-    return waiting + max(inside, features)
+    return waiting + max(TILES_AT_ONCE * tile_bytes(encoder, decoder, step.itemsize), features)
 
 
 def tile_bytes(encoder: EncoderConfig, decoder: DecoderShape, itemsize: int) -> int:
