@@ -287,9 +287,10 @@ class Trial:
         self._steps("a small picture", 2)
         self._abort()
         self._fill_vision_cache()
-        tokens = 13 * self._tile.num_features
-        number = min(most, runner.num_blocks * runner.block_size // (tokens + 64))
-        self._add([self._request(i, 13) for i in range(number)], but=batch // number)
+        whole, rest = divmod(engine.scheduler.most_features // self._tile.num_features, 13)
+        number = min(most - 1, whole, runner.num_blocks * runner.block_size // (13 * self._tile.num_features + 64) - 1)
+        tiles = [*[13] * number, *[rest] * (rest > 0)]  # as many as a step may have
+        self._add([self._request(i, tiles[i]) for i in range(len(tiles))], but=batch // len(tiles))
         self._steps("pictures", 1)
         self._abort()
         self._add([self._request(i, 0, 4) for i in range(most)])

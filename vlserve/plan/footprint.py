@@ -25,7 +25,7 @@ FLOAT32 = 4  # bytes
 LOGIT_COPIES = 4  # of what is sampled from, with penalties and log-probabilities
 KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
 SPREAD_BLOCK = 128  # inputs, in which 4-bit weights lie
-# as kernels/attention/plan.py has them, whose package needs torch: rows of a tile, programs a multiprocessor, a tile's positions at least
+# as kernels/attention/plan.py has them, whose package needs torch: a tile's rows, programs a multiprocessor, a tile's positions
 MOST_ROWS, MOST_PROGRAMS, POSITIONS = 128, 16, 32
 MULTIPROCESSORS, GOOD_LOAD = 132, 8  # of an H100; with so many programs for each of them no context is cut
 
@@ -294,7 +294,7 @@ def tile_bytes(encoder: EncoderConfig, decoder: DecoderShape, itemsize: int) -> 
     attention = (8 + 2 * encoder.use_qk_norm) * width * b
     projector = 3 * patches * width * b + 3 * encoder.tokens_per_tile * decoder.hidden_size * b  # and three layers' results
     normalise = pixels * (1 + 2 * FLOAT32)  # uint8, and two steps in float32
-    return max(pixels * (b + 1) + max(patches * max(feed_forward, attention), projector), normalise)
+    return max(pixels * b + max(patches * max(feed_forward, attention), projector), normalise)
 
 
 def _step_tokens(step: Step) -> int:
