@@ -105,7 +105,9 @@ def test_degrees_of_the_published_models(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTS_GIB)
 def test_weights_come_to_the_published_size(name: str) -> None:
     rank = make_plan(PUBLISHED[name][0], tp=1).ranks[0]
-    assert (rank.total_bytes - rank.activation_bytes - rank.feature_bytes - rank.graph_bytes) / GIB == pytest.approx(WEIGHTS_GIB[name], rel=0.02)
+    assert (rank.total_bytes - rank.activation_bytes - rank.feature_bytes - rank.graph_bytes) / GIB == pytest.approx(
+        WEIGHTS_GIB[name], rel=0.02
+    )
 
 
 def test_a_refusal_names_all_that_fails_and_the_way_out() -> None:

@@ -41,7 +41,7 @@ from vlserve.vision.pixels import Unit
 MIB, GIB = 2**20, 2**30
 LAYERS = 3  # that steps go through
 CARDS = {"80 GB": H100, "24 GB": RTX4090}
-TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32}
 VIT_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 VIT_6B = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25}
 IMAGE = {
@@ -153,7 +153,7 @@ class Header:
         pass
 
     def keys(self) -> list[str]:
-        return list(self._entries)
+        return [name for name in self._entries if name != "__metadata__"]
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self.get_slice(name)[...]
@@ -270,7 +270,7 @@ class Trial:
         """With features of pictures that nobody asks for any more."""
         runner = self.engine.runner
         features = runner.model.decoder.norm.new_zeros(1024, 1, runner.model.decoder.config.hidden_size)
-        number = runner.features.max_bytes // features.nbytes
+        number = (runner.features.max_bytes - runner.features.num_bytes) // features.nbytes
         with torch.inference_mode():
             for i in range(number):
                 runner.features.put((2**200 + i).to_bytes(32, "big"), features.clone())
@@ -283,7 +283,8 @@ class Trial:
         """The largest steps, one after another."""
         engine, most = self.engine, self.config.max_num_seqs
         runner, batch = engine.runner, self.config.max_num_batched_tokens
-        self._add([self._request(most, TILE_SIZES[-1] * self.config.tp)])  # recorded on each rank
+        ranks = self.config.tp
+        self._add([self._request(most + i, TILE_SIZES[-1]) for i in range(ranks)], but=batch // ranks)  # recorded on each rank
         self._steps("a small picture", 2)
         self._abort()
         self._fill_vision_cache()
