@@ -83,9 +83,16 @@ class TileTower(Tower):
         weight, config = next(self.parameters()), self.image_config
         if self._mean_std is None:
             self._mean_std = upload(config.mean, torch.float32, weight.device), upload(config.std, torch.float32, weight.device)
-        tiles = pixels.view(len(units), *self.fixed_unit.shape)
-        parts = (part.to(weight.device, non_blocking=True) for part in tiles.split(TILES_AT_ONCE))
+        parts = pixels.view(len(units), *self.fixed_unit.shape).split(TILES_AT_ONCE)
         mean, std = self._mean_std
         how = partial(normalise, mean=mean, std=std, rescale_factor=config.rescale_factor, do_normalize=config.do_normalize)
-        found = [self.features(how(part).to(weight.dtype)) for part in parts]
-        return torch.cat(found).flatten(0, 1).unsqueeze(1)
+        found: torch.Tensor | None = None
+        for place, part in enumerate(parts):
+            some = self.features(how(part.to(weight.device, non_blocking=True)).to(weight.dtype))
+            if found is None:
+                found = some if len(parts) == 1 else some.new_empty(len(units), *some.shape[1:])
+            if len(parts) > 1:  # put into one tensor at once: all parts beside it would take the memory twice
+                found[place * TILES_AT_ONCE :][: len(some)] = some
+            del some
+        assert found is not None
+        return found.flatten(0, 1).unsqueeze(1)

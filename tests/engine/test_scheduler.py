@@ -141,3 +141,41 @@ def test_every_request_ends_exactly_once_whatever_happens(seed: int, overlaps: b
         s.pool.check()
     assert ended == dict.fromkeys(range(25), 1)
     assert s.pool.num_free == 26
+
+
+def seen_before(s: Scheduler, id: int, features: int, length: int) -> Sequence:
+    """All of its full blocks are in the prefix cache; its picture of `features` ends the prompt."""
+    one = sequence(id, length)
+    runs = [(length - features, features)]
+    one.media = [MediaSpan(digest=bytes([id]) * 32, units=[], runs=runs, layout_start=length - features, pixels=None)]
+    blocks = s.pool.allocate((length - 1) // s.pool.block_size)
+    for block, digest in zip(blocks, one.digest_blocks(len(blocks), s.pool.block_size), strict=True):
+        s.pool.register(block, digest)
+    s.pool.release(blocks)
+    return one
+
+
+def test_a_step_has_no_more_pictures_than_memory_is_set_aside_for() -> None:
+    """Few tokens may ask for many pictures, where the prefix cache has the rest."""
+    s = scheduler(100, seqs=8, budget=16, max_len=40)
+    assert s.most_features == 56
+    for id in range(8):
+        s.add(seen_before(s, id, 25, 30))
+    features, ended = [], 0
+    while s.has_work:
+        chunks, events = step(s)
+        features.append(sum(media.num_features for chunk in chunks for media in chunk.media))
+        ended += sum(event.finish_reason is not None for event in events)
+    assert ended == 8 and max(features) == 50 and sum(features) == 8 * 25
+    s.pool.check()
+
+
+def test_a_picture_as_large_as_a_prompt_may_be_is_computed() -> None:
+    s = scheduler(seqs=2, budget=16, max_len=40)
+    one, other = (seen_before(s, id, 38, 39) for id in range(2))
+    s.add(one)
+    s.add(other)
+    ended = 0
+    while s.has_work:
+        ended += sum(event.finish_reason is not None for event in step(s)[1])
+    assert ended == 2

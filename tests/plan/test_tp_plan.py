@@ -14,7 +14,7 @@ from tests.commands.test_main import vlserve
 from tests.test_structure import loaded_by
 from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, ModelError
-from vlserve.plan.tp_plan import GIB, Plan, Request, check_tp, make_plan
+from vlserve.plan.tp_plan import DRIVER_BYTES, GIB, Plan, Request, check_tp, make_plan
 
 SMALL_ENCODER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 LARGE_ENCODER = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25}
@@ -105,7 +105,9 @@ def test_degrees_of_the_published_models(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTS_GIB)
 def test_weights_come_to_the_published_size(name: str) -> None:
     rank = make_plan(PUBLISHED[name][0], tp=1).ranks[0]
-    assert (rank.total_bytes - rank.activation_bytes - rank.graph_bytes) / GIB == pytest.approx(WEIGHTS_GIB[name], rel=0.02)
+    assert (rank.total_bytes - rank.activation_bytes - rank.feature_bytes - rank.graph_bytes) / GIB == pytest.approx(
+        WEIGHTS_GIB[name], rel=0.02
+    )
 
 
 def test_a_refusal_names_all_that_fails_and_the_way_out() -> None:
@@ -159,7 +161,7 @@ def test_what_is_replicated_and_what_shrinks() -> None:
     assert one[0].decoder_bytes / 4 < four[0].decoder_bytes < one[0].decoder_bytes / 3.99
     assert max(r.total_bytes for r in four) < 1.01 * min(r.total_bytes for r in four)
     for rank in four:
-        parts = rank.vision_bytes + rank.decoder_bytes + rank.embedding_bytes + rank.activation_bytes
+        parts = rank.vision_bytes + rank.decoder_bytes + rank.embedding_bytes + rank.activation_bytes + rank.feature_bytes
         assert rank.total_bytes == parts + rank.graph_bytes
         assert 0.1 * GIB < rank.graph_bytes < GIB
     (eager,) = make_plan(BIG, tp=1, enforce_eager=True).ranks
@@ -170,7 +172,7 @@ def test_device_memory_gives_tokens_and_requests() -> None:
     plan = make_plan(BIG, tp=4, device_memory=80, gpu_memory_utilization=0.8, block_size=32)
     rank = plan.ranks[0]
     assert plan.ok and plan.kv_tokens is not None and plan.kv_tokens % 32 == 0
-    left = 80 * GIB * 0.8 - rank.total_bytes
+    left = 80 * GIB * 0.8 - DRIVER_BYTES - rank.total_bytes - 32 * rank.kv_bytes_per_token  # a block for rows of padding
     assert 0 <= left - plan.kv_tokens * rank.kv_bytes_per_token < 32 * rank.kv_bytes_per_token
     assert plan.image_tokens == 13 * 256 and plan.request_tokens == 512 + 13 * 256 + 512
     assert plan.max_concurrent == plan.kv_tokens // plan.request_tokens  # a whole number of blocks
@@ -299,7 +301,7 @@ def command(tmp_path: Path, config: Any, *arguments: str) -> subprocess.Complete
 
 KEYS = {"ok", "supported", "reason", "tp", "legal_tp", "legal_tp_replicated", "problems", "kv_tokens", "max_concurrent", "ranks"}
 RANK_KEYS = {"rank", "vision_bytes", "decoder_bytes", "embedding_bytes", "kv_bytes_per_token", "activation_bytes", "total_bytes"}
-RANK_KEYS |= {"graph_bytes"}
+RANK_KEYS |= {"feature_bytes", "graph_bytes"}
 
 
 def test_the_command_prints_one_document(tmp_path: Path) -> None:

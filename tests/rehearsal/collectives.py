@@ -30,7 +30,17 @@ from vlserve.ranks.rank_process import RankArguments, _Rank
 PATIENCE_S = 60.0  # for a rank that computes
 NCCL, GLOO, ONE_SHOT = "nccl", "gloo", "symmetric memory"
 LAUNCHED, RECORDED, REPLAYED = "launched", "recorded", "replayed"
-_COMMON = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64}
+_COMMON = {
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.int32,
+    torch.int64,
+}
 # torch's ProcessGroupNCCL.cpp, `ncclDataType`, and GENERATE_ALL_TYPES of ProcessGroupGlooDetail.hpp; and the types of torch's
 # CUDASymmetricMemoryOps.cu, AT_DISPATCH_FLOAT_AND_BFLOAT16
 TYPES = {NCCL: _COMMON | {torch.float8_e4m3fn, torch.float8_e5m2}, GLOO: _COMMON, ONE_SHOT: {torch.float32, torch.bfloat16}}
@@ -235,7 +245,9 @@ class _Carrier:
         x = self._taken(tensors)
         is_least = options.reduceOp == dist.ReduceOp.MIN
         to = _inner(x)
-        self.ranks.run(self.carrier, "all_reduce", x, lambda parts: to.copy_(torch.stack(parts).amin(0) if is_least else _sum(parts)))
+        self.ranks.run(
+            self.carrier, "all_reduce", x, lambda parts: to.copy_(torch.stack(parts).amin(0) if is_least else _sum(parts))
+        )
         return self._work(options)
 
     def broadcast(self, tensors: list[torch.Tensor], options: Any) -> _Work | None:
@@ -338,7 +350,9 @@ class _Gloo(_Carrier):
             raise DeviceError(self.ranks.meetings.failure)
         given = way.popleft()
         if (given.dtype, given.numel()) != (x.dtype, x.numel()):
-            raise DeviceError(f"rank {source} sends {given.numel()} {given.dtype}, and rank {self.rank} takes {x.numel()} {x.dtype}")
+            raise DeviceError(
+                f"rank {source} sends {given.numel()} {given.dtype}, and rank {self.rank} takes {x.numel()} {x.dtype}"
+            )
         x.copy_(given.view(x.shape))
         return _Work()
 

@@ -14,8 +14,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from tests.rehearsal.device import Device, DeviceError, Graph, Memory, Shared
-
-GIB = 2**30
+from vlserve.plan.tp_plan import DRIVER_BYTES, GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +52,8 @@ H100 = _card("NVIDIA H100 80GB HBM3", 9, 0, 80, 132, 227 * 1024, 50 * 2**20)
 B200 = _card("NVIDIA B200", 10, 0, 180, 148, 227 * 1024, 126 * 2**20)
 # of no maker: so few processors that a replayed step's grid, idle programs and all, is soon interpreted
 SMALL_CARD = _card("a small card", 8, 0, 8, 2, 99 * 1024, 2**20)
+# 24 GiB, of which the driver tells a little less; NVIDIA Ada GPU architecture (white paper): 128 processors, L2 of 72 MiB
+RTX4090 = _card("NVIDIA GeForce RTX 4090", 8, 9, 24, 128, 99 * 1024, 72 * 2**20)
 RTX5090 = _card("NVIDIA GeForce RTX 5090", 12, 0, 32, 170, 99 * 1024, 96 * 2**20)
 
 
@@ -152,13 +153,18 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
     @contextlib.contextmanager
     def graph(made: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
         shared.recording.graph = made
+        memory = rehearsal.memory()
+        before, peak, memory.peak = memory.now, memory.peak, memory.now
         try:
             yield
         finally:
             shared.recording.graph = None
+            if shared.is_meta:  # all graphs share one pool; of what they kept without one, `now` knows
+                memory.pool, memory.peak = max(memory.pool, memory.peak - before), peak
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
-        return card.total_memory - rehearsal.memory(device).now - 500 * 2**20, card.total_memory
+        memory = rehearsal.memory(device)
+        return card.total_memory - memory.now - memory.pool - DRIVER_BYTES, card.total_memory
 
     def reset_peak(device: Any = None) -> None:
         memory = rehearsal.memory(device)

@@ -34,6 +34,8 @@ class DeviceTensor(torch.Tensor):
     """`inner` has the numbers, on the CPU or, where only sizes count, on torch's meta device."""
 
     inner: torch.Tensor
+    memory: Memory
+    held: weakref.finalize[..., DeviceTensor]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, device: torch.device) -> DeviceTensor:
@@ -52,6 +54,20 @@ class DeviceTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"DeviceTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
+    @property
+    def data(self) -> DeviceTensor:  # type: ignore[override]
+        with torch.inference_mode(mode=False):
+            view = DeviceTensor(self.inner.detach(), self.device)
+        self.memory.hold(view)
+        return view
+
+    @data.setter
+    def data(self, value: DeviceTensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner
+        self.held()
+        self.memory.hold(self)
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -69,6 +85,8 @@ class Memory:
 
     now: int = 0
     peak: int = 0
+    pool: int = 0  # beside `now`, what recorded graphs keep for what they compute
+    limit: int | None = None  # of both
     holders: dict[int, int] = field(default_factory=dict)  # live tensors by storage
     sizes: dict[int, int] = field(default_factory=dict)
 
@@ -84,8 +102,11 @@ class Memory:
             self.holders[key], self.sizes[key] = 0, -(-storage.nbytes() // ROUND) * ROUND
             self.now += self.sizes[key]
             self.peak = max(self.peak, self.now)
+            if self.limit is not None and self.now + self.pool > self.limit:
+                raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {self.sizes[key]} bytes")
         self.holders[key] += 1
-        weakref.finalize(tensor, self._release, key).atexit = False
+        tensor.memory, tensor.held = self, weakref.finalize(tensor, self._release, key)
+        tensor.held.atexit = False
 
     def _release(self, key: int) -> None:
         self.holders[key] -= 1
@@ -157,6 +178,9 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.shared.is_meta and func.name() == "aten::scaled_dot_product_attention":
+            with self:
+                return _flash_attention(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # in inference mode these come as they are
                 made = func.decompose(*args, **kwargs)
@@ -169,8 +193,9 @@ class Device(TorchDispatchMode):
 
 @dataclass
 class Shared:
-    """What is known of the devices of one machine."""
+    """What is known of the devices of one machine. `is_meta`: its tensors have sizes and no numbers; the host reads zeros."""
 
+    is_meta: bool = False
     memory: dict[int, Memory] = field(default_factory=dict)
     waits_for: dict[int, list[str]] = field(default_factory=dict)  # by device, where the host waited, as `operator at file:line`
     operators: dict[str, Callable[..., Any]] = field(default_factory=dict)  # of packages that know CUDA alone, by name
@@ -278,6 +303,10 @@ class _Call:
         self._crossing(source, target, is_async)
         kwargs = {key: value for key, value in self.kwargs.items() if key not in ("device", "pin_memory")}
         inner = source.inner if isinstance(source, DeviceTensor) else source
+        if target.type != "cuda" and inner.is_meta:
+            return torch.zeros(inner.shape, dtype=kwargs.get("dtype") or inner.dtype)
+        if self.shared.is_meta and target.type == "cuda":
+            inner = inner.to("meta")
         if inner.is_meta:
             kwargs["device"] = "meta"
         made = self.func(inner, **kwargs)
@@ -297,12 +326,14 @@ class _Call:
         is_async = bool(self.args[2] if len(self.args) > 2 else self.kwargs.get("non_blocking", False))
         self._crossing(source, target.device, is_async)
         to, of = _inner(target), _inner(source)
+        if of.is_meta and not to.is_meta:
+            return _zeroed(target, to)
         if is_async and target.device.type == "cpu" and source.device.type == "cuda":
             self._begin(to, of.to(to.dtype, copy=True), is_to_device=False)
             return target
         if is_async and target.device.type == "cuda" and source.device.type == "cpu" and self.shared.is_pinned(source):
             self._begin(of, of.clone(), is_to_device=True)
-        to.copy_(of)
+        to.copy_(of.to("meta") if to.is_meta else of)
         self._record(lambda: to.copy_(of), None)
         return target
 
@@ -332,9 +363,11 @@ class _Call:
         (device,) = devices
         if self.name in DATA_DEPENDENT or (self.name.startswith("aten::index") and self._has_mask()):
             self.shared.wait(self.name)
+            if self.shared.is_meta and self.name == "aten::_local_scalar_dense":
+                return 0
         args, kwargs = tree_map(_inner, (self.args, self.kwargs))
         if wanted is not None:
-            is_meta = any(one.inner.is_meta for one in self.on_device)
+            is_meta = self.shared.is_meta or any(one.inner.is_meta for one in self.on_device)
             kwargs["device"] = "meta" if is_meta else "cpu"
         made = self.func(*args, **kwargs)
         self._record_operator(args, kwargs, made)
@@ -353,7 +386,7 @@ class _Call:
         return any(isinstance(one, torch.Tensor) and one.dtype in (torch.bool,) for one in flat)
 
     def _record_operator(self, args: Any, kwargs: Any, made: Any) -> None:
-        if self.shared.graph is None:
+        if self.shared.graph is None or self.shared.is_meta:
             return
         outs = [one for one in tree_flatten(made)[0] if isinstance(one, torch.Tensor)]
         given = {one.untyped_storage()._cdata for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)}
@@ -370,13 +403,24 @@ class _Call:
         self._record(again, made)
 
     def _record(self, step: Callable[[], Any], kept: Any) -> None:
-        if self.shared.graph is not None:
+        if self.shared.graph is not None and not self.shared.is_meta:
             self.shared.graph.steps.append(step)
             self.shared.graph.kept.append(kept)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().view(torch.uint8)
+
+
+def _flash_attention(query: Any, key: Any, value: Any, mask: None = None, dropout: float = 0.0, **kwargs: Any) -> Any:
+    """What CUDA takes for 16 bits without a mask; elsewhere torch would choose its plainest way, with all scores in memory."""
+    assert mask is None and query.itemsize == 2
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, **kwargs)[0]
+
+
+def _zeroed(target: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    to.zero_()
+    return target
 
 
 def _inner(one: Any) -> Any:

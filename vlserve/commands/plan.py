@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HELP = "Show which tensor-parallel degrees a model allows and what each rank holds, before any weights are loaded."
 ENGINE_FLAGS = (
     *("dtype", "lm_head_bits", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-    "gpu_memory_utilization",
+    *("gpu_memory_utilization", "vision_cache_gib"),
 )
 MIB, GIB = 2**20, 2**30
 MAX_CONFIG_BYTES = 2**24
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ENGINE_FLAGS:
         field = known[name]
         shown = f" (default: {field.default})" if field.default is not None else ""
-        kind = str if isinstance(field.default, str) else float if name == "gpu_memory_utilization" else int
+        kind = type(field.default) if isinstance(field.default, (str, float)) else int
         choices = field.metadata.get("choices")
         metavar = None if choices else "X" if kind is float else "N"
         text = field.metadata["help"] + shown
@@ -243,7 +243,17 @@ def _degrees_line(plan: Plan) -> str:
 def _memory(plan: Plan, plans: Sequence[Plan]) -> str:
     """Bytes per rank: one row a degree, or one a group of equal ranks."""
     one = plan.tp is not None
-    head = ["rank" if one else "tp", "vision", "decoder", "embeddings", "activations", "CUDA graphs", "in all", "KV per token"]
+    head = [
+        "rank" if one else "tp",
+        "vision",
+        "decoder",
+        "embeddings",
+        "activations",
+        "features",
+        "CUDA graphs",
+        "in all",
+        "KV per token",
+    ]
     head += [] if plan.device_memory is None else ["KV tokens", "requests"] if one else ["KV tokens", "requests", "fits"]
     rows = [[name, *_bytes(rank)] for name, rank in _groups(plan)] if one else [[str(p.tp), *_bytes(p.ranks[0])] for p in plans]
     if plan.device_memory is not None:
@@ -268,7 +278,8 @@ def _groups(plan: Plan) -> list[tuple[str, RankPlan]]:
 
 
 def _bytes(rank: RankPlan) -> list[str]:
-    sizes = (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes, rank.activation_bytes, rank.graph_bytes)
+    sizes = (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes, rank.activation_bytes)
+    sizes += (rank.feature_bytes, rank.graph_bytes)
     return [*map(_binary, (*sizes, rank.total_bytes)), f"{rank.kv_bytes_per_token / 1024:,.1f} KiB"]
 
 

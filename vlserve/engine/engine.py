@@ -16,7 +16,7 @@ from vlserve.config import EngineConfig
 from vlserve.engine.cuda_graphs import Recorder
 from vlserve.engine.grammar import GrammarCompiler
 from vlserve.engine.loading import Progress, load_model, resolve_device, resolve_max_model_len
-from vlserve.engine.memory import graph_budget
+from vlserve.engine.memory import in_the_plans_words, planned_bytes
 from vlserve.engine.messages import STEP_TOKENS, Add, PromptPositions, Stats, TokenEvent
 from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.runner import Runner, Started
@@ -52,16 +52,17 @@ def build_runner(
     model = load_model(checkpoint, config, split, resolve_device(config, seat.local_rank), progress)
     progress("kv cache", 0, 0)
     max_model_len = resolve_max_model_len(config, model)
-    runner = Runner(
-        model,
-        config=config,
-        max_model_len=max_model_len,
-        end_token_ids=frozenset(id for id in checkpoint.end_token_ids if id < model.decoder.config.vocab_size),
-        in_use=in_use,
-        pixels=seat.pixels,
-        graph_bytes=graph_budget(checkpoint, config, model, max_model_len),
-        recorder=seat.recorder,
-    )
+    with in_the_plans_words(checkpoint, config, model.decoder.norm.device):
+        runner = Runner(
+            model,
+            config=config,
+            max_model_len=max_model_len,
+            end_token_ids=frozenset(id for id in checkpoint.end_token_ids if id < model.decoder.config.vocab_size),
+            in_use=in_use,
+            pixels=seat.pixels,
+            planned=planned_bytes(checkpoint, config, model, max_model_len),
+            recorder=seat.recorder,
+        )
     progress("warm-up", 0, 0)
     runner.warm_up()
     return runner

@@ -16,6 +16,7 @@ from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.process_group import DistributedGroup
 from vlserve.kernels.upload import pinned
 from vlserve.llm.decoder import Decoder
+from vlserve.vision.pixels import Unit
 from vlserve.vision.tower import Tower
 
 
@@ -53,22 +54,27 @@ class FeatureEncoder:
         numbers = [[units[i].num_features for i in share] for share in shares]
         pixels, mine = self._share(tasks, shares), shares[self._group.rank]
         shape = max(map(sum, numbers)), self._tower.levels, self._decoder.config.hidden_size
-        room = self._decoder.norm.new_zeros(shape)
-        if mine:
-            encode = self._tower.encode if self.graphs is None else self.graphs.encode
-            number = sum(numbers[self._group.rank])
-            found = encode(pixels, [units[i] for i in mine])
-            if found.shape != (number, *shape[1:]):
-                kind = type(self._tower).__name__
-                raise ValueError(f"{kind}.encode gave {tuple(found.shape)}; expected {(number, *shape[1:])}")
-            room[:number] = found
-        gathered = self._group.all_gather(room, "features")  # [rank, F, L, C]
+        found = self._encode(pixels, [units[i] for i in mine], shape[1:])
+        if len(found) < shape[0]:  # ranks gather as much of each
+            found = torch.cat((found, found.new_zeros(shape[0] - len(found), *shape[1:])))
+        gathered = self._group.all_gather(found, "features")  # [rank, F, L, C]
+        del found
         of_unit: dict[int, torch.Tensor] = {}
         for share, given, of_rank in zip(shares, numbers, gathered, strict=True):
             of_unit.update(zip(share, of_rank[: sum(given)].split(given), strict=True))
         whole = iter(range(len(units)))
         for task in tasks:
             features.put(task.digest, torch.cat([of_unit[next(whole)] for _ in task.units]))
+
+    def _encode(self, pixels: torch.Tensor, units: list[Unit], shape: tuple[int, ...]) -> torch.Tensor:
+        """[F, L, C] of this rank's units, which may be none."""
+        if not units:
+            return self._decoder.norm.new_empty(0, *shape)
+        found = (self._tower if self.graphs is None else self.graphs).encode(pixels, units)
+        expected = (sum(unit.num_features for unit in units), *shape)
+        if found.shape != expected:
+            raise ValueError(f"{type(self._tower).__name__}.encode gave {tuple(found.shape)}; expected {expected}")
+        return found
 
     def _share(self, tasks: list[EncodeTask], shares: list[list[int]]) -> torch.Tensor:
         """The units that this rank encodes, [bytes] uint8, ready to be sent to the device. On rank 0's machine everyone reads

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vlserve.config import EngineConfig
+from vlserve.engine.memory import check_weights, in_the_plans_words
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.tensor_parallel import Split
 from vlserve.models.base import Model
@@ -27,6 +28,8 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, split: Split, devic
     try:
         model = build_model(checkpoint, split).to(dtype)
         model.use_stored_formats(checkpoint.folder, checkpoint.quantisation, dtype)
+        with in_the_plans_words(checkpoint, config, device):
+            check_weights(config, model, device)
         model.to_empty(device=device).eval().requires_grad_(False)
         model.load(Path(checkpoint.folder), lambda done, total: progress("weights", done, total))
     except (ValueError, FileNotFoundError) as error:

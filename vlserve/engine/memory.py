@@ -7,6 +7,8 @@ import ctypes
 import gc
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,12 +16,14 @@ from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.kv_cache import block_bytes
+from vlserve.llm.quantisation import find_quantisation
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.plan.cuda_graph_sizes import graph_bytes
-from vlserve.plan.footprint import Step, shard
+from vlserve.plan.footprint import Step, feature_bytes, shard, step_bytes
 from vlserve.plan.host_memory import available_memory
 from vlserve.plan.model_shape import read_model_shape
+from vlserve.plan.tp_plan import make_plan
 
 GIB = 2**30
 
@@ -43,6 +47,37 @@ def weight_bytes(model: Model) -> dict[str, int]:
     everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     packed = sum(module.packed_bytes for module in decoder.modules() if isinstance(module, GroupedInt4Format))
     return {"vision": everything - layers - embedding, "decoder": layers + packed, "embedding": embedding}
+
+
+@contextlib.contextmanager
+def in_the_plans_words(checkpoint: Checkpoint, config: EngineConfig, device: torch.device) -> Iterator[None]:
+    """What does not fit on a CUDA device is said as `vlserve plan` says it, where the plan comes to the same result."""
+    try:
+        yield
+    except ConfigError as error:
+        is_known = config.kv_cache_gib is None and find_quantisation(checkpoint.config) == checkpoint.quantisation
+        if device.type != "cuda" or not is_known:
+            raise
+        names = "dtype lm_head_bits kv_cache_dtype gpu_memory_utilization max_model_len replicate_kv_heads max_num_seqs"
+        names += " max_num_batched_tokens block_size enforce_eager vision_cache_gib"
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        options = {name: getattr(config, name) for name in names.split()}
+        reason = make_plan(checkpoint.config, tp=config.tp, device_memory=total, **options).reason
+        if reason is None:
+            raise
+        raise ConfigError(reason) from error
+
+
+def check_weights(config: EngineConfig, model: Model, device: torch.device) -> None:
+    """Before they are loaded; raises ConfigError where they alone are more than may be used of a CUDA device."""
+    if device.type != "cuda":
+        return
+    needed, free = sum(weight_bytes(model).values()), _free_bytes(config, device)
+    if needed > free:
+        raise ConfigError(
+            f"the weights take {needed / GIB:.2f} GiB of the device, and {max(0, free) / GIB:.2f} GiB may be used; take a larger "
+            "tp (--tp), or see what else uses the device (nvidia-smi)"
+        )
 
 
 def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_bytes: int) -> int:
@@ -69,21 +104,30 @@ def fit_blocks(config: EngineConfig, model: Model, max_model_len: int, peak_byte
     return num_blocks
 
 
-def graph_budget(checkpoint: Checkpoint, config: EngineConfig, model: Model, max_model_len: int) -> int:
-    """Bytes that this rank sets aside for CUDA graphs; 0 where there are to be none."""
-    dtype = model.decoder.norm.dtype
-    if config.enforce_eager:
-        return 0
-    step = Step(
-        itemsize=dtype.itemsize,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-        kv_dtype=config.kv_cache_dtype,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """Bytes of this rank, as `vlserve plan` counts them."""
+
+    step: int = 0  # the fullest moment of a step
+    features: int = 0  # of pictures
+    graphs: int = 0  # 0 where there are to be none
+
+
+NOTHING = Planned()
+
+
+def planned_bytes(checkpoint: Checkpoint, config: EngineConfig, model: Model, max_model_len: int) -> Planned:
+    step = Step.of(config, model.decoder.norm.dtype.itemsize, max_model_len)
     shape = read_model_shape(checkpoint.config)
-    return graph_bytes(shape, shard(shape.decoder, config.tp), step)
+    shape = replace(shape, decoder=replace(shape.decoder, quantisation=checkpoint.quantisation))  # or a file's beside config.json
+    if model.tower is None:
+        shape = replace(shape, encoder=None, counted=None)
+    part = shard(shape.decoder, config.tp)
+    return Planned(
+        step=step_bytes(shape, part, step, is_first=model.decoder.split.group.rank == 0),
+        features=feature_bytes(shape, step),
+        graphs=0 if config.enforce_eager else graph_bytes(shape, part, step),
+    )
 
 
 def _free_bytes(config: EngineConfig, device: torch.device) -> float:

@@ -19,7 +19,7 @@ from vlserve.engine.cuda_graphs import CudaRecorder, DecodeGraphs, Recorder, Uni
 from vlserve.engine.device_timer import Timings
 from vlserve.engine.feature_cache import FeatureCache
 from vlserve.engine.feature_encoder import FeatureEncoder
-from vlserve.engine.memory import GIB, fit_blocks, release_leftovers, weight_bytes
+from vlserve.engine.memory import GIB, NOTHING, Planned, fit_blocks, release_leftovers, weight_bytes
 from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.process_group import DistributedGroup
 from vlserve.engine.sampling import Drawn, Sampler
@@ -50,7 +50,7 @@ class Runner:
     """Built once. `in_use` tells which pictures' features must stay; `pixels` gives the units of those to encode.
 
     Args:
-        graph_bytes: memory for CUDA graphs; with 0 there are none.
+        planned: memory for steps, features and CUDA graphs; with 0 for graphs there are none.
         recorder: makes them; CUDA's where it is not given and the device is one.
     """
 
@@ -63,7 +63,7 @@ class Runner:
         end_token_ids: frozenset[int],
         in_use: Callable[[], set[bytes]] = set,
         pixels: PixelStore | None = None,
-        graph_bytes: int = 0,
+        planned: Planned = NOTHING,
         recorder: Recorder | None = None,
     ) -> None:
         self.model, self.group = model, model.decoder.split.group
@@ -72,13 +72,16 @@ class Runner:
         self.kv_dtype = config.kv_cache_dtype
         self.pixels = pixels or PixelStore([])
         model.decoder.prepare(max_model_len, self.device)
-        if recorder is None and graph_bytes and self.device.type == "cuda" and self.group.can_record:
-            recorder = CudaRecorder(self.device, graph_bytes)
+        if recorder is None and planned.graphs and self.device.type == "cuda" and self.group.can_record:
+            recorder = CudaRecorder(self.device, planned.graphs)
         if not runs_triton(model.decoder.norm):  # torch's operators are planned for each step
             recorder = None
-        peak_bytes = self._measure_peak(config.max_num_batched_tokens, config.max_num_seqs)
+        peak_bytes = 0
+        if self.device.type == "cuda":  # on the CPU a fixed share of the memory is left over
+            measured = self._measure_peak(config.max_num_batched_tokens, config.max_num_seqs)
+            peak_bytes = max(measured, planned.step) + planned.features
         if recorder is not None:
-            peak_bytes += graph_bytes + self._cache_bytes(1)  # a block for rows of padding
+            peak_bytes += planned.graphs + self._cache_bytes(1)  # a block for rows of padding
         release_leftovers(self.device)
         num_blocks = fit_blocks(config, model, max_model_len, peak_bytes)
         self.num_blocks = self.group.minimum(num_blocks, "kv cache") if isinstance(self.group, DistributedGroup) else num_blocks
@@ -283,29 +286,42 @@ class Runner:
 
     @torch.inference_mode()
     def _measure_peak(self, num_tokens: int, max_num_seqs: int) -> int:
-        """Bytes that the encoder, or a step of `num_tokens`, takes at its peak beside weights and caches; 0 on the CPU, where
-        a fixed share of the memory is left over for it."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        if self.model.tower is not None:
-            self._encode_nothing(self.model.tower.heaviest())
+        """Bytes that the encoder, or a step of `num_tokens` at the end of a context, takes on CUDA beside what stays.
+
+        What only requests bring, such as penalties and grammars, the plan knows.
+        """
         num_tokens = min(num_tokens, self.max_model_len)
         num_blocks = -(-num_tokens // self.block_size)
-        cache = self._make_cache(num_blocks)
+        decoding = self._peak_of(lambda: self._try_decoder(num_tokens, num_blocks, max_num_seqs)) - self._cache_bytes(num_blocks)
+        return max(decoding, self._peak_of(lambda: self._try_encoder(num_tokens)))
+
+    def _peak_of(self, work: Callable[[], None]) -> int:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        work()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def _try_encoder(self, num_tokens: int) -> None:
+        tower, decoder = self.model.tower, self.model.decoder
+        if tower is None:
+            return
+        waiting = decoder.norm.new_empty(num_tokens, decoder.config.hidden_size)  # the step's embeddings
+        self._encode_nothing(tower.heaviest())
+        del waiting
+
+    def _try_decoder(self, num_tokens: int, num_blocks: int, num_rows: int) -> None:
+        decoder, cache = self.model.decoder, self._make_cache(num_blocks)
         places = torch.arange(num_tokens, device=self.device)
-        axes = places.expand(self.model.decoder.num_position_axes, -1)
+        context = torch.arange(-(-self.max_model_len // self.block_size), device=self.device) % num_blocks
         metadata = plan_attention(
             query_lens=(num_tokens,),
-            context_lens=(num_tokens,),
-            block_tables=torch.arange(num_blocks, device=self.device).unsqueeze(0),
+            context_lens=(self.max_model_len,),
+            block_tables=context.unsqueeze(0),
             slots=places,
             block_size=self.block_size,
         )
-        hidden = self.model.decoder(self.model.decoder.embed(torch.zeros_like(places)), axes, cache, metadata)
-        logits = self.model.decoder.logits(hidden[:max_num_seqs])
+        axes = places.expand(decoder.num_position_axes, -1)
+        hidden = decoder(decoder.embed(torch.zeros_like(places)), axes, cache, metadata)
+        logits = decoder.logits(hidden[:num_rows])
         if logits is not None:  # sampled from on this rank
             logits.new_empty(LOGIT_COPIES - 1, *logits.shape)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        return max(0, peak - self._cache_bytes(num_blocks))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from vlserve.engine.messages import FinishReason, TokenEvent, TokenLogprob
 from vlserve.engine.sequence import UNKNOWN, MediaSpan, Sequence
 from vlserve.llm.block_pool import BlockPool
+from vlserve.plan.footprint import most_features
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -48,7 +49,11 @@ class Sampled:
 
 
 class Scheduler:
-    """First come, first served; a step takes decodes first, then prefill chunks, within the token budget."""
+    """First come, first served; a step takes decodes first, then prefill chunks, within the token budget.
+
+    Pictures in a step have `most_features` together at most, for which memory is set aside: the prefix cache may have all but the
+    last tokens of many prompts, and each picture is encoded as a whole for them.
+    """
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len, self.end_token_ids = max_model_len, end_token_ids
+        self.most_features = most_features(max_num_batched_tokens, max_model_len)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
@@ -91,7 +97,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, with their blocks allocated; empty when there is nothing to do."""
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
+        budget, pictures = self.max_num_batched_tokens, dict[bytes, int]()
         is_decode = {s.id: len(s.token_ids) - s.num_computed == 1 for s in self.running}
         for sequence in sorted(self.running, key=lambda s: not is_decode[s.id]):
             if budget == 0:
@@ -100,8 +106,8 @@ class Scheduler:
                 continue
             if self._is_full(sequence):  # its last token is on its way
                 continue
-            chunk = self._chunk(sequence, sequence.num_computed, budget)
-            if not self._make_room(sequence, chunk.stop, chunks):
+            chunk = self._chunk(sequence, sequence.num_computed, budget, pictures)
+            if chunk.stop == chunk.start or not self._make_room(sequence, chunk.stop, chunks):
                 continue
             chunks.append(chunk)
             budget -= chunk.stop - chunk.start
@@ -109,7 +115,7 @@ class Scheduler:
         for sequence in ready:
             if budget == 0 or len(self.running) >= self.max_num_seqs:
                 break
-            admitted = self._admit(sequence, budget)
+            admitted = self._admit(sequence, budget, pictures)
             if admitted is None:
                 break
             chunks.append(admitted)
@@ -157,10 +163,20 @@ class Scheduler:
                 events.append(self._finish(sequence, token, reason))
         return events
 
-    def _chunk(self, sequence: Sequence, start: int, budget: int) -> Chunk:
-        length = len(sequence.token_ids)
-        stop = min(length, start + budget)
-        return Chunk(sequence=sequence, start=start, stop=stop, samples=stop == length, blocks=sequence.blocks)
+    def _chunk(self, sequence: Sequence, start: int, budget: int, pictures: dict[bytes, int]) -> Chunk:
+        stop = self._stop(sequence, start, budget, pictures)
+        samples = stop == len(sequence.token_ids)
+        return Chunk(sequence=sequence, start=start, stop=stop, samples=samples, blocks=sequence.blocks)
+
+    def _stop(self, sequence: Sequence, start: int, budget: int, pictures: dict[bytes, int]) -> int:
+        """Where a chunk ends: with the budget, or before a picture that would be too many; `pictures`: features of the step's."""
+        stop = min(len(sequence.token_ids), start + budget)
+        for media in sequence.media:
+            if media.overlaps(start, stop) and media.digest not in pictures:
+                if sum(pictures.values()) + media.num_features > self.most_features:
+                    return max(start, media.start)
+                pictures[media.digest] = media.num_features
+        return stop
 
     def _num_missing_blocks(self, sequence: Sequence, stop: int) -> int:
         return max(0, -(-stop // self.pool.block_size) - len(sequence.blocks))
@@ -177,15 +193,15 @@ class Scheduler:
         sequence.blocks += self.pool.allocate(needed)
         return True
 
-    def _admit(self, sequence: Sequence, budget: int) -> Chunk | None:
-        """Move a waiting sequence to running, from its cached prefix on; None when blocks are short."""
+    def _admit(self, sequence: Sequence, budget: int, pictures: dict[bytes, int]) -> Chunk | None:
+        """Move a waiting sequence to running, from its cached prefix on; None when blocks are short, or pictures too many."""
         size = self.pool.block_size
         # the last token is always computed: its logits are needed
         known = self.pool.match(sequence.digest_blocks((len(sequence.token_ids) - 1) // size, size))
         start = len(known) * size
-        stop = min(len(sequence.token_ids), start + budget)
+        stop = self._stop(sequence, start, budget, pictures)
         fresh = -(-stop // size) - len(known)
-        if fresh + self.pool.num_taken_by(known) > self.pool.num_free:
+        if stop == start or fresh + self.pool.num_taken_by(known) > self.pool.num_free:
             return None
         self.waiting.remove(sequence)
         self.running.append(sequence)
@@ -197,7 +213,7 @@ class Scheduler:
             sequence.num_cached_tokens = start
             self.prefix_queries += len(sequence.token_ids)
             self.prefix_hits += start
-        return self._chunk(sequence, start, budget)
+        return Chunk(sequence=sequence, start=start, stop=stop, samples=stop == len(sequence.token_ids), blocks=sequence.blocks)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give its blocks back; it waits, first in line, and is computed again (from what is still cached)."""

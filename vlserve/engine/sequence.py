@@ -33,6 +33,10 @@ class MediaSpan:
     def stop(self) -> int:
         return sum(self.runs[-1])
 
+    @property
+    def num_features(self) -> int:
+        return sum(number for _, number in self.runs)
+
     def overlaps(self, start: int, stop: int) -> bool:
         return self.start < stop and start < self.stop
 

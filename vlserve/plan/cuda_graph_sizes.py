@@ -6,7 +6,7 @@ they are used up. No torch here: `vlserve plan` counts them too.
 
 from __future__ import annotations
 
-from vlserve.plan.footprint import Shard, Step
+from vlserve.plan.footprint import Shard, Step, tile_bytes
 from vlserve.plan.model_shape import ModelShape
 
 MOST_ROWS = 128  # of a decode step; larger ones give the device enough to do while the host launches kernels
@@ -39,12 +39,9 @@ def graph_bytes(shape: ModelShape, part: Shard, step: Step) -> int:
     pool, count = rows * _row_bytes(shape, part, step), len(sizes)
     if shape.encoder is not None:
         encoder, tiles = shape.encoder, TILE_SIZES[-1]
-        width, patches = encoder.hidden_size, (encoder.image_size // encoder.patch_size) ** 2 + 1
         pixels, out = 3 * encoder.image_size**2, encoder.tokens_per_tile * hidden * b
         held += tiles * (pixels + out)
-        # a tile in numbers and float32; the block's input and sum, its norm, feed-forward or query, key, value and results
-        inside = max((4 * width + 2 * encoder.intermediate_size) * b, 10 * width * b) + 2 * width * FLOAT32
-        pool = max(pool, tiles * (pixels * (b + 2 * FLOAT32) + patches * inside))
+        pool = max(pool, tiles * tile_bytes(encoder, shape.decoder, b))
         count += len(TILE_SIZES)
     return held + pool + 2 * SEGMENT_BYTES + count * EACH_BYTES
 

@@ -1,8 +1,8 @@
 """How many bytes a rank of a tensor-parallel group holds: weights, a token's keys and values, and a step's activations.
 
 Vision encoder and projector are whole on every rank; the decoder is cut by heads, by feed-forward width and by
-vocabulary. The activations are what the code holds at its fullest moment, tensor by tensor; tests/plan/test_footprint.py
-measures the same on the CPU. Letters: T tokens of a step, L tokens of context, R rows to sample, C hidden size,
+vocabulary. The activations are what the code holds on a CUDA device at its fullest moment, tensor by tensor;
+tests/rehearsal/memory.py counts the same. Letters: T tokens of a step, L tokens of context, R rows to sample, C hidden size,
 Q and K widths of this rank's query and KV heads, F feed-forward width of this rank, V vocabulary, N tiles, P patches
 of a tile with the class token, W encoder width, b bytes of a number.
 """
@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vlserve.config import EngineConfig
+from vlserve.llm.quantisation import INT8
 from vlserve.plan.model_shape import DecoderShape, ModelShape
 from vlserve.vision.config import TILES_AT_ONCE, EncoderConfig
 
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 FLOAT32 = 4  # bytes
 LOGIT_COPIES = 4  # of what is sampled from, with penalties and log-probabilities
 KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
-KV_AT_ONCE = 2**17  # keys or values that are turned into numbers together
-KV_READING = {"int8": 5, "fp8": 7}  # bytes for each of them, beside its result and its scale
+SPREAD_BLOCK = 128  # inputs, in which 4-bit weights lie
+# as kernels/attention/plan.py has them, whose package needs torch: a tile's rows, programs a multiprocessor, a tile's positions
+MOST_ROWS, MOST_PROGRAMS, POSITIONS = 128, 16, 32
+MULTIPROCESSORS, GOOD_LOAD = 132, 8  # of an H100; with so many programs for each of them no context is cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,19 @@ class Step:
     max_num_batched_tokens: int
     block_size: int
     kv_dtype: str = "auto"  # of the KV cache: the computation's, int8 or fp8
+    vision_cache: int = 0  # bytes
+
+    @classmethod
+    def of(cls, config: EngineConfig, itemsize: int, max_model_len: int) -> Step:
+        return cls(
+            itemsize=itemsize,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            block_size=config.block_size,
+            kv_dtype=config.kv_cache_dtype,
+            vision_cache=int(config.vision_cache_gib * 2**30),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,13 +182,29 @@ def kv_bytes_per_token(decoder: DecoderShape, part: Shard, step: Step) -> int:
 
 
 def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
-    """The rotary table, which stays, and the fullest moment of a step; `is_first` for the rank that samples."""
-    decoder = shape.decoder
-    table = step.max_model_len * decoder.head_dim * FLOAT32
-    peaks = [_layer_peak(decoder, part, step), _logits_peak(decoder, part, step, is_first=is_first)]
-    if shape.encoder is not None:
-        peaks.append(_encoder_peak(shape.encoder, decoder, step))
-    return table + max(peaks)
+    """The rotary table, which stays, and the fullest moment of a step."""
+    return step.max_model_len * shape.decoder.head_dim * FLOAT32 + step_bytes(shape, part, step, is_first=is_first)
+
+
+def step_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
+    """The fullest moment of a step beside all that stays; `is_first` for the rank that samples."""
+    peaks = [_layer_peak(shape.decoder, part, step), _logits_peak(shape.decoder, part, step, is_first=is_first)]
+    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, step) if shape.has_pictures else 0)
+
+
+def most_features(max_num_batched_tokens: int, max_model_len: int) -> int:
+    """Of all pictures in a step together: those of a step's own tokens, and of a picture as large as a prompt may be."""
+    return max_num_batched_tokens + max_model_len
+
+
+def feature_bytes(shape: ModelShape, step: Step) -> int:
+    """Pictures' features: those that are kept across requests, and those of a step, before it drops others."""
+    return (step.vision_cache + _new_features(shape.decoder, step)) * shape.has_pictures
+
+
+def _new_features(decoder: DecoderShape, step: Step) -> int:
+    number = most_features(step.max_num_batched_tokens, step.max_model_len)
+    return number * decoder.feature_levels * decoder.hidden_size * step.itemsize
 
 
 def _counted_bytes(family: Architecture, config: Mapping[str, Any], preprocessor: Preprocessor, itemsize: int) -> int:
@@ -188,58 +221,84 @@ def _counted_bytes(family: Architecture, config: Mapping[str, Any], preprocessor
 
 def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     """A chunk of T tokens at the end of a context of L, within one layer."""
-    tokens = min(step.max_num_batched_tokens, step.max_model_len * step.max_num_seqs)
-    b, hidden = step.itemsize, decoder.hidden_size
+    tokens = _step_tokens(step)
+    b, hidden, width = step.itemsize, decoder.hidden_size, max(part.feed_forward, part.shared_feed_forward)
     query, kv = part.query_heads * decoder.head_dim, part.kv_heads * decoder.head_dim
-    length = step.max_model_len
-    # embeddings; the layer's input and residual, held by the caller; this half's norm and sum
-    held = 5 * hidden * b * tokens + tokens * decoder.head_dim * FLOAT32 + _index_bytes(step, tokens)
-    # what came before the chunk makes a mask necessary
-    mask = min(tokens, length) * length if length > tokens else 0
-    # query, key and value in one tensor; the query turned; the result; keys and values, gathered from their blocks; the mask
-    attention = (3 * query + 2 * kv) * b * tokens + 2 * length * kv * b + mask
-    # within torch's kernel: its own result with the log-sum-exp, and the mask as numbers
-    inside = (query * b + part.query_heads * FLOAT32) * tokens + mask * b
-    if step.kv_dtype != "auto":
-        numbers = min(max(KV_AT_ONCE, step.block_size * kv), length * kv)
-        inside = max(inside, numbers * KV_READING[step.kv_dtype] + numbers // decoder.head_dim * FLOAT32)
-    attention += inside
-    if step.kv_dtype != "auto":  # while storing: key and value in float32, their quotients, codes and scales
-        storing = 2 * kv * (2 * FLOAT32 + KV_CODE) + 2 * part.kv_heads * KV_SCALE
-        attention = max(attention, ((2 * query + 3 * kv) * b + storing) * tokens + mask)
-    # query, key and value in one tensor; both halves of what is turned, their products and their sum; what norms gave
-    rotation = max(3 * query + 2 * kv, 2 * query + 4 * kv) + decoder.qk_norm * (query + kv)
-    feed_forward = 4 * max(part.feed_forward, part.shared_feed_forward) * b * tokens  # gate and up, silu(gate), the product
-    norm = hidden * (b + (2 * FLOAT32 if b < FLOAT32 else 0)) * tokens  # 16 bits are normed in float32
-    return held + max(attention, rotation * b * tokens, feed_forward, norm)
+    # embeddings; the layer's input and residual, held by the caller; this half's norm and sum; features for deeper layers
+    held = (5 + decoder.feature_levels * (decoder.feature_levels > 1)) * hidden * b * tokens
+    held += tokens * decoder.head_dim * FLOAT32 + _index_bytes(step, tokens)
+
+    def product(outputs: int, inputs: int) -> int:
+        """A result, and what a quantised format takes beside it."""
+        return outputs * b * tokens + _spread_bytes(decoder, outputs, inputs, tokens, b)
+
+    # query, key and value in one tensor, of which a bias makes another; the query turned; attention's result; parts of it
+    projected = product(query + 2 * kv, hidden) + (query + 2 * kv) * b * tokens * decoder.qkv_bias * _is_spread(decoder)
+    attention = (3 * query + 2 * kv) * b * tokens + max(_part_bytes(decoder, part, step), product(hidden, query))
+    # gate and up; silu(gate) * up; the result
+    feed_forward = max(product(2 * width, hidden), 3 * width * b * tokens + product(hidden, width))
+    return held + max(projected, attention, feed_forward)
+
+
+def _is_spread(decoder: DecoderShape) -> bool:
+    return decoder.quantisation is not None
+
+
+def _spread_bytes(decoder: DecoderShape, outputs: int, inputs: int, tokens: int, itemsize: int) -> int:
+    """What the product of many tokens with quantised weights takes: the weights as numbers, or with int8 its sums in 32 bits."""
+    if decoder.quantisation is None:
+        return 0
+    if decoder.quantisation.kind == INT8:
+        return 2 * FLOAT32 * outputs * tokens
+    return outputs * -(-inputs // SPREAD_BLOCK) * SPREAD_BLOCK * itemsize
+
+
+def _part_bytes(decoder: DecoderShape, part: Shard, step: Step) -> int:
+    """Of attention over long contexts, which are cut so that all multiprocessors have work (kernels/attention/plan.py)."""
+    group = max(1, part.query_heads // part.kv_heads)
+    tokens = max(1, MOST_ROWS // group)
+    programs = -(-_step_tokens(step) // tokens) * part.kv_heads
+    most = max(MOST_PROGRAMS * MULTIPROCESSORS, 2 * programs) if programs < GOOD_LOAD * MULTIPROCESSORS else 0
+    most = min(most, programs * -(-step.max_model_len // POSITIONS))
+    return most * tokens * group * (decoder.head_dim + 1) * FLOAT32
 
 
 def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bool) -> int:
-    """Logits of R rows. The first rank gathers them in float32 and samples."""
-    tokens = min(step.max_num_batched_tokens, step.max_model_len * step.max_num_seqs)
+    """Logits of R rows. The first rank gathers them, makes them float32 and samples."""
+    tokens, b = _step_tokens(step), step.itemsize
     rows = min(step.max_num_seqs, tokens)
-    held = (2 * tokens + rows) * decoder.hidden_size * step.itemsize  # embeddings, hidden states, the rows to sample
-    if is_first:
-        return held + rows * decoder.vocab_size * LOGIT_COPIES * FLOAT32
-    return held + rows * part.vocabulary * step.itemsize
+    held = (2 * tokens + rows) * decoder.hidden_size * b  # embeddings, hidden states, the rows to sample
+    own, whole = rows * part.vocabulary * b, rows * decoder.vocab_size
+    if not is_first:
+        return held + own
+    gathered = (own + 2 * whole * b) if part.vocabulary < decoder.vocab_size else 0
+    sampling = whole * (LOGIT_COPIES * FLOAT32 + 1)  # and what grammars allow
+    return max(held + max(gathered, own + whole * (b + FLOAT32)), sampling)
 
 
-def _encoder_peak(encoder: EncoderConfig, decoder: DecoderShape, step: Step) -> int:
-    """TILES_AT_ONCE tiles in the encoder, while the step's embeddings wait."""
-    b, width, tiles = step.itemsize, encoder.hidden_size, TILES_AT_ONCE
-    tokens = min(step.max_num_batched_tokens, step.max_model_len * step.max_num_seqs)
-    waiting = tokens * decoder.hidden_size * b + _index_bytes(step, tokens)
-    pixels, patches = 3 * encoder.image_size**2, _positions(encoder)
+def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, step: Step) -> int:
+    """TILES_AT_ONCE tiles in the encoder, or a copy of all new features, while the step's embeddings wait."""
+    tokens, features = _step_tokens(step), _new_features(decoder, step)
+    waiting = tokens * decoder.hidden_size * step.itemsize + _index_bytes(step, tokens)
+    if encoder is None:  # only its own code knows: it is measured
+        return waiting + features
+    return waiting + max(TILES_AT_ONCE * tile_bytes(encoder, decoder, step.itemsize), features)
+
+
+def tile_bytes(encoder: EncoderConfig, decoder: DecoderShape, itemsize: int) -> int:
+    """A tile in the encoder, from its uint8 numbers to its features, at the fullest moment."""
+    b, width, pixels, patches = itemsize, encoder.hidden_size, 3 * encoder.image_size**2, _positions(encoder)
     # the encoder's input, the sum so far and the norm of it; feed-forward before and after GELU
     feed_forward = (3 * width + 2 * encoder.intermediate_size) * b
-    # the encoder's input, the block's, its norm, query, key and value, the result, its projection; with norms of query and key
-    # their steps in float32, and a patch's root
+    # the encoder's input, the block's, its norm, query, key and value, the result, its projection; norms of query and key
     attention = (8 + 2 * encoder.use_qk_norm) * width * b
-    qk_norm = (7 * b + 2 * FLOAT32) * width + FLOAT32 if encoder.use_qk_norm and b < FLOAT32 else 0
-    out = encoder.tokens_per_tile * decoder.hidden_size * b
-    projector = 3 * patches * width * b + 3 * out  # the patches, shuffled, normed; then three layers' results
+    projector = 3 * patches * width * b + 3 * encoder.tokens_per_tile * decoder.hidden_size * b  # and three layers' results
     normalise = pixels * (1 + 2 * FLOAT32)  # uint8, and two steps in float32
-    return waiting + tiles * max(pixels * b + max(patches * max(feed_forward, attention, qk_norm), projector), normalise)
+    return max(pixels * b + max(patches * max(feed_forward, attention), projector), normalise)
+
+
+def _step_tokens(step: Step) -> int:
+    return min(step.max_num_batched_tokens, step.max_model_len * step.max_num_seqs)
 
 
 def _index_bytes(step: Step, tokens: int) -> int:

@@ -47,6 +47,7 @@ class DecoderShape:
     qk_norm: bool
     num_experts: int = 0  # 0: no mixture
     shared_intermediate_size: int = 0  # of the expert that every token passes
+    feature_levels: int = 1  # of a picture: the embeddings', and one for each layer that takes its own
     quantisation: Quantisation | None = None  # None also where it is not supported
 
     @property
@@ -67,6 +68,10 @@ class ModelShape:
     counted: Architecture | None  # whose encoder only its own code knows: it is built without memory and counted
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def has_pictures(self) -> bool:
+        return self.encoder is not None or self.counted is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +224,7 @@ def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
         qk_norm=config.qk_norm,
         num_experts=0,
         shared_intermediate_size=0,
+        feature_levels=1 + len(config.deep_layers),
     )
 
 

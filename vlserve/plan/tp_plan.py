@@ -30,6 +30,7 @@ __all__ = ["Cut", "Plan", "Problem", "RankPlan", "Request", "check_tp", "choose_
 GIB = 2**30
 DEFAULTS = EngineConfig()
 ONE_PICTURE = Request()
+DRIVER_BYTES = 2**29  # what CUDA's context and libraries take of a device: an allowance, for only the device tells
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
@@ -43,6 +44,7 @@ class RankPlan:
     embedding_bytes: int
     kv_bytes_per_token: int
     activation_bytes: int
+    feature_bytes: int  # of pictures, kept across requests and new in a step
     graph_bytes: int  # set aside for CUDA graphs
     total_bytes: int
 
@@ -109,6 +111,7 @@ def make_plan(
     max_num_batched_tokens: int = DEFAULTS.max_num_batched_tokens,
     block_size: int = DEFAULTS.block_size,
     enforce_eager: bool = DEFAULTS.enforce_eager,
+    vision_cache_gib: float = DEFAULTS.vision_cache_gib,
     request: Request = ONE_PICTURE,
 ) -> Plan:
     """Plan for `tp` ranks, or for every degree that works.
@@ -133,6 +136,7 @@ def make_plan(
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         enforce_eager=enforce_eager,
+        vision_cache_gib=vision_cache_gib,
         gpu_memory_utilization=gpu_memory_utilization,
     )
     if tp is not None:
@@ -166,14 +170,7 @@ class _Planner:
             self.shape = replace(self.shape, notes=(*self.shape.notes, note))
         self.dtype = choose_dtype(config, options.dtype)
         self.max_model_len = self._choose_length()
-        self.step = Step(
-            itemsize=ITEMSIZES[self.dtype],
-            max_model_len=self.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            block_size=options.block_size,
-            kv_dtype=options.kv_cache_dtype,
-        )
+        self.step = Step.of(options, ITEMSIZES[self.dtype], self.max_model_len)
         self.vision_bytes, self.shape = footprint.vision_bytes(self.shape, config, self.step.itemsize)
         self.image_tokens, self.request_tokens = request_tokens(self.shape, request)
         self.legal, self.legal_replicated = legal_degrees(self.shape.decoder)
@@ -239,6 +236,7 @@ class _Planner:
         layers = footprint.decoder_bytes(decoder, part, itemsize)
         embeddings = footprint.embedding_bytes(decoder, part, itemsize, self.options.lm_head_bits)
         activations = footprint.activation_bytes(self.shape, part, self.step, is_first=rank == 0)
+        features = footprint.feature_bytes(self.shape, self.step)
         graphs = 0 if self.options.enforce_eager else graph_bytes(self.shape, part, self.step)
         return RankPlan(
             rank=rank,
@@ -247,19 +245,21 @@ class _Planner:
             embedding_bytes=embeddings,
             kv_bytes_per_token=footprint.kv_bytes_per_token(decoder, part, self.step),
             activation_bytes=activations,
+            feature_bytes=features,
             graph_bytes=graphs,
-            total_bytes=self.vision_bytes + layers + embeddings + activations + graphs,
+            total_bytes=self.vision_bytes + layers + embeddings + activations + features + graphs,
         )
 
     def _budget(self) -> float:
         """Bytes of a device that may be used."""
         assert self.device_memory is not None
-        return self.device_memory * GIB * self.options.gpu_memory_utilization
+        return self.device_memory * GIB * self.options.gpu_memory_utilization - DRIVER_BYTES
 
     def _kv_tokens(self, ranks: tuple[RankPlan, ...]) -> int:
-        """Tokens in whole blocks; all ranks hold the same, so the fullest decides."""
-        size = self.options.block_size
-        return min(max(0, int((self._budget() - r.total_bytes) // (r.kv_bytes_per_token * size))) * size for r in ranks)
+        """Tokens in whole blocks, for max_num_seqs full contexts at most; all ranks hold the same, so the fullest decides."""
+        size, spare = self.options.block_size, not self.options.enforce_eager  # a block for graphs' rows of padding
+        fitting = (int((self._budget() - r.total_bytes) // (r.kv_bytes_per_token * size)) - spare for r in ranks)
+        return min(self.options.max_num_seqs * self._in_blocks(self.max_model_len), max(0, min(fitting)) * size)
 
     def _fits(self, tp: int) -> bool:
         fullest = self._rank(footprint.shard(self.shape.decoder, tp), 0)
@@ -273,7 +273,8 @@ class _Planner:
         assert self.device_memory is not None
         rank = max(ranks, key=lambda r: r.total_bytes)
         cache = self._in_blocks(self.max_model_len) * rank.kv_bytes_per_token
-        share = f"{self.device_memory:g} GiB x {self.options.gpu_memory_utilization:g} gives {self._budget() / GIB:.2f} GiB"
+        share = f"{self.device_memory:g} GiB x {self.options.gpu_memory_utilization:g}, less {DRIVER_BYTES / GIB:g} GiB for the "
+        share += f"driver, gives {self._budget() / GIB:.2f} GiB"
         text = f"tp={tp} does not fit: rank {rank.rank} needs {rank.total_bytes / GIB:.2f} GiB without KV cache"
         text += f" and {cache / GIB:.2f} GiB of it for one request of max_model_len {self.max_model_len}; device memory {share}"
         fitting = [str(n) for n in self.legal if self._fits(n)]
