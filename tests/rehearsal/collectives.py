@@ -24,13 +24,24 @@ from tests.rehearsal.cuda import Rehearsal
 from tests.rehearsal.device import DeviceError, DeviceTensor
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Seat
+from vlserve.engine.process_group import DistributedGroup
 from vlserve.engine.rank_status import RankStatusReader, RankStatusWriter
 from vlserve.ranks.rank_process import RankArguments, _Rank
 
 PATIENCE_S = 60.0  # for a rank that computes
 NCCL, GLOO, ONE_SHOT = "nccl", "gloo", "symmetric memory"
 LAUNCHED, RECORDED, REPLAYED = "launched", "recorded", "replayed"
-_COMMON = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64}
+_COMMON = {
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.int32,
+    torch.int64,
+}
 # torch's ProcessGroupNCCL.cpp, `ncclDataType`, and GENERATE_ALL_TYPES of ProcessGroupGlooDetail.hpp; and the types of torch's
 # CUDASymmetricMemoryOps.cu, AT_DISPATCH_FLOAT_AND_BFLOAT16
 TYPES = {NCCL: _COMMON | {torch.float8_e4m3fn, torch.float8_e5m2}, GLOO: _COMMON, ONE_SHOT: {torch.float32, torch.bfloat16}}
@@ -92,7 +103,8 @@ class Meetings:
 
 
 class Collectives:
-    """Ranks of one machine: `seated` is for each one's thread."""
+    """Ranks that are threads; `seated` is for each one's. Those of one machine have a device each, or one for all, as NCCL does not
+    take it: then everything goes over Gloo."""
 
     def __init__(self, cards: Rehearsal, folder: Path, size: int) -> None:
         self.cards, self.folder, self.meetings = cards, folder, Meetings(size)
@@ -115,10 +127,15 @@ class Collectives:
         arguments = RankArguments(config=config, rank=rank, folder=str(self.folder), pixel_folders=[], parent=0)
         with self.cards.entered():
             try:
-                yield _Rank(arguments, lambda message: None)._sit_down()
+                yield _Rank(arguments, lambda message: None)._sit_down() if self.cards.count > 1 else self._beside_others(rank)
             except BaseException as error:
                 self.meetings.end(f"rank {rank} ended: {error}")
                 raise
+
+    def _beside_others(self, rank: int) -> Seat:
+        store = dist.PrefixStore("one device", dist.FileStore(str(self.folder / "store"), self.meetings.size))
+        status = RankStatusWriter(self.folder / "rank_status", rank)
+        return Seat(group=DistributedGroup(store, rank, self.meetings.size, address="127.0.0.1", timeout_s=60, status=status))
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         enter = RankStatusWriter.enter
@@ -235,7 +252,9 @@ class _Carrier:
         x = self._taken(tensors)
         is_least = options.reduceOp == dist.ReduceOp.MIN
         to = _inner(x)
-        self.ranks.run(self.carrier, "all_reduce", x, lambda parts: to.copy_(torch.stack(parts).amin(0) if is_least else _sum(parts)))
+        self.ranks.run(
+            self.carrier, "all_reduce", x, lambda parts: to.copy_(torch.stack(parts).amin(0) if is_least else _sum(parts))
+        )
         return self._work(options)
 
     def broadcast(self, tensors: list[torch.Tensor], options: Any) -> _Work | None:
@@ -338,7 +357,9 @@ class _Gloo(_Carrier):
             raise DeviceError(self.ranks.meetings.failure)
         given = way.popleft()
         if (given.dtype, given.numel()) != (x.dtype, x.numel()):
-            raise DeviceError(f"rank {source} sends {given.numel()} {given.dtype}, and rank {self.rank} takes {x.numel()} {x.dtype}")
+            raise DeviceError(
+                f"rank {source} sends {given.numel()} {given.dtype}, and rank {self.rank} takes {x.numel()} {x.dtype}"
+            )
         x.copy_(given.view(x.shape))
         return _Work()
 

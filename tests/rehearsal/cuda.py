@@ -51,8 +51,6 @@ def _card(name: str, major: int, minor: int, gib: int, processors: int, shared: 
 A100 = _card("NVIDIA A100-SXM4-80GB", 8, 0, 80, 108, 163 * 1024, 40 * 2**20)
 H100 = _card("NVIDIA H100 80GB HBM3", 9, 0, 80, 132, 227 * 1024, 50 * 2**20)
 B200 = _card("NVIDIA B200", 10, 0, 180, 148, 227 * 1024, 126 * 2**20)
-# of no maker: so few processors that a replayed step's grid, idle programs and all, is soon interpreted
-SMALL_CARD = _card("a small card", 8, 0, 8, 2, 99 * 1024, 2**20)
 RTX5090 = _card("NVIDIA GeForce RTX 5090", 12, 0, 32, 170, 99 * 1024, 96 * 2**20)
 
 
@@ -164,7 +162,6 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
         memory = rehearsal.memory(device)
         memory.peak = memory.now
 
-    _device_constructors()  # a set that torch keeps: of its own functions, not of those that stand for them
     tensor, empty = torch.tensor, torch.empty
 
     def pinning(make: Any) -> Any:

@@ -8,8 +8,9 @@ and replays graphs. Values are real, so what an engine answers on it can be comp
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT = Path(__file__).parents[2]
+STAND_INS = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py", "collectives.py")}
 GARBAGE = 123  # in memory that a copy is still to fill
 ROUND = 512  # bytes to which torch's allocator rounds
 DATA_DEPENDENT = {  # the size of what they give is known to the device only
@@ -157,7 +159,7 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func.name()):
             with self:  # in inference mode these come as they are
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
@@ -375,6 +377,11 @@ class _Call:
             self.shared.graph.kept.append(kept)
 
 
+@functools.cache
+def _is_composite(name: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
+
+
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().view(torch.uint8)
 
@@ -385,9 +392,16 @@ def _inner(one: Any) -> Any:
 
 def _place() -> str:
     """The nearest line of ours that is not the stand-in's."""
-    own = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py", "collectives.py")}
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path not in own and "site-packages" not in path.parts:
-            return f"{path.relative_to(ROOT)}:{frame.lineno}"
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if (name := _own(frame.f_code.co_filename)) is not None:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
     return "?"
+
+
+@functools.cache
+def _own(filename: str) -> str | None:
+    path = Path(filename)
+    is_ours = path.is_relative_to(ROOT) and path not in STAND_INS and "site-packages" not in path.parts
+    return str(path.relative_to(ROOT)) if is_ours else None
