@@ -103,8 +103,8 @@ class Meetings:
 
 
 class Collectives:
-    """Ranks that are threads; `seated` is for each one's. Those of one machine have a device each, or one for all, as NCCL does not
-    take it: then everything goes over Gloo."""
+    """Ranks that are threads; `seated` is for each one's. They have a device each, or one for all of them, which NCCL does not
+    take: then everything goes over Gloo."""
 
     def __init__(self, cards: Rehearsal, folder: Path, size: int) -> None:
         self.cards, self.folder, self.meetings = cards, folder, Meetings(size)
@@ -372,6 +372,10 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def _least(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(parts).amin(0)
 
 
 def _alignment(x: torch.Tensor) -> int:

@@ -227,19 +227,19 @@ def test_a_preflight_times_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_rank_that_leaves_out_a_collective_is_found_at_once(tiny: Path, prompts: list[Prompt]) -> None:
-    with pytest.raises(CollectiveError, match="rank 0 (is )?in 'o_proj' .*the collective"):
-        with machine(tiny, enforce_eager=True) as made:
-            group, left_out = made.runners[1].group, []
-            all_reduce = group.all_reduce
+    found = pytest.raises(CollectiveError, match="rank 0 (is )?in 'o_proj' .*the collective")
+    with found, machine(tiny, enforce_eager=True) as made:
+        group, left_out = made.runners[1].group, list[str]()
+        all_reduce = group.all_reduce
 
-            def forgetful(x: torch.Tensor, kind: str) -> torch.Tensor:
-                if kind == "o_proj" and not left_out:
-                    left_out.append(kind)
-                    return x
-                return all_reduce(x, kind)
+        def forgetful(x: torch.Tensor, kind: str) -> torch.Tensor:
+            if kind == "o_proj" and not left_out:
+                left_out.append(kind)
+                return x
+            return all_reduce(x, kind)
 
-            group.all_reduce = forgetful  # type: ignore[method-assign]
-            answers(made.engine, prompts[1:2])
+        group.all_reduce = forgetful  # type: ignore[method-assign]
+        answers(made.engine, prompts[1:2])
 
 
 @pytest.fixture
@@ -274,9 +274,9 @@ def test_nccl_refuses_what_it_cannot_carry(nccl: Any) -> None:
 def test_no_graph_holds_what_goes_over_the_host_or_makes_a_communicator(nccl: Any) -> None:
     options = dist.AllreduceOptions()
     host = dist.ProcessGroupGloo(dist.HashStore(), 0, 2, None)
-    with pytest.raises(DeviceError, match="'o_proj' goes over the host while a graph is recorded"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            host.allreduce([torch.zeros(1)], options)
-    with pytest.raises(DeviceError, match="communicator would be made while a graph is recorded"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            nccl.allreduce([torch.zeros(4, device="cuda")], options)
+    refused = pytest.raises(DeviceError, match="'o_proj' goes over the host while a graph is recorded")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        host.allreduce([torch.zeros(1)], options)
+    refused = pytest.raises(DeviceError, match="communicator would be made while a graph is recorded")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        nccl.allreduce([torch.zeros(4, device="cuda")], options)
