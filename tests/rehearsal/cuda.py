@@ -166,6 +166,9 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
 
     def pinning(make: Any) -> Any:
         def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+            device = kwargs.get("device")
+            if make is tensor and device is not None and torch.device(device).type == "cuda":  # no operator, but for the copy
+                return tensor(*args, **{key: value for key, value in kwargs.items() if key != "device"}).to(device)
             result: torch.Tensor = make(*args, **kwargs)
             return shared.pin(result) if pin_memory else result
 

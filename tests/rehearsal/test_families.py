@@ -1,0 +1,86 @@
+"""Every family of models on a card that is not there: its tokens are the CPU's, by launches, chunks and replayed graphs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import checkpoints
+from tests.checkpoints import make_checkpoint
+from tests.engine.reference import engine, prompt
+from tests.engine.test_laws import picture
+from tests.families import FAMILIES
+from tests.llm.granite import add_granite
+from tests.models.toy_family import TOY, make_toy
+from tests.rehearsal.engines import SMALL, TINY, Rig, answers, tokens
+from vlserve.engine.engine import Engine
+from vlserve.llm import config_readers
+from vlserve.models import registry
+
+OPTIONS: dict[str, Any] = SMALL | {"max_num_batched_tokens": 8, "max_model_len": 64, "block_size": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 5e5}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+SHAPES: list[tuple[str, dict[str, Any]]] = [  # of heads, with the kinds of rope scaling, groups, and sizes that divide by nothing
+    ("llama", {"head_dim": 64, "rope_parameters": LLAMA3, "num_key_value_heads": 4}),
+    ("qwen3", {"head_dim": 96, "rope_parameters": YARN, "num_key_value_heads": 1, "intermediate_size": 65, "vocab_size": 341}),
+    ("mistral", {"head_dim": 128, "rope_parameters": DYNAMIC, "sliding_window": 5}),
+    ("qwen2", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3}),
+]
+
+
+def make(folder: Path, decoder: str, settings: dict[str, Any]) -> Path:
+    """As the `tiny` one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "TILE", 14)
+        return make_checkpoint(folder, decoder, **TINY | settings)
+
+
+def same(rig: Rig, folder: Path, image: Image.Image) -> Engine:
+    asked = [prompt(folder, "What?", [image])]
+    want, _ = answers(engine(folder, device="cpu", **OPTIONS), asked)
+    ours = rig.engine(folder, **OPTIONS)
+    got, _ = answers(ours, asked)
+    assert tokens(got) == tokens(want)
+    return ours
+
+
+@pytest.mark.parametrize("decoder,settings", [*FAMILIES, *SHAPES], ids=str)
+def test_a_family_answers_as_on_the_cpu(decoder: str, settings: dict[str, Any], rig: Rig, tmp_path: Path) -> None:
+    ours = same(rig, make(tmp_path, decoder, settings), picture(1, (14, 14)))
+    assert ours.runner.decodes is not None and ours.runner.decodes.graphs.recorded
+
+
+def test_every_family_is_rehearsed(tmp_path: Path) -> None:
+    assert {decoder for decoder, _ in FAMILIES} == config_readers.READERS.keys(), "those of tests/families.py are those served"
+    folder = make(tmp_path, *FAMILIES[0])
+    assert {json.loads((folder / "config.json").read_text())["model_type"]} == registry.BUILT_IN.keys()
+
+
+def test_a_decoder_with_a_class_of_its_own(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_granite(monkeypatch)
+    multipliers = {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.7}
+    same(rig, make(tmp_path, "granite", multipliers), picture(1, (14, 14)))
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Image.Image]:
+    monkeypatch.setitem(registry.BUILT_IN, "toy", TOY)
+    noise = np.random.default_rng(0)
+    yield Image.fromarray(noise.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("layers", [["full_attention", "sliding_attention"], ["sliding_experts"], ["running_mean"]], ids=str)
+def test_a_family_of_the_seam(layers: list[str], toy: Image.Image, rig: Rig, tmp_path: Path) -> None:
+    """Units of any size, positions of three parts, levels of features; experts that the host chooses, which no graph can hold;
+    and a layer that says so of itself."""
+    ours = same(rig, make_toy(tmp_path, ["full_attention", *layers]), toy)
+    recorded = ours.runner.decodes.graphs.recorded if ours.runner.decodes is not None else ()
+    assert bool(recorded) == ("sliding_attention" in layers)
