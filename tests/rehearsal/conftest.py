@@ -12,6 +12,7 @@ from tests.rehearsal import interpreter
 from tests.rehearsal.cuda import H100, Rehearsal, install
 from tests.rehearsal.engines import TINY, Rig
 from tests.rehearsal.launches import Launches
+from vlserve.kernels.int4_pairs.launch import device_of
 from vlserve.vision import tower
 
 
@@ -42,6 +43,7 @@ def rig() -> Iterator[Rig]:
         launches.install(patch)
         interpreter.install(patch)
         patch.setattr(tower, "TILES_AT_ONCE", 2)
+        device_of.cache_clear()
         with rehearsal.entered():
             yield Rig(rehearsal, launches)
 
