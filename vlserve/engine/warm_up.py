@@ -29,6 +29,7 @@ def warm_up_decoder(decoder: Decoder, cache: KVCache, *, most_tokens: int, most_
     Args:
         most_tokens: of a step. A step of so many has been done. most_rows: that sample.
     """
+    cache.clear([0])  # which every context is read from
     shapes = attention_shapes(decoder, cache)
     for number in _lengths(shapes, min(most_tokens, max_model_len)):
         hidden = _step(decoder, cache, shapes, number, max_model_len)
