@@ -15,6 +15,11 @@ from tests.rehearsal.launches import Launches
 from vlserve.kernels.int4_pairs.launch import device_of
 from vlserve.vision import tower
 
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<IMG_CONTEXT>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rehearsal]:
@@ -50,7 +55,9 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature."""
+    """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature, and what
+    is asked stands alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "TILE", 14)
+        patch.setattr(checkpoints, "CHAT_TEMPLATE", TEMPLATE)
         return make_checkpoint(tmp_path_factory.mktemp("tiny"), **TINY)

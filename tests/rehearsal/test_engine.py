@@ -16,9 +16,9 @@ from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 
 LOGPROBS = SamplingParams(logprobs=2)
-# prompts take two steps or three, and the KV cache has 14 blocks, which are too few for four requests
-OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64, "block_size": 8}
-OPTIONS["kv_cache_gib"] = 14 * 2048 / 2**30
+# prompts take two steps, and the KV cache has 8 blocks, which are too few for four requests
+OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 12, "max_model_len": 48, "block_size": 8}
+OPTIONS["kv_cache_gib"] = 8 * 2048 / 2**30
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def ours(rig: Rig, tiny: Path) -> Engine:
     places = {place.rpartition(" at ")[2] for place in waits(rig.card)}
     # of files that are mapped, and of the table of positions: before anything is served
     assert places == {"vlserve/llm/weights.py", "vlserve/llm/decoder.py"}
-    assert made.overlaps and made.runner.decodes is not None and made.runner.num_blocks == 14
+    assert made.overlaps and made.runner.decodes is not None and made.runner.num_blocks == 8
     return made
 
 
@@ -61,7 +61,7 @@ def test_what_is_cached_is_not_computed_again(rig: Rig, ours: Engine, cpu: Engin
     before = ours.runner.image_queries, ours.runner.image_hits
     again = rig.serve(ours, asked[1:2])
     same(again, serve(cpu, asked[1:2]))
-    assert again[0][-1].cached_tokens >= 16
+    assert again[0][-1].cached_tokens >= 8
     same(rig.serve(ours, asked[:1]), serve(cpu, asked[:1]))  # whose picture is the second one's too
     assert ours.runner.image_queries - before[0] == ours.runner.image_hits - before[1] > 0
 
@@ -91,6 +91,7 @@ def test_without_graphs_and_one_step_after_another(rig: Rig, tiny: Path, cpu: En
     assert num_recorded(plain) == 0 and plain.runner.features.num_bytes == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")  # of the interpreter's numpy
 def test_what_overflows_ends_with_an_error_and_others_go_on(rig: Rig, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "overflowing"
     shutil.copytree(tiny, folder)
