@@ -12,7 +12,13 @@ from tests.rehearsal import interpreter
 from tests.rehearsal.cuda import H100, Rehearsal, install
 from tests.rehearsal.engines import TINY, Rig
 from tests.rehearsal.launches import Launches
+from vlserve.kernels.int4_pairs.launch import device_of
 from vlserve.vision import tower
+
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<IMG_CONTEXT>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 @pytest.fixture
@@ -42,13 +48,16 @@ def rig() -> Iterator[Rig]:
         launches.install(patch)
         interpreter.install(patch)
         patch.setattr(tower, "TILES_AT_ONCE", 2)
+        device_of.cache_clear()
         with rehearsal.entered():
             yield Rig(rehearsal, launches)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature."""
+    """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature, and what
+    is asked stands alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "TILE", 14)
+        patch.setattr(checkpoints, "CHAT_TEMPLATE", TEMPLATE)
         return make_checkpoint(tmp_path_factory.mktemp("tiny"), **TINY)
