@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints
-from tests.checkpoints import make_checkpoint
 from tests.rehearsal import interpreter
 from tests.rehearsal.cuda import H100, Rehearsal, install
-from tests.rehearsal.engines import TINY, Rig
+from tests.rehearsal.engines import Rig, make_tiny
 from tests.rehearsal.launches import Launches
 from vlserve.kernels.int4_pairs.launch import device_of
 from vlserve.vision import tower
-
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<IMG_CONTEXT>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture
@@ -57,7 +50,4 @@ def rig() -> Iterator[Rig]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature, and what
     is asked stands alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "TILE", 14)
-        patch.setattr(checkpoints, "CHAT_TEMPLATE", TEMPLATE)
-        return make_checkpoint(tmp_path_factory.mktemp("tiny"), **TINY)
+    return make_tiny(tmp_path_factory.mktemp("tiny"))

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests import checkpoints
 from tests.engine.reference import Ties, add, engine, run
 from tests.rehearsal.cuda import Rehearsal
 from tests.rehearsal.launches import Launches
@@ -18,6 +21,10 @@ from vlserve.prompt.build import Prompt
 
 SMALL: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128, "kv_cache_gib": 0.001}
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<IMG_CONTEXT>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 READ = "Event.synchronize at vlserve/kernels/upload.py"
 RECORDED = "torch.cuda.synchronize at vlserve/engine/cuda_graphs.py"  # once for each graph, in its first step
 
@@ -56,6 +63,15 @@ class Rig:
         new = set(self.launches.signatures) - known
         assert not new, "compiled within a request: " + "\n".join(map(str, new))
         return got
+
+
+def make_tiny(folder: Path, decoder: str = "qwen2", **settings: Any) -> Path:
+    """A checkpoint that the interpreter is soon through with: a tile has four patches and one feature, and what is asked stands
+    alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "TILE", 14)
+        patch.setattr(checkpoints, "CHAT_TEMPLATE", TEMPLATE)
+        return checkpoints.make_checkpoint(folder, decoder, **TINY | settings)
 
 
 def num_recorded(ours: Engine) -> int:

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import checkpoints
-from tests.checkpoints import make_checkpoint
 from tests.engine.reference import engine, prompt
 from tests.engine.test_laws import picture
 from tests.families import FAMILIES
 from tests.llm.granite import add_granite
 from tests.models.toy_family import TOY, make_toy
-from tests.rehearsal.engines import SMALL, TINY, Rig, answers, tokens
+from tests.rehearsal.engines import SMALL, Rig, answers, make_tiny, tokens
 from vlserve.engine.engine import Engine
 from vlserve.llm import config_readers
 from vlserve.models import registry
@@ -37,17 +35,15 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [  # of heads, with the kinds of rope
 
 
 def make(folder: Path, decoder: str, settings: dict[str, Any]) -> Path:
-    """As the `tiny` one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "TILE", 14)
-        return make_checkpoint(folder, decoder, **TINY | settings)
+    """Of as few layers as have all of its kinds."""
+    return make_tiny(folder, decoder, **settings | {"num_hidden_layers": 1 + settings.get("max_window_layers", 0)})
 
 
 def same(rig: Rig, folder: Path, image: Image.Image) -> Engine:
-    asked = [prompt(folder, "What?", [image])]
-    want, _ = answers(engine(folder, device="cpu", **OPTIONS), asked)
+    asked = [prompt(folder, "which of 5, 7?", [image])]
+    want, _ = answers(engine(folder, device="cpu", **OPTIONS), asked, 3)
     ours = rig.engine(folder, **OPTIONS)
-    got, _ = answers(ours, asked)
+    got, _ = answers(ours, asked, 3)
     assert tokens(got) == tokens(want)
     return ours
 
