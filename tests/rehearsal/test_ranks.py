@@ -26,7 +26,7 @@ from tests.rehearsal import interpreter
 from tests.rehearsal.collectives import GLOO, LAUNCHED, NCCL, ONE_SHOT, RECORDED, REPLAYED, Collective, Collectives
 from tests.rehearsal.cuda import H100, Rehearsal, install
 from tests.rehearsal.device import DeviceError
-from tests.rehearsal.engines import READ, tokens
+from tests.rehearsal.engines import READ, make_tiny, tokens
 from tests.rehearsal.engines import RECORDED as GRAPH_RECORDED
 from tests.rehearsal.launches import Launches
 from vlserve.config import EngineConfig, SamplingParams
@@ -45,6 +45,7 @@ SUMS = {"embedding", "o_proj", "down_proj"}  # the only collectives of a decode 
 HOST = {"batch", "batch_rest", "kv cache", "graphs", "one-shot vote", "check"}  # what is said over the host
 GATHERED = {"features": "all_gather", "warm-up": "all_gather", "logits": "gather", "tokens": "broadcast"}
 MAX_TOKENS = 6
+Tokens = dict[int, list[int | None]]  # by request
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def together(ranks: Collectives, work: Callable[[Seat], Any], tp: int = 2) -> li
         return list(threads.map(sit, range(tp)))
 
 
-def answers(ours: Engine, prompts: list[Prompt], *, without: int | None = None) -> dict[int, list[int | None]]:
+def answers(ours: Engine, prompts: list[Prompt], *, without: int | None = None) -> Tokens:
     """Tokens by request; `without` is aborted when it has begun to answer."""
     got: dict[int, list[TokenEvent]] = {}
     for i, one in enumerate(prompts):
@@ -144,13 +145,23 @@ def prompts(tiny: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def on_the_cpu(tiny: Path, prompts: list[Prompt]) -> dict[int, list[int | None]]:
+def on_the_cpu(tiny: Path, prompts: list[Prompt]) -> Tokens:
     return answers(engine(tiny, device="cpu"), prompts)
 
 
-def test_two_ranks_answer_as_the_cpu_and_only_the_first_waits(
-    tiny: Path, prompts: list[Prompt], on_the_cpu: dict[int, list[int | None]]
-) -> None:
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one layer."""
+    return make_tiny(tmp_path_factory.mktemp("thin"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def thin_on_the_cpu(thin: Path, prompts: list[Prompt]) -> Tokens:
+    """The first prompt's alone."""
+    return answers(engine(thin, device="cpu"), prompts[:1])
+
+
+def test_two_ranks_answer_as_the_cpu_and_only_the_first_waits(tiny: Path, prompts: list[Prompt], on_the_cpu: Tokens) -> None:
     """Pictures dealt out, chunks, preemption, an abort, graphs, and sums through symmetric memory."""
     with machine(tiny, kv_cache_gib=small_cache(tiny, 2, 12, 4)) as made:
         got = answers(made.engine, prompts, without=1)
@@ -164,51 +175,49 @@ def test_two_ranks_answer_as_the_cpu_and_only_the_first_waits(
     assert all(of_one.keys() <= {GRAPH_RECORDED} for of_one in waits)
 
 
-def test_sums_that_go_over_nccl_are_recorded_as_well(tiny: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_that_go_over_nccl_are_recorded_as_well(thin: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache of 8 bits."""
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     options: dict[str, Any] = {"kv_cache_dtype": "int8", "kv_cache_gib": 0.001}
-    want = answers(engine(tiny, device="cpu", **options), prompts[:1])
-    with machine(tiny, **options) as made:
+    want = answers(engine(thin, device="cpu", **options), prompts[:1])
+    with machine(thin, **options) as made:
         assert answers(made.engine, prompts[:1]) == want
     seen = check(made.ranks)
     assert seen["o_proj", NCCL, REPLAYED] > 0 and not any(carrier == ONE_SHOT for _, carrier, _ in seen)
 
 
-def test_quantised_ranks_without_graphs(tiny: Path, prompts: list[Prompt], tmp_path: Path) -> None:
-    folder, dense = rewrite(tiny, tmp_path, awq(16))
+def test_quantised_ranks_without_graphs(thin: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    folder, dense = rewrite(thin, tmp_path, awq(16))
     with machine(folder, enforce_eager=True, overlap=False) as made:
         assert answers(made.engine, prompts[1:2]) == answers(engine(dense, device="cpu"), prompts[1:2])
     assert {how for *_, how in check(made.ranks)} == {LAUNCHED}
 
 
-def test_four_ranks_are_in_the_same_collectives(
-    tiny: Path, prompts: list[Prompt], on_the_cpu: dict[int, list[int | None]]
-) -> None:
-    with machine(tiny, 4, replicate_kv_heads=True) as made:
-        assert answers(made.engine, prompts[:1]) == {0: on_the_cpu[0]}
+def test_four_ranks_are_in_the_same_collectives(thin: Path, prompts: list[Prompt], thin_on_the_cpu: Tokens) -> None:
+    with machine(thin, 4, replicate_kv_heads=True) as made:
+        assert answers(made.engine, prompts[:1]) == thin_on_the_cpu
     assert check(made.ranks)["o_proj", ONE_SHOT, REPLAYED] > 0
 
 
-def test_ranks_of_two_machines(tiny: Path, prompts: list[Prompt], on_the_cpu: dict[int, list[int | None]]) -> None:
+def test_ranks_of_two_machines(thin: Path, prompts: list[Prompt], thin_on_the_cpu: Tokens) -> None:
     """Rank 1 gets its tiles from rank 0, over the host, and no memory is shared."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    with machine(tiny, nnodes=2, rdzv_endpoint=endpoint, enforce_eager=True) as made:
-        assert answers(made.engine, prompts[:1]) == {0: on_the_cpu[0]}
+    with machine(thin, nnodes=2, rdzv_endpoint=endpoint, enforce_eager=True) as made:
+        assert answers(made.engine, prompts[:1]) == thin_on_the_cpu
         assert [runner.device.index for runner in made.runners] == [0, 0]
     assert not any(carrier == ONE_SHOT for _, carrier, _ in check(made.ranks))
 
 
 def test_two_ranks_on_one_device_wait_in_every_collective(
-    tiny: Path, prompts: list[Prompt], on_the_cpu: dict[int, list[int | None]], monkeypatch: pytest.MonkeyPatch
+    thin: Path, prompts: list[Prompt], thin_on_the_cpu: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "resolve_device", lambda config, local_rank: torch.device("cuda", 0))
-    with machine(tiny, num_cards=1) as made:
+    with machine(thin, num_cards=1) as made:
         assert made.engine.runner.decodes is None
         before = [len(written) for written in made.ranks.written]
-        assert answers(made.engine, prompts[:1]) == {0: on_the_cpu[0]}
+        assert answers(made.engine, prompts[:1]) == thin_on_the_cpu
         waits = made.waits(0)
     check(made.ranks)
     after = [one for written, start in zip(made.ranks.written, before, strict=True) for one in written[start:]]
@@ -226,9 +235,9 @@ def test_a_preflight_times_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_rank_that_leaves_out_a_collective_is_found_at_once(tiny: Path, prompts: list[Prompt]) -> None:
+def test_a_rank_that_leaves_out_a_collective_is_found_at_once(thin: Path, prompts: list[Prompt]) -> None:
     found = pytest.raises(CollectiveError, match="rank 0 (is )?in 'o_proj' .*the collective")
-    with found, machine(tiny, enforce_eager=True) as made:
+    with found, machine(thin, enforce_eager=True) as made:
         group, left_out = made.runners[1].group, list[str]()
         all_reduce = group.all_reduce
 
