@@ -51,9 +51,13 @@ class Launches:
             def again() -> None:
                 launch(executor, *inner, **named)
 
+            if self.shared.graph is not None:
+                for one in (*args, *kwargs.values()):
+                    if isinstance(one, DeviceTensor):
+                        self.shared.graph.touch(one)
             again()
             if self.shared.graph is not None:
-                self.shared.graph.steps.append(again)
+                self.shared.graph.add(self.shared, again, executor.fn.__name__, (args, kwargs))
 
         monkeypatch.setattr(GridExecutor, "__call__", recorded)
         monkeypatch.setattr(InterpretedFunction, "run", told)

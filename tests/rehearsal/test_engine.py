@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.reference import add, engine, prompt
 from tests.engine.test_laws import picture
+from tests.rehearsal.device import DeviceError
 from tests.rehearsal.engines import READ, Asked, Rig, num_recorded, same, serve, waits
 from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
@@ -123,3 +125,18 @@ def test_a_read_is_once_for_each_step(rig: Rig, ours: Engine, asked: list[Asked]
     finally:
         ours.runner.start = start  # type: ignore[method-assign]
     assert waits(rig.card)[READ] == steps
+
+
+def test_faults_are_found(rig: Rig) -> None:
+    """The rehearsal would tell of a hidden read, of operands on two devices, and of what a graph cannot record."""
+    card = rig.card
+    there, here = torch.ones(4, device="cuda"), torch.ones(4)
+    float(there.sum())
+    assert card.shared.waits[-1].startswith("aten::_local_scalar_dense at tests/rehearsal/test_engine.py")
+    there[there > 0]
+    assert card.shared.waits[-1].startswith("aten::index.Tensor")
+    with pytest.raises(DeviceError, match="operands on cpu"):
+        there + here
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(DeviceError, match="while a graph is recorded"), torch.cuda.graph(graph):
+        here.to("cuda")
