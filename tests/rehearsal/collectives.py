@@ -73,11 +73,13 @@ class Meetings:
         self.failure = ""
         self._changed = threading.Condition()
         self._places: dict[int, dict[int, tuple[Collective, Any]]] = {}
+        self._next = [0] * size  # by rank
 
     def meet(self, rank: int, what: Collective, brought: Any) -> list[Any]:
         """What each rank brought. Raises DeviceError where one is in another collective, or ended, or does not come."""
         with self._changed:
-            place = len(self.written[rank])
+            place = self._next[rank]
+            self._next[rank] += 1
             self.written[rank].append(what)
             there = self._places.setdefault(place, {})
             there[rank] = what, brought
@@ -160,7 +162,7 @@ class Collectives:
         self.cards.shared.operators["symm_mem::one_shot_all_reduce_copy_out"] = self.one_shot_all_reduce_copy_out
 
     def run(self, carrier: str, operation: str, x: torch.Tensor, take: Callable[[list[Any]], None]) -> None:
-        """Meet the others with x, now and whenever a graph that has this is replayed; `take` puts away what all brought."""
+        """Meet the others with x: now, or whenever the graph that is recorded is replayed; `take` puts away what all brought."""
         graph, kind = self.cards.shared.graph, self.here.kind
         if x.dtype not in TYPES[carrier]:
             raise DeviceError(f"{carrier} has no {x.dtype}, which {kind!r} gives it")
@@ -178,9 +180,11 @@ class Collectives:
             with torch.inference_mode():
                 take(self.meetings.meet(rank, what, inner.clone()))
 
-        do(what)
-        if graph is not None:
-            graph.steps.append(lambda: do(replace(what, how=REPLAYED)))
+        if graph is None:
+            do(what)
+            return
+        self.written[rank].append(what)
+        graph.add(self.cards.shared, lambda: do(replace(what, how=REPLAYED)), str(what), x)
 
     # torch's symmetric memory
 

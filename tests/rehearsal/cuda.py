@@ -154,6 +154,7 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
             yield
         finally:
             shared.recording.graph = None
+            made.undo()
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         return card.total_memory - rehearsal.memory(device).now - 500 * 2**20, card.total_memory

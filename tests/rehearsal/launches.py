@@ -54,9 +54,13 @@ class Launches:
                 with self.one_at_a_time:  # the interpreter keeps its state in globals
                     launch(executor, *inner, **named)
 
+            if self.shared.graph is not None:
+                for one in (*args, *kwargs.values()):
+                    if isinstance(one, DeviceTensor):
+                        self.shared.graph.touch(one)
             again()
             if self.shared.graph is not None:
-                self.shared.graph.steps.append(again)
+                self.shared.graph.add(self.shared, again, executor.fn.__name__, (args, kwargs))
 
         monkeypatch.setattr(GridExecutor, "__call__", recorded)
         monkeypatch.setattr(InterpretedFunction, "run", told)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,6 +185,20 @@ def test_sums_that_go_over_nccl_are_recorded_as_well(thin: Path, prompts: list[P
         assert answers(made.engine, prompts[:1]) == want
     seen = check(made.ranks)
     assert seen["o_proj", NCCL, REPLAYED] > 0 and not any(carrier == ONE_SHOT for _, carrier, _ in seen)
+
+
+def test_where_one_rank_cannot_record_none_replays(thin: Path, prompts: list[Prompt], thin_on_the_cpu: Tokens) -> None:
+    """And none waits for it in a recording."""
+
+    def broken(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("no memory is left for a graph")
+
+    with machine(thin) as made:
+        graphs: Any = [runner.decodes and runner.decodes.graphs for runner in made.runners]
+        graphs[1]._recorder = SimpleNamespace(record=broken, num_free_bytes=1)
+        assert answers(made.engine, prompts[:1]) == thin_on_the_cpu
+        assert [of_rank.recorded for of_rank in graphs] == [(), ()]
+    assert any(one.how == RECORDED for one in made.ranks.written[0]) and made.ranks.written[0] != made.ranks.written[1]
 
 
 def test_quantised_ranks_without_graphs(thin: Path, prompts: list[Prompt], tmp_path: Path) -> None:
