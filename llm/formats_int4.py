@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.kernels.int4 import awq_matmul
+from vlserve.kernels.int4 import awq_matmul, launch_all
 from vlserve.kernels.int4.cpu import PackedInt4, pack_for_cpu
 from vlserve.kernels.int4_pairs import ROWS, PairedWeights, pack_for_gpu
 from vlserve.kernels.int4_pairs.reference import takes_pairs
@@ -106,6 +106,13 @@ class GroupedInt4Format(nn.Module):
         if self.packed is not None:
             for parameter in parameters:
                 parameter.data = parameter.data.new_empty(0)  # the packed form holds what it needs
+
+    def launch_all(self) -> None:
+        """All that products of any number of rows launch, so that it has been compiled; on a GPU with Triton."""
+        if isinstance(self.packed, PairedWeights):
+            self.packed.launch_all()
+        else:
+            launch_all(self.codes, self.scales, self.zeros)
 
     @property
     def packed_bytes(self) -> int:

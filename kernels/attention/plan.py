@@ -96,6 +96,11 @@ def plan_launches(metadata: AttentionMetadata, query: torch.Tensor, cache: Block
     return metadata.launches[shape.key]
 
 
+def plan_cut(metadata: AttentionMetadata, shape: Shape) -> None:
+    """As `plan_launches`, with contexts cut wherever they can be: so that both kernels are launched."""
+    metadata.launches[shape.key] = _plan(metadata, shape, most_tiles=1)
+
+
 class FixedDecodes:
     """Decode steps of `size` sequences, whose launches are alike: of a schedule of so many numbers, into which each step puts
     its own. `tables` [size, M] int32 and `schedule` [num_numbers] int32 stay where they are."""
@@ -131,7 +136,8 @@ class FixedDecodes:
         return {self._shape.key: [launch]}
 
 
-def _plan(metadata: AttentionMetadata, shape: Shape) -> list[Launch]:
+def _plan(metadata: AttentionMetadata, shape: Shape, most_tiles: int | None = None) -> list[Launch]:
+    """`most_tiles`: of a chunk; as many as are best by default."""
     decodes: list[tuple[int, int, int, int]] = []
     prefills: list[tuple[int, int, int, int]] = []
     start = 0
@@ -141,7 +147,7 @@ def _plan(metadata: AttentionMetadata, shape: Shape) -> list[Launch]:
     tables, launches = metadata.block_tables.to(torch.int32).contiguous(), []
     for sequences in filter(None, (decodes, prefills)):
         tiling = shape.tiling(max(query_len for _, _, query_len, _ in sequences))
-        chunk = shape.chunk(sequences, tiling, MOST_PROGRAMS)
+        chunk = most_tiles or shape.chunk(sequences, tiling, MOST_PROGRAMS)
         schedule = make_schedule(sequences, tokens=tiling.tokens, chunk=chunk * tiling.positions)
         numbers = [number for sequence in schedule.sequences for number in sequence] + schedule.items + schedule.merges
         launches.append(

@@ -14,7 +14,7 @@ BLOCK_K = {True: 128, False: 64}  # by whether weights are codes; 128 bytes
 STAGES = {True: 3, False: 5}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _matmul(
     x, weight, scales, out, num_tokens, num_outputs, num_inputs,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_CODED: tl.constexpr,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 
@@ -38,3 +40,13 @@ def awq_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros
     from vlserve.kernels.int4.triton import awq_matmul_triton
 
     return awq_matmul_triton(x, codes, scales, zeros)
+
+
+def launch_all(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+    """All that `awq_matmul` of any number of rows launches, with rows of zeros, so that it has been compiled; on a GPU with Triton."""
+    from vlserve.kernels.int4.triton import awq_dequantize_triton, awq_matmul_triton
+
+    awq_dequantize_triton(codes, scales, zeros)
+    if scales.dtype != torch.float32:
+        for rows, splits in product((1, 17, 33), (1, 2)):  # one more than each size of a program's rows but the last
+            awq_matmul_triton(scales.new_zeros(rows, 2 * codes.shape[1]), codes, scales, zeros, splits=splits)

@@ -12,19 +12,19 @@ import triton.language as tl
 FINEST = 32  # inputs of a block at least: a product within the tensor cores takes 16, and a block is two of them
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "splits"])
 def _matmul(
-    x, codes, scales, zeros, out, num_tokens, num_outputs, num_inputs, num_groups,
-    GROUP: tl.constexpr, ONE_GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    x, codes, scales, zeros, out, num_tokens, num_outputs, num_inputs, num_groups, splits,
+    GROUP: tl.constexpr, ONE_GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of inputs part, part + SPLITS, ... into out [SPLITS, T, N]; ONE_GROUP: no block has inputs of two groups."""
+    """Blocks of inputs part, part + splits, ... into out [splits, T, N]; ONE_GROUP: no block has inputs of two groups."""
     rows = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     tokens = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     part = tl.program_id(2)
     row_there, token_there = rows < num_outputs, tokens < num_tokens
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for start in range(part * BLOCK_K, num_inputs, SPLITS * BLOCK_K):
+    for start in range(part * BLOCK_K, num_inputs, splits * BLOCK_K):
         pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
         there = pairs < num_inputs // 2
         packed = tl.load(codes + rows[:, None] * (num_inputs // 2) + pairs[None], mask=row_there[:, None] & there[None], other=0)
@@ -91,8 +91,8 @@ def awq_matmul_triton(
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, num_tokens, num_outputs, dtype=dtype, device=x.device)
     _matmul[(*grid, splits)](
-        x, codes, scales, zeros, out, num_tokens, num_outputs, num_inputs, num_groups,
-        GROUP=group, ONE_GROUP=num_groups == 1 or group % block_k == 0, SPLITS=splits,
+        x, codes, scales, zeros, out, num_tokens, num_outputs, num_inputs, num_groups, splits,
+        GROUP=group, ONE_GROUP=num_groups == 1 or group % block_k == 0,
         BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)

@@ -26,6 +26,14 @@ class PairedWeights(PairedCodes):
         """Room for `group_sums` of inputs for as many tokens as x has, on its device."""
         return empty_sums(x, self.padded_inputs, self.group)
 
+    def launch_all(self) -> None:
+        """All that products of any number of rows launch, with a row of zeros, so that it has been compiled; on a GPU with Triton."""
+        from vlserve.kernels.int4_pairs.triton import launch_all, pairs_dequantize_triton
+
+        x = self.scales.new_zeros(1, self.padded_inputs)
+        launch_all(x, group_sums(x, self.empty_sums(x)), self)
+        pairs_dequantize_triton(self)
+
     def matmul(self, x: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, K] -> [T, N], summed in float32; raises ValueError when K, the type of x or the groups of `sums` are others.
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.int4_pairs.launch import Launch, choose, device_of, split
+from vlserve.kernels.int4_pairs.launch import ROWS, Launch, choose, device_of, split
 from vlserve.kernels.int4_pairs.types import PairedCodes
 
 REDUCED = 256  # outputs of a program that adds up parts
@@ -191,6 +191,14 @@ def pairs_matmul_triton(x: torch.Tensor, sums: torch.Tensor, packed: PairedCodes
     programs = triton.cdiv(packed.outputs, launch.block_n) * triton.cdiv(len(x), launch.block_t)
     parts = split(launch, programs, packed.words.shape[1], multiprocessors)
     return multiply(x, packed, sums, launch, parts)
+
+
+def launch_all(x: torch.Tensor, sums: torch.Tensor, packed: PairedCodes) -> None:
+    """As `pairs_matmul_triton`, launched as for every number of rows, the inputs in one part and in two."""
+    architecture, _ = device_of(x.device.index)
+    for launch in {choose(architecture, rows, packed.outputs, x.dtype) for rows in ROWS}:
+        for parts in range(1, 1 + min(2, packed.words.shape[1])):
+            multiply(x, packed, sums, launch, parts)
 
 
 def multiply(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, launch: Launch, parts: int) -> torch.Tensor:

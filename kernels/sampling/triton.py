@@ -74,6 +74,8 @@ def _win(tokens, settings, scores, winners, parts, COLUMNS: tl.constexpr, PARTS:
 def draw_tokens_triton(logits: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]) -> None:
     """As `draw_tokens`, which checks; rows of logits may lie apart."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    if len(logits) == 1:  # which may have any stride; Triton compiles anew for others
+        logits = logits[0].unsqueeze(0)
     launch(logits, tokens, *upload_settings(draws, logits.shape[1], logits.device))
 
 

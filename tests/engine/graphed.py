@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.rehearsal import interpreter
 from vlserve.engine import runner
 from vlserve.engine.cuda_graphs import Work
 from vlserve.kernels import attention, gate, norms, rotary
@@ -24,5 +25,6 @@ class Again:
 
 def launch_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of torch's operators."""
+    interpreter.install(monkeypatch)
     for module in (attention, norms, rotary, gate, runner):
         monkeypatch.setattr(module, "runs_triton", lambda x: True)

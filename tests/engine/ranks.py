@@ -84,7 +84,9 @@ def tp_engine(folder: Path, tp: int, *, seated: Seated | None = None, **options:
         try:
             yield engine, [runner for runner in runners if runner is not None]
         finally:
-            engine.runner.idle(is_last=True)
-            for thread in threads:
-                thread.join(timeout=60)
+            try:
+                engine.runner.idle(is_last=True)
+            finally:
+                for thread in threads:
+                    thread.join(timeout=60)
     assert not errors, errors

@@ -10,27 +10,14 @@ import pytest
 from PIL import Image
 
 from tests.engine.reference import Comparison, Transformers, add, engine, prompt, run
+from tests.families import FAMILIES
 from tests.vision.test_preprocess import noise
 from vlserve.config import SamplingParams
 
 PICTURES = [(40, 30), (200, 50), (31, 90), (64, 64)]  # unequal aspect ratios
-KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("qwen2", {}),
-    ("qwen2", {"tie_word_embeddings": True, "max_shard": "100KB"}),
-    ("qwen3", {}),
-    ("llama", {}),
-    (
-        "llama",
-        {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-    ),
-    ("mistral", {}),
-    ("mistral", {"sliding_window": 9}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
-    ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
-]
 
 
-@pytest.mark.parametrize("decoder,settings", KINDS, ids=str)
+@pytest.mark.parametrize("decoder,settings", FAMILIES, ids=str)
 def test_greedy_tokens_equal_transformers(decoder: str, settings: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint(decoder, **settings)
     if settings.get("max_shard"):

@@ -95,8 +95,8 @@ def beside(dtype: str, architecture: int) -> Iterator[Case]:
     old = ("*u8", x, "*u8")
     yield case("bytes spread out", "group 128", awq, "_dequantize", (*old, x, *[i32] * 3), constants=blocks, wide=False)
     if dtype != "fp32":
-        sizes = {"GROUP": 16, "ONE_GROUP": False, "SPLITS": 1, "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 32}
-        yield case("bytes", "group 16", awq, "_matmul", (x, *old, "*fp32", *[i32] * 4), constants=sizes, wide=False)
+        sizes = {"GROUP": 16, "ONE_GROUP": False, "BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 32}
+        yield case("bytes", "group 16", awq, "_matmul", (x, *old, "*fp32", *[i32] * 5), constants=sizes, wide=False)
 
 
 def head(dtype: str, weight: str, architecture: int, rows: int = 16) -> Case:

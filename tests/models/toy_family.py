@@ -211,7 +211,7 @@ class RunningMean(Mixer):
         out, row = torch.empty_like(given), 0
         for table, number, stop in zip(metadata.block_tables, metadata.query_lens, metadata.context_lens, strict=True):
             before = stop - number - 1
-            state = states[table[before // size]].clone() if before >= 0 else torch.zeros(len(decay))
+            state = states[table[before // size]].clone() if before >= 0 else states.new_zeros(len(decay))
             for place in range(stop - number, stop):
                 state = decay * state + (1 - decay) * given[row]
                 out[row] = state

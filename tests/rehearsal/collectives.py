@@ -24,6 +24,7 @@ from tests.rehearsal.cuda import Rehearsal
 from tests.rehearsal.device import DeviceError, DeviceTensor
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Seat
+from vlserve.engine.process_group import DistributedGroup
 from vlserve.engine.rank_status import RankStatusReader, RankStatusWriter
 from vlserve.ranks.rank_process import RankArguments, _Rank
 
@@ -72,11 +73,13 @@ class Meetings:
         self.failure = ""
         self._changed = threading.Condition()
         self._places: dict[int, dict[int, tuple[Collective, Any]]] = {}
+        self._next = [0] * size  # by rank
 
     def meet(self, rank: int, what: Collective, brought: Any) -> list[Any]:
         """What each rank brought. Raises DeviceError where one is in another collective, or ended, or does not come."""
         with self._changed:
-            place = len(self.written[rank])
+            place = self._next[rank]
+            self._next[rank] += 1
             self.written[rank].append(what)
             there = self._places.setdefault(place, {})
             there[rank] = what, brought
@@ -102,7 +105,8 @@ class Meetings:
 
 
 class Collectives:
-    """Ranks of one machine: `seated` is for each one's thread."""
+    """Ranks that are threads; `seated` is for each one's. They have a device each, or one for all of them, which NCCL does not
+    take: then everything goes over Gloo."""
 
     def __init__(self, cards: Rehearsal, folder: Path, size: int) -> None:
         self.cards, self.folder, self.meetings = cards, folder, Meetings(size)
@@ -125,10 +129,15 @@ class Collectives:
         arguments = RankArguments(config=config, rank=rank, folder=str(self.folder), pixel_folders=[], parent=0)
         with self.cards.entered():
             try:
-                yield _Rank(arguments, lambda message: None)._sit_down()
+                yield _Rank(arguments, lambda message: None)._sit_down() if self.cards.count > 1 else self._beside_others(rank)
             except BaseException as error:
                 self.meetings.end(f"rank {rank} ended: {error}")
                 raise
+
+    def _beside_others(self, rank: int) -> Seat:
+        store = dist.PrefixStore("one device", dist.FileStore(str(self.folder / "store"), self.meetings.size))
+        status = RankStatusWriter(self.folder / "rank_status", rank)
+        return Seat(group=DistributedGroup(store, rank, self.meetings.size, address="127.0.0.1", timeout_s=60, status=status))
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         enter = RankStatusWriter.enter
@@ -153,7 +162,7 @@ class Collectives:
         self.cards.shared.operators["symm_mem::one_shot_all_reduce_copy_out"] = self.one_shot_all_reduce_copy_out
 
     def run(self, carrier: str, operation: str, x: torch.Tensor, take: Callable[[list[Any]], None]) -> None:
-        """Meet the others with x, now and whenever a graph that has this is replayed; `take` puts away what all brought."""
+        """Meet the others with x: now, or whenever the graph that is recorded is replayed; `take` puts away what all brought."""
         graph, kind = self.cards.shared.graph, self.here.kind
         if x.dtype not in TYPES[carrier]:
             raise DeviceError(f"{carrier} has no {x.dtype}, which {kind!r} gives it")
@@ -171,9 +180,11 @@ class Collectives:
             with torch.inference_mode():
                 take(self.meetings.meet(rank, what, inner.clone()))
 
-        do(what)
-        if graph is not None:
-            graph.steps.append(lambda: do(replace(what, how=REPLAYED)))
+        if graph is None:
+            do(what)
+            return
+        self.written[rank].append(what)
+        graph.add(self.cards.shared, lambda: do(replace(what, how=REPLAYED)), str(what), x)
 
     # torch's symmetric memory
 
@@ -365,6 +376,10 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def _least(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(parts).amin(0)
 
 
 def _alignment(x: torch.Tensor) -> int:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints
-from tests.checkpoints import make_checkpoint
 from tests.rehearsal import interpreter
 from tests.rehearsal.cuda import H100, Rehearsal, install
-from tests.rehearsal.engines import TINY, Rig
+from tests.rehearsal.engines import Rig, make_tiny
 from tests.rehearsal.launches import Launches
+from vlserve.kernels.int4_pairs.launch import device_of
 from vlserve.vision import tower
 
 
@@ -42,13 +41,13 @@ def rig() -> Iterator[Rig]:
         launches.install(patch)
         interpreter.install(patch)
         patch.setattr(tower, "TILES_AT_ONCE", 2)
+        device_of.cache_clear()
         with rehearsal.entered():
             yield Rig(rehearsal, launches)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "TILE", 14)
-        return make_checkpoint(tmp_path_factory.mktemp("tiny"), **TINY)
+    """A checkpoint of the qwen2 kind that the interpreter is soon through with: a tile has four patches and one feature, and what
+    is asked stands alone."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))

@@ -50,8 +50,6 @@ def _card(name: str, major: int, minor: int, gib: int, processors: int, shared: 
 A100 = _card("NVIDIA A100-SXM4-80GB", 8, 0, 80, 108, 163 * 1024, 40 * 2**20)
 H100 = _card("NVIDIA H100 80GB HBM3", 9, 0, 80, 132, 227 * 1024, 50 * 2**20)
 B200 = _card("NVIDIA B200", 10, 0, 180, 148, 227 * 1024, 126 * 2**20)
-# of no maker: so few processors that a replayed step's grid, idle programs and all, is soon interpreted
-SMALL_CARD = _card("a small card", 8, 0, 8, 2, 99 * 1024, 2**20)
 # 24 GiB, of which the driver tells a little less; NVIDIA Ada GPU architecture (white paper): 128 processors, L2 of 72 MiB
 RTX4090 = _card("NVIDIA GeForce RTX 4090", 8, 9, 24, 128, 99 * 1024, 72 * 2**20)
 RTX5090 = _card("NVIDIA GeForce RTX 5090", 12, 0, 32, 170, 99 * 1024, 96 * 2**20)
@@ -159,8 +157,11 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
             yield
         finally:
             shared.recording.graph = None
+            made.undo()
             if shared.is_meta:  # all graphs share one pool; of what they kept without one, `now` knows
                 memory.pool, memory.peak = max(memory.pool, memory.peak - before), peak
+            else:
+                memory.peak = max(memory.peak, peak)
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         memory = rehearsal.memory(device)
@@ -170,11 +171,13 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
         memory = rehearsal.memory(device)
         memory.peak = memory.now
 
-    _device_constructors()  # a set that torch keeps: of its own functions, not of those that stand for them
     tensor, empty = torch.tensor, torch.empty
 
     def pinning(make: Any) -> Any:
         def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+            device = kwargs.get("device")
+            if make is tensor and device is not None and torch.device(device).type == "cuda":  # no operator, but for the copy
+                return tensor(*args, **{key: value for key, value in kwargs.items() if key != "device"}).to(device)
             result: torch.Tensor = make(*args, **kwargs)
             return shared.pin(result) if pin_memory else result
 

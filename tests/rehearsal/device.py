@@ -8,12 +8,14 @@ and replays graphs. Values are real, so what an engine answers on it can be comp
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT = Path(__file__).parents[2]
+STAND_INS = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py", "collectives.py")}
 GARBAGE = 123  # in memory that a copy is still to fill
 ROUND = 512  # bytes to which torch's allocator rounds
 DATA_DEPENDENT = {  # the size of what they give is known to the device only
@@ -87,6 +90,7 @@ class Memory:
     peak: int = 0
     pool: int = 0  # beside `now`, what recorded graphs keep for what they compute
     limit: int | None = None  # of both
+    taken: int = 0  # times that memory was asked for
     holders: dict[int, int] = field(default_factory=dict)  # live tensors by storage
     sizes: dict[int, int] = field(default_factory=dict)
 
@@ -101,6 +105,7 @@ class Memory:
         if key not in self.holders:
             self.holders[key], self.sizes[key] = 0, -(-storage.nbytes() // ROUND) * ROUND
             self.now += self.sizes[key]
+            self.taken += 1
             self.peak = max(self.peak, self.now)
             if self.limit is not None and self.now + self.pool > self.limit:
                 raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {self.sizes[key]} bytes")
@@ -158,15 +163,65 @@ class Queue:
 
 
 class Graph:
-    """Operators with the very tensors that they read and write."""
+    """Operators and launches with the very tensors that they read and write.
+
+    As with CUDA, recording does no work, and a replay reads and writes addresses: a tensor that was there before must still be there,
+    and what was made within belongs to the graph's pool, which other graphs use too.
+    """
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
         self.kept: list[Any] = []
+        self.what: list[tuple[Any, ...]] = []  # of each step: its name, and what it was given
+        self.own: dict[int, int] = {}  # storages made within, numbered
+        self.given: dict[int, str] = {}  # storages that were there before: where they were first used
+        self.shared: Shared | None = None
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, shared: Shared, step: Callable[[], Any], name: str, given: Any, kept: Any = None) -> None:
+        self.shared = shared
+        self.steps.append(step)
+        self.kept.append(kept)
+        self.what.append((name, *(self._describe(one) for one in tree_flatten(given)[0])))
+
+    def touch(self, tensor: DeviceTensor) -> None:
+        """About to be used by a step."""
+        key = tensor.inner.untyped_storage()._cdata
+        if key not in self.own and key not in self.given:
+            self.given[key] = _place()
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.inner.device).set_(tensor.inner.untyped_storage())
+            self._before.append((whole, whole.clone()))
+
+    def undo(self) -> None:
+        """Recording has ended."""
+        for whole, before in self._before:
+            whole.copy_(before)
+        self._before.clear()
 
     def replay(self) -> None:
+        assert self.shared is not None, "nothing was recorded"
+        memory = self.shared.memory[self.shared.current]
+        for key, place in self.given.items():
+            if key not in memory.holders:
+                raise DeviceError(f"a replay uses memory that was freed since it was recorded, at {place}")
+        before = memory.taken
         for step in self.steps:
             step()
+        if memory.taken != before:
+            raise DeviceError("a replay allocates memory")
+
+    def check_same(self, other: Graph) -> None:
+        """Raises DeviceError unless the same work would be recorded now: then nothing that a replay needs lies outside of tensors."""
+        for mine, now in zip_longest(self.what, other.what):
+            if mine != now:
+                raise DeviceError(f"a replay does {mine}, and the work is now {now}")
+
+    def _describe(self, one: Any) -> Any:
+        if isinstance(one, DeviceTensor):
+            key = one.inner.untyped_storage()._cdata
+            where = f"own {self.own[key]}" if key in self.own else key
+            return where, one.storage_offset(), tuple(one.shape), tuple(one.stride()), one.dtype
+        return one.tolist() if isinstance(one, torch.Tensor) else repr(one)
 
 
 class Device(TorchDispatchMode):
@@ -181,7 +236,7 @@ class Device(TorchDispatchMode):
         if self.shared.is_meta and func.name() == "aten::scaled_dot_product_attention":
             with self:
                 return _flash_attention(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func.name()):
             with self:  # in inference mode these come as they are
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
@@ -200,6 +255,7 @@ class Shared:
     waits_for: dict[int, list[str]] = field(default_factory=dict)  # by device, where the host waited, as `operator at file:line`
     operators: dict[str, Callable[..., Any]] = field(default_factory=dict)  # of packages that know CUDA alone, by name
     pinned_storages: dict[int, int] = field(default_factory=dict)
+    pooled: dict[int, torch.Tensor] = field(default_factory=dict)  # what graphs keep for themselves, by storage
     recording: threading.local = field(default_factory=threading.local)
     may_wait: threading.local = field(default_factory=threading.local)
     here: threading.local = field(default_factory=threading.local)
@@ -250,6 +306,10 @@ class Shared:
         """`is_counted`: torch's allocator knows of it."""
         with torch.inference_mode(mode=False):  # views of what was made outside of that mode are made in it
             tensor = DeviceTensor(inner, device)
+        key = inner.untyped_storage()._cdata
+        if self.graph is not None and key not in self.graph.given and key not in self.graph.own:
+            self.graph.own[key] = len(self.graph.own)
+            self.pooled[key] = inner
         memory = self.memory.setdefault(device.index or 0, Memory())
         memory.hold(tensor) if is_counted else memory.exempt(tensor)
         return tensor
@@ -290,11 +350,22 @@ class _Call:
         if not self.on_device and (wanted is None or wanted.type != "cuda"):
             result = self.func(*self.args, **self.kwargs)
             return self.shared.pin(result) if is_pinned else result
+        self._touch()
         if self.name == "aten::_to_copy":
             return self._to_copy(wanted)
         if self.name in ("aten::copy_", "aten::copy"):
             return self._copy()
         return self._compute(wanted)
+
+    def _touch(self) -> None:
+        graph = self.shared.graph
+        for one in self.on_device:
+            if graph is not None:
+                graph.touch(one)
+            elif one.inner.untyped_storage()._cdata in self.shared.pooled:
+                raise DeviceError(
+                    f"{self.name} uses what a graph keeps for itself, and others may have used since, at {_place()}"
+                )
 
     def _to_copy(self, wanted: torch.device | None) -> Any:
         (source,) = self.tensors
@@ -394,8 +465,10 @@ class _Call:
         if not is_changing and outs and all(one.untyped_storage()._cdata in given for one in outs):
             return  # a view
 
+        func = self.func  # and not what it was given, which a graph does not keep
+
         def again() -> None:
-            new = self.func(*args, **kwargs)
+            new = func(*args, **kwargs)
             for old, one in zip(outs, (one for one in tree_flatten(new)[0] if isinstance(one, torch.Tensor)), strict=True):
                 if old.data_ptr() != one.data_ptr():
                     old.copy_(one)
@@ -404,8 +477,12 @@ class _Call:
 
     def _record(self, step: Callable[[], Any], kept: Any) -> None:
         if self.shared.graph is not None and not self.shared.is_meta:
-            self.shared.graph.steps.append(step)
-            self.shared.graph.kept.append(kept)
+            self.shared.graph.add(self.shared, step, self.name, (self.args, self.kwargs), kept)
+
+
+@functools.cache
+def _is_composite(name: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -429,9 +506,16 @@ def _inner(one: Any) -> Any:
 
 def _place() -> str:
     """The nearest line of ours that is not the stand-in's."""
-    own = {Path(__file__).with_name(name) for name in ("device.py", "cuda.py", "launches.py", "collectives.py")}
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path not in own and "site-packages" not in path.parts:
-            return f"{path.relative_to(ROOT)}:{frame.lineno}"
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if (name := _own(frame.f_code.co_filename)) is not None:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
     return "?"
+
+
+@functools.cache
+def _own(filename: str) -> str | None:
+    path = Path(filename)
+    is_ours = path.is_relative_to(ROOT) and path not in STAND_INS and "site-packages" not in path.parts
+    return str(path.relative_to(ROOT)) if is_ours else None

@@ -158,9 +158,10 @@ def make_batch(rows: Rows, block_size: int, device: torch.device, last_tokens: t
     """One step's tensors on `device`, in one copy; `last_tokens` [R] int64 are what was sampled last, for ids below 0."""
     width = max(map(len, rows.tables))
     tables = [block for table in rows.tables for block in table + table[-1:] * (width - len(table))]
-    parts = rows.ids, rows.positions, rows.slots, rows.sample_rows, rows.feature_rows, tables
+    # slots come first, where memory is aligned: a kernel reads them, and Triton compiles it anew for another alignment
+    parts = rows.slots, rows.ids, rows.positions, rows.sample_rows, rows.feature_rows, tables
     numbers = upload([number for part in parts for number in part], torch.int64, device)
-    ids, positions, slots, sample_rows, feature_rows, block_tables = numbers.split([len(part) for part in parts])
+    slots, ids, positions, sample_rows, feature_rows, block_tables = numbers.split([len(part) for part in parts])
     return Batch(
         ids=known_ids(ids, last_tokens),
         positions=positions.view(-1, len(rows.ids)),

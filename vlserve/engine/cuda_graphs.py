@@ -15,7 +15,7 @@ import torch
 
 from vlserve.engine.batch import Rows, known_ids
 from vlserve.engine.process_group import DistributedGroup, Traffic
-from vlserve.kernels.attention.plan import FixedDecodes, read_shape
+from vlserve.kernels.attention.plan import FixedDecodes, Shape, read_shape
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.upload import pinned, upload
 from vlserve.llm.decoder import Decoder
@@ -27,6 +27,7 @@ from vlserve.vision.pixels import Unit
 from vlserve.vision.tower import Tower
 
 log = logging.getLogger(__name__)
+ALIGNED, INT32, INT64 = 16, 4, 8  # bytes
 Work = Callable[[], None]
 
 
@@ -155,11 +156,7 @@ class DecodeGraphs:
         return self._hidden[: len(rows.ids)]
 
     def _fixed(self, size: int) -> list[FixedDecodes]:
-        """One for each kind of cache that is attended to; layers of one kind share theirs."""
-        heads, dtype = self._decoder.num_query_heads, self._decoder.norm.dtype
-        attended = [layers[0] for kind, layers in self._cache.serves.items() if isinstance(kind, KeysAndValues)]
-        caches = [self._cache.layers[layer][0] for layer in attended]
-        return [FixedDecodes(size, read_shape(heads, dtype, self._device, keys)) for keys in caches]
+        return [FixedDecodes(size, shape) for shape in attention_shapes(self._decoder, self._cache)]
 
     def _fill(self, buffers: _Buffers, rows: Rows, last_tokens: torch.Tensor) -> None:
         spare = len(buffers.ids) - len(rows.ids)
@@ -175,21 +172,31 @@ class DecodeGraphs:
         buffers.ids.copy_(known_ids(buffers.ids, last_tokens))
 
 
+def attention_shapes(decoder: Decoder, cache: KVCache) -> list[Shape]:
+    """One for each kind of cache that is attended to; layers of one kind share theirs."""
+    attended = [layers[0] for kind, layers in cache.serves.items() if isinstance(kind, KeysAndValues)]
+    keys = [cache.layers[layer][0] for layer in attended]
+    return [read_shape(decoder.num_query_heads, decoder.norm.dtype, decoder.norm.device, one) for one in keys]
+
+
 class _Buffers:
-    """Of one size: ids and slots [S] and positions [A, S] int64 and attention's schedules int32, in one piece of memory."""
+    """Of one size: slots and ids [S] and positions [A, S] int64 and attention's schedules int32, in one piece of memory."""
 
     def __init__(self, size: int, fixed: Sequence[FixedDecodes], tables: torch.Tensor, block_size: int, num_axes: int) -> None:
         device = tables.device
         self.fixed, self.tables = fixed, tables
-        self._num_integers, self._num_numbers = (2 + num_axes) * size, sum(one.num_numbers for one in fixed)
-        self._num_words = self._num_integers + -(-self._num_numbers // 2)
+        # kernels read slots and schedules, which begin where memory is aligned: Triton compiles anew for another alignment
+        self._padding = -(2 + num_axes) * size % (ALIGNED // INT64)
+        self._num_integers = (2 + num_axes) * size + self._padding
+        self._num_numbers = [-(-one.num_numbers // (ALIGNED // INT32)) * (ALIGNED // INT32) for one in fixed]
+        self._num_words = self._num_integers + sum(self._num_numbers) * INT32 // INT64
         self._words = torch.zeros(self._num_words, dtype=torch.int64, device=device)
-        self.ids, slots, positions = self._words[: self._num_integers].split([size, size, num_axes * size])
+        slots, self.ids, positions, _ = self._words[: self._num_integers].split([size, size, num_axes * size, self._padding])
         self.positions = positions.view(num_axes, size)
-        numbers = self._words[self._num_integers :].view(torch.int32)[: self._num_numbers]
+        numbers = self._words[self._num_integers :].view(torch.int32).split(self._num_numbers)
         launches = {}
-        for one, schedule in zip(fixed, numbers.split([one.num_numbers for one in fixed]), strict=True):
-            launches.update(one.launches(schedule, tables))
+        for one, schedule in zip(fixed, numbers, strict=True):
+            launches.update(one.launches(schedule[: one.num_numbers], tables))
         self.metadata = AttentionMetadata(
             query_lens=(),  # the schedule has them
             context_lens=(),
@@ -204,9 +211,13 @@ class _Buffers:
     def put(self, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], context_lens: Sequence[int]) -> None:
         """In one copy."""
         words = pinned((self._num_words,), torch.int64, self._words.device)
-        words[: self._num_integers] = torch.tensor([*ids, *slots, *positions])
-        numbers = [number for one in self.fixed for number in one.numbers(context_lens)]
-        words[self._num_integers :].view(torch.int32)[: self._num_numbers] = torch.tensor(numbers, dtype=torch.int32)
+        words[: self._num_integers] = torch.tensor([*slots, *ids, *positions, *[0] * self._padding])
+        numbers = [
+            number
+            for one, size in zip(self.fixed, self._num_numbers, strict=True)
+            for number in [*one.numbers(context_lens), *[0] * (size - one.num_numbers)]
+        ]
+        words[self._num_integers :].view(torch.int32)[:] = torch.tensor(numbers, dtype=torch.int32)
         self._words.copy_(words, non_blocking=True)
 
 

@@ -25,10 +25,11 @@ from vlserve.engine.process_group import DistributedGroup
 from vlserve.engine.sampling import Drawn, Sampler
 from vlserve.engine.scheduler import Chunk, Sampled
 from vlserve.engine.sequence import Sequence
+from vlserve.engine.warm_up import warm_up_decoder
 from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.sampling import draw_tokens
 from vlserve.kernels.sampling.types import Draw
-from vlserve.kernels.upload import upload
+from vlserve.kernels.upload import pinned, upload
 from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.decoder import DeepFeatures
 from vlserve.llm.kv_cache import KVCache, block_bytes
@@ -69,6 +70,7 @@ class Runner:
         self.model, self.group = model, model.decoder.split.group
         self.device, self.dtype = model.decoder.norm.device, model.decoder.norm.dtype
         self.max_model_len, self.block_size = max_model_len, config.block_size
+        self.max_num_batched_tokens, self.max_num_seqs = config.max_num_batched_tokens, config.max_num_seqs
         self.kv_dtype = config.kv_cache_dtype
         self.pixels = pixels or PixelStore([])
         model.decoder.prepare(max_model_len, self.device)
@@ -182,10 +184,15 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """A unit on every rank through the encoder, a row through the head, and a draw: so that the first request is not slow."""
+        """A unit on every rank through the encoder, and what the decoder and the head launch: so that no request is slow."""
+        decoder = self.model.decoder
         if self.model.tower is not None:
             self.group.all_gather(self._encode_nothing([self.model.tower.smallest()]), "warm-up")
-        logits = self.model.decoder.logits(self.model.decoder.embed(torch.zeros(1, dtype=torch.int64, device=self.device)))
+        if runs_triton(decoder.norm):
+            limits = {"most_tokens": self.max_num_batched_tokens, "most_rows": self.max_num_seqs}
+            warm_up_decoder(decoder, self.cache, **limits, max_model_len=self.max_model_len)
+            return
+        logits = decoder.logits(decoder.embed(torch.zeros(1, dtype=torch.int64, device=self.device)))
         if logits is not None:
             draw_tokens(logits, logits.argmax(-1), [Draw(row=0, temperature=1.0, top_k=1, seed=0, number=0)])
 
@@ -259,7 +266,8 @@ class Runner:
     def _encode_nothing(self, units: list[Unit]) -> torch.Tensor:
         """The features of black units."""
         assert self.model.tower is not None
-        return self.model.tower.encode(torch.zeros(sum(unit.num_bytes for unit in units), dtype=torch.uint8), units)
+        pixels = pinned((sum(unit.num_bytes for unit in units),), torch.uint8, self.device).zero_()
+        return self.model.tower.encode(pixels, units)
 
     def _make_encoder(self, num_local: int, recorder: Recorder | None) -> FeatureEncoder | None:
         tower, decoder = self.model.tower, self.model.decoder

@@ -1,0 +1,24 @@
+"""Every family that is served, in small: compared with transformers on the CPU, and on a rehearsed card with the CPU.
+
+A family that comes is named here, and is then in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# the decoder, and what of its text config is not as `make_checkpoint` has it
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True, "max_shard": "100KB"}),
+    ("qwen3", {}),
+    ("llama", {}),
+    (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    ("mistral", {}),
+    ("mistral", {"sliding_window": 9}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
+]
