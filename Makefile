@@ -53,11 +53,11 @@ $(DEMO)/.ready: $(READY) examples/gradio_constraints.txt
 	$(DEMO)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c examples/gradio_constraints.txt gradio openai httpx2
 	@touch $@
 
-# several gigabytes: PyPI's torch of that age brings CUDA's libraries. No extra `test`: these tests need a part of it
+# several gigabytes: PyPI's torch brings CUDA's libraries. Of the extra `test` it takes what these tests need
 $(OLDEST)/.ready: pyproject.toml tests/oldest_constraints.txt
 	@$(OLDEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c tests/oldest_constraints.txt \
-		-e . jsonschema psutil pytest pytest-xdist
+		-e '.[bench]' jsonschema psutil pytest pytest-xdist
 	@touch $@
 
 $(READY)-%: $(READY)
