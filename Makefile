@@ -3,11 +3,12 @@ PYTHON ?= python3
 MODEL ?= demo
 BIN := .venv/bin
 DEMO := .venv-demo
+OLDEST := .venv-oldest
 READY := .venv/.ready
 INSTALL := $(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test lint bench bench-gpu gpu-contact clean
+.PHONY: help serve demo test test-oldest lint bench bench-gpu gpu-contact clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -20,6 +21,9 @@ demo: $(READY) $(DEMO)/.ready ## chat with pictures in the browser, on http://12
 
 test: $(READY)-test $(DEMO)/.ready ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+test-oldest: $(OLDEST)/.ready ## run kernels, engines and the rehearsal with the oldest torch and Triton that vlserve takes
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/rehearsal tests/engine tests/kernels
 
 lint: $(READY)-lint ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -38,7 +42,7 @@ gpu-contact: ## try everything once on an NVIDIA GPU, in six minutes at most (AR
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_contact.py $(ARGS)
 
 clean: ## remove the virtual environments and caches
-	rm -rf .venv .venv-demo .venv-ray .gpu-contact build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-demo .venv-oldest .venv-ray .gpu-contact build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "vlserve needs Python 3.10 or newer; this is %s. Set PYTHON=/path/to/python3" % sys.version.split()[0]'
@@ -51,6 +55,13 @@ $(READY): pyproject.toml constraints.txt
 $(DEMO)/.ready: $(READY) examples/gradio_constraints.txt
 	@$(DEMO)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(DEMO)
 	$(DEMO)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c examples/gradio_constraints.txt gradio openai httpx2
+	@touch $@
+
+# several gigabytes: PyPI's torch brings CUDA's libraries. Of the extra `test` it takes what these tests need
+$(OLDEST)/.ready: pyproject.toml tests/oldest_constraints.txt
+	@$(OLDEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --progress-bar on --disable-pip-version-check -c tests/oldest_constraints.txt \
+		-e '.[bench]' jsonschema psutil pytest pytest-xdist
 	@touch $@
 
 $(READY)-%: $(READY)

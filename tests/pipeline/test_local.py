@@ -192,18 +192,11 @@ def test_a_closed_pipeline_says_so_and_two_live_side_by_side(checkpoint: Callabl
     assert first("hi", max_tokens=3).token_ids and second("hi", max_tokens=3).token_ids
     first.close()
     first.close()
-    with pytest.raises(EngineError, match="closed"):
-        first("hi")
+    for fields in ({}, {"structured": {"regex": "[0-9]"}}):
+        with pytest.raises(EngineError, match="closed"):
+            first("hi", **fields)
     assert second("hi", max_tokens=3).token_ids
     second.close()
-
-
-def test_before_it_is_ready_a_pipeline_says_so(checkpoint: Callable[..., Path]) -> None:
-    with VLPipeline(str(checkpoint("qwen2")), wait=False, **OPTIONS) as pipe:
-        with pytest.raises(EngineError, match="still loading"):
-            pipe("hi")
-        pipe.wait_ready()
-        assert pipe("hi", max_tokens=1).token_ids
 
 
 def test_a_rank_that_is_killed_fails_every_request_at_once(checkpoint: Callable[..., Path]) -> None:
@@ -294,22 +287,18 @@ def test_tiles_of_a_picture_can_be_fewer_or_more(pipe: VLPipeline) -> None:
     assert (tiles(1), tiles(2), tiles(3)) == (1, 3, 3)
 
 
-def test_a_closed_pipeline_says_so(checkpoint: Callable[..., Path]) -> None:
-    with VLPipeline(str(checkpoint("qwen2")), **OPTIONS) as pipe:
-        pass
-    for fields in ({}, {"structured": {"regex": "[0-9]"}}):
-        with pytest.raises(EngineError, match="closed"):
-            pipe("x", **fields)
-
-
 def test_pictures_that_cannot_fit_the_context_are_named(pipe: VLPipeline) -> None:
     with pytest.raises(RequestError, match="take 560 tokens or more, and max_model_len is 512") as caught:
         pipe(("x", [noise(600, 400)] * 20))
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_media_options_are_the_pipelines(checkpoint: Callable[..., Path]) -> None:
-    with VLPipeline(str(checkpoint("qwen2")), limit_images_per_prompt=1, max_image_pixels=1800, **OPTIONS) as pipe:
+def test_before_it_is_ready_a_pipeline_says_so_and_media_options_are_its_own(checkpoint: Callable[..., Path]) -> None:
+    limits = {"limit_images_per_prompt": 1, "max_image_pixels": 1800}
+    with VLPipeline(str(checkpoint("qwen2")), wait=False, **limits, **OPTIONS) as pipe:
+        with pytest.raises(EngineError, match="still loading"):
+            pipe("hi")
+        pipe.wait_ready()
         assert pipe(("x", PICTURE), max_tokens=1).token_ids
         with pytest.raises(RequestError, match="the limit is 1"):
             pipe(("x", [PICTURE, PICTURE]))

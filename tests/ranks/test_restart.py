@@ -61,26 +61,7 @@ def test_requests_that_waited_are_answered_on_the_same_port(
     assert not any(folder.exists() for folder in folders)
 
 
-def test_ranks_that_fail_again_and_again_are_given_up(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv(MARK, str(tmp_path))
-    monkeypatch.setattr(vlserve.ranks.supervisor, "MAX_RESTARTS", 1)
-    with pipeline(checkpoint("qwen2"), on_rank_failure="restart") as pipe:
-        pipe.wait_ready()
-        ranks_of(os.getpid())[1].kill()
-        wait_until(lambda: pipe.client.num_restarts == 1 and pipe.client.ready is not None, "it serves again")
-        assert pipe("hi", max_tokens=2).token_ids
-        clock = Clock("restart: rank 0 killed once more than it is started again")
-        ranks_of(os.getpid())[0].kill()
-        text = clock.wait_error(pipe, limit_s=0)
-        assert "rank 0 ended (killed by signal 9)" in text and "started again 1 time" in text
-        with pytest.raises(EngineError, match="killed by signal 9"):
-            pipe("hi")
-    nothing_left(str(tmp_path))
-
-
-def test_a_request_that_ends_its_rank_every_time_gets_an_error(
+def test_a_request_that_ends_its_rank_every_time_gets_an_error_and_ranks_that_go_on_so_are_given_up(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     site, folder = write_plugin(tmp_path / "site", checkpoint("qwen2"))
@@ -88,6 +69,7 @@ def test_a_request_that_ends_its_rank_every_time_gets_an_error(
     add_path(monkeypatch.setenv, site)
     monkeypatch.setenv("VLSERVE_STEP", "kill")
     monkeypatch.setenv(MARK, str(tmp_path))
+    monkeypatch.setattr(vlserve.ranks.supervisor, "MAX_RESTARTS", vlserve.ranks.client.MAX_ATTEMPTS)
     errors: list[str] = []
     with pipeline(folder, on_rank_failure="restart") as pipe:
 
@@ -107,4 +89,10 @@ def test_a_request_that_ends_its_rank_every_time_gets_an_error(
         pipe.client.wait_ready()
         assert pipe("hi", max_tokens=2).token_ids, "others are answered"
         assert not any(list(path.iterdir()) for path in pipe.client._pixels.folders[1:])
+        clock = Clock("restart: rank 0 killed once more than it is started again")
+        ranks_of(os.getpid())[0].kill()
+        text = clock.wait_error(pipe, limit_s=0)
+        assert "rank 0 ended (killed by signal 9)" in text and "started again 2 time" in text
+        with pytest.raises(EngineError, match="killed by signal 9"):
+            pipe("hi")
     nothing_left(str(tmp_path))

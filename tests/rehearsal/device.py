@@ -165,8 +165,8 @@ class Queue:
 class Graph:
     """Operators and launches with the very tensors that they read and write.
 
-    As with CUDA, recording does no work, and a replay reads and writes addresses: a tensor that was there before must still be there,
-    and what was made within belongs to the graph's pool, which other graphs use too.
+    As with CUDA, recording does no work, and a replay reads and writes addresses: a tensor that was there before must still be
+    there, and what was made within belongs to the graph's pool, which other graphs use too.
     """
 
     def __init__(self) -> None:
@@ -211,7 +211,7 @@ class Graph:
             raise DeviceError("a replay allocates memory")
 
     def check_same(self, other: Graph) -> None:
-        """Raises DeviceError unless the same work would be recorded now: then nothing that a replay needs lies outside of tensors."""
+        """Raises DeviceError unless the same work would be recorded now: so all that a replay needs lies in tensors."""
         for mine, now in zip_longest(self.what, other.what):
             if mine != now:
                 raise DeviceError(f"a replay does {mine}, and the work is now {now}")

@@ -1,4 +1,4 @@
-"""Every sampling parameter on a card that is not there: the tokens are the CPU's, whatever is asked, in one batch of all kinds."""
+"""Every sampling parameter on a card that is not there: the tokens are the CPU's, whatever is asked, in one batch."""
 
 from __future__ import annotations
 

@@ -278,9 +278,9 @@ def _groups(plan: Plan) -> list[tuple[str, RankPlan]]:
 
 
 def _bytes(rank: RankPlan) -> list[str]:
-    sizes = (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes, rank.activation_bytes)
-    sizes += (rank.feature_bytes, rank.graph_bytes)
-    return [*map(_binary, (*sizes, rank.total_bytes)), f"{rank.kv_bytes_per_token / 1024:,.1f} KiB"]
+    weights = (rank.vision_bytes, rank.decoder_bytes, rank.embedding_bytes)
+    others = (rank.activation_bytes, rank.feature_bytes, rank.graph_bytes)
+    return [*map(_binary, (*weights, *others, rank.total_bytes)), f"{rank.kv_bytes_per_token / 1024:,.1f} KiB"]
 
 
 def _binary(size: int) -> str:

@@ -1,8 +1,8 @@
-"""What is launched before the first request, on Triton's kernels: every one that serving can need, so that none is compiled within a
-request, where all others would wait for it.
+"""What is launched before the first request, on Triton's kernels: every one that serving can need, so that none is compiled
+within a request, where all others would wait for it.
 
-A kernel is compiled for the sizes of its tiles, which go by the tokens of a step, for types, and for whether tensors and numbers are
-aligned to 16. Tensors and numbers that differ from step to step are aligned, or not looked at (`do_not_specialize`).
+A kernel is compiled for the sizes of its tiles, which go by the tokens of a step, for types, and for whether tensors and numbers
+are aligned to 16. Tensors and numbers that differ from step to step are aligned, or not looked at (`do_not_specialize`).
 Shapes: T tokens, R rows.
 """
 
