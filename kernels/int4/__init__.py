@@ -43,7 +43,7 @@ def awq_matmul(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros
 
 
 def launch_all(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
-    """All that `awq_matmul` of any number of rows launches, on rows of zeros, so that it is compiled; on a GPU with Triton."""
+    """All that `awq_matmul` of any number of rows launches, with zeros, so that it has been compiled; on a GPU with Triton."""
     from vlserve.kernels.int4.triton import awq_dequantize_triton, awq_matmul_triton
 
     awq_dequantize_triton(codes, scales, zeros)

@@ -27,7 +27,7 @@ class PairedWeights(PairedCodes):
         return empty_sums(x, self.padded_inputs, self.group)
 
     def launch_all(self) -> None:
-        """All that products of any number of rows launch, on a row of zeros, so that it is compiled; on a GPU with Triton."""
+        """All that products of any number of rows launch, with zeros, so that it has been compiled; on a GPU with Triton."""
         from vlserve.kernels.int4_pairs.triton import launch_all, pairs_dequantize_triton
 
         x = self.scales.new_zeros(1, self.padded_inputs)

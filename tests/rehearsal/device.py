@@ -211,7 +211,7 @@ class Graph:
             raise DeviceError("a replay allocates memory")
 
     def check_same(self, other: Graph) -> None:
-        """Raises DeviceError unless the same work would be recorded now: so all that a replay needs lies in tensors."""
+        """Raises DeviceError unless the same work would be recorded now: then a replay needs nothing outside of tensors."""
         for mine, now in zip_longest(self.what, other.what):
             if mine != now:
                 raise DeviceError(f"a replay does {mine}, and the work is now {now}")
@@ -363,9 +363,7 @@ class _Call:
             if graph is not None:
                 graph.touch(one)
             elif one.inner.untyped_storage()._cdata in self.shared.pooled:
-                raise DeviceError(
-                    f"{self.name} uses what a graph keeps for itself, and others may have used since, at {_place()}"
-                )
+                raise DeviceError(f"{self.name} uses what a graph keeps for itself and others overwrite, at {_place()}")
 
     def _to_copy(self, wanted: torch.device | None) -> Any:
         (source,) = self.tensors

@@ -1,4 +1,4 @@
-"""Every sampling parameter on a card that is not there: the tokens are the CPU's, whatever is asked, in one batch."""
+"""Every sampling parameter on a card that is not there: the tokens are the CPU's, in one batch of all kinds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.rehearsal.engines import Answers, Asked, Rig, same, serve
 from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.engine import Engine
 
-OPTIONS: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 32, "max_model_len": 64}
+OPTIONS: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 16, "max_model_len": 32}
 WORD = StructuredOutput(regex="[0-9]{2}[a-z]{2,9}")
 PARAMETERS: list[dict[str, Any]] = [
     {},
@@ -52,7 +52,8 @@ def asked(tiny: Path, ours: Engine) -> list[Asked]:
     for i, given in enumerate(PARAMETERS):
         bias = {end if id == "end" else id: value for id, value in given.get("logit_bias", {}).items()}
         sampling = SamplingParams(**{"logprobs": 2, **given, "logit_bias": bias})
-        made.append((prompt(tiny, "Why?"[: 1 + i % 4]), sampling, 4))
+        is_slow = sampling.top_k > 1 or 0 < sampling.top_p < 1  # in the interpreter
+        made.append((prompt(tiny, "Why?"[: 1 + i % 4]), sampling, 2 if is_slow else 4))
     return made
 
 

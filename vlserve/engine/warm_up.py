@@ -1,5 +1,5 @@
-"""What is launched before the first request, on Triton's kernels: every one that serving can need, so that none is compiled
-within a request, where all others would wait for it.
+"""What is launched before the first request: every one of Triton's kernels that serving can need, so that none is compiled within
+a request, where all others would wait for it.
 
 A kernel is compiled for the sizes of its tiles, which go by the tokens of a step, for types, and for whether tensors and numbers
 are aligned to 16. Tensors and numbers that differ from step to step are aligned, or not looked at (`do_not_specialize`).
@@ -32,7 +32,7 @@ def warm_up_decoder(decoder: Decoder, cache: KVCache, *, most_tokens: int, most_
     cache.clear([0])  # which every context is read from
     shapes = attention_shapes(decoder, cache)
     for number in _lengths(shapes, min(most_tokens, max_model_len)):
-        hidden = _step(decoder, cache, shapes, number, max_model_len)
+        hidden = _step(decoder, cache, shapes, number)
     for number in (number for number in ROWS if number <= most_rows):
         logits = decoder.logits(hidden[:1].expand(number, -1).contiguous())
     for linear in _four_bits(decoder):
@@ -49,10 +49,11 @@ def _lengths(shapes: list[Shape], most_tokens: int) -> list[int]:
     return list(first.values())
 
 
-def _step(decoder: Decoder, cache: KVCache, shapes: list[Shape], number: int, max_model_len: int) -> torch.Tensor:
-    """Hidden states [T, C] of the last tokens of a context that attention cuts, all of whose blocks are the first."""
+def _step(decoder: Decoder, cache: KVCache, shapes: list[Shape], number: int) -> torch.Tensor:
+    """Hidden states [T, C] of the last tokens of a context that attention cuts, all of whose blocks are the first: a graph merges
+    parts also where no context is so long."""
     device = decoder.norm.device
-    context = min(max_model_len, max([number, *(2 * shape.tiling(number).positions for shape in shapes)]))
+    context = max([number, *(2 * shape.tiling(number).positions for shape in shapes)])
     places = torch.arange(number, device=device)
     metadata = plan_attention(
         query_lens=(number,),
