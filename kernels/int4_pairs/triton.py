@@ -16,6 +16,7 @@ import triton.language as tl
 
 from vlserve.kernels.int4_pairs.launch import Launch, choose, device_of, split
 from vlserve.kernels.int4_pairs.types import PairedCodes
+from vlserve.kernels.with_triton import check_contiguous
 
 REDUCED = 256  # outputs of a program that adds up parts
 IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # no assembler, and bfloat16 is taken for whole numbers
@@ -215,6 +216,7 @@ def multiply(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, launch: L
 
 def multiply_parts(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, launch: Launch, out: torch.Tensor) -> None:
     """Part p of the inputs into out [P, T, N]."""
+    check_contiguous(x=x, words=packed.words, scales=packed.scales, zeros=packed.zeros, sums=sums, out=out)
     num_blocks, num_groups = packed.words.shape[1], packed.scales.shape[1]
     tiles = triton.cdiv(packed.outputs, launch.block_n), triton.cdiv(len(x), launch.block_t)
     with torch.cuda.device_of(x):
@@ -232,6 +234,7 @@ def multiply_parts(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, lau
 
 def pairs_dequantize_triton(packed: PairedCodes) -> torch.Tensor:
     """The weights [N, K'], in the type of the scales."""
+    check_contiguous(words=packed.words, scales=packed.scales, zeros=packed.zeros)
     tiles, num_blocks = packed.words.shape[:2]
     out = torch.empty(packed.outputs, packed.padded_inputs, dtype=packed.scales.dtype, device=packed.words.device)
     with torch.cuda.device_of(out):

@@ -74,7 +74,7 @@ class Operations:
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = mapped((args, kwargs), copied) if is_small((args, kwargs)) else None
+            given = mapped((args, kwargs), copied) if self.launches.runs and is_small((args, kwargs)) else None
             self.launches.thread.launched = noted = set[Signature]()
             result = function(*args, **kwargs)
             launched = frozenset(noted)
