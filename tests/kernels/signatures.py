@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -89,9 +90,14 @@ def _settings(kernel: Any) -> dict[str, Any]:
 @cache
 def source_hash(module: str, kernel: str) -> str:
     """Of the source of a kernel, of all of ours that it calls, and of the numbers and texts that they name."""
-    found: dict[str, str] = {}
-    _gather(getattr(__import__(module, fromlist=[kernel]), kernel), found)
+    found = gathered(getattr(import_module(module), kernel))
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def gathered(kernel: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    _gather(kernel, found)
+    return found
 
 
 def _gather(kernel: Any, found: dict[str, str]) -> None:

@@ -106,6 +106,8 @@ def test_the_cache() -> None:
 
 def test_it_has_been_seen_of_all_that_are_listed() -> None:
     """With the others of this file."""
+    if len(REACHED) < 5:
+        pytest.skip("the others were not asked for")
     reached = {name: tuple(sorted(found)) for name, found in REACHED.items() if found}
     attention = {"attention.triton._attention_kernel": ("keys", "values")}
     assert reached | attention == {name: tuple(sorted(found)) for name, found in FAR.items()}

@@ -35,7 +35,7 @@ RENEW = "VLSERVE_TEST_RENEW_COMPILED"  # the path of a file to which each test a
 TRITON = version("triton")
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes of a program, at most
 MOST = 8  # that a session compiles
-WORKERS = 2
+WORKERS, AT_ONCE = 2, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,13 @@ def main(tests: list[str]) -> int:
     path.unlink()
     known = read() if FILE.exists() else {}
     missing = [one for key, one in wanted.items() if key not in known]
-    print(f"{len(wanted)} signatures, of which {len(missing)} are compiled")
-    new = {one.key: one for one in compile_anew(missing, WORKERS)} if missing else {}
-    keep((known | new)[key] for key in (wanted if not tests else known | new))
+    print(f"{len(wanted)} signatures, of which {len(missing)} are compiled", flush=True)
+    if not tests:
+        known = {key: one for key, one in known.items() if key in wanted}
+    for i in range(0, len(missing), AT_ONCE):  # what is there when it is broken off is kept
+        known |= {one.key: one for one in compile_anew(missing[i : i + AT_ONCE], WORKERS)}
+        keep(known.values())
+    keep(known.values())
     write_table()
     faults = [fault for one in read().values() for fault in one.faults()]
     print("\n".join(faults))

@@ -12,6 +12,7 @@ from vlserve.kernels.gate import silu_mul
 from vlserve.kernels.group_sums import group_sums
 from vlserve.kernels.head import head_matmul, int8_matmul
 from vlserve.kernels.int4_pairs import PairedWeights
+from vlserve.kernels.int4_pairs import triton as pairs_triton
 from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
 from vlserve.kernels.norms import add_rms_norm, add_scaled_norm, layer_norm, rms_norm
 from vlserve.kernels.rotary import rotary_store
@@ -79,7 +80,10 @@ def decode(model: Model, dtype: torch.dtype, rows: int, group: int | None) -> No
             out = _weights(model.heads * model.dim, model.width, group or 0, dtype)
             group_sums(attended, out.empty_sums(attended))
         for weights, given, of_given in zip((qkv, up, down), (x, x, gated), sums, strict=True):
-            weights.matmul(given, of_given)
+            if rows <= 128:
+                weights.matmul(given, of_given)
+            else:  # torch's product with what is spread out
+                pairs_triton.pairs_dequantize_triton(weights)
 
 
 def attend(model: Model, dtype: torch.dtype, kind: torch.dtype | None, window: int | None = None) -> None:
