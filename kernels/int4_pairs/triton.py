@@ -148,9 +148,7 @@ def _matmul(
             scale = _scales(tl.load(scale_at + group * 32), TYPE)[:, None]
             zero = _zeros(tl.load(zero_at + group * 16))[:, None]
             product = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            total += scale * _add_group(
-                product, packed, zero, x_at, sum_at, num_tokens, token_there, number, GROUPS, TYPE
-            )
+            total += scale * _add_group(product, packed, zero, x_at, sum_at, num_tokens, token_there, number, GROUPS, TYPE)
         word_at += 1024
         x_at += 128
         sum_at += SUMS * num_tokens

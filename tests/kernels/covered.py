@@ -1,4 +1,4 @@
-"""`python -m tests.kernels.covered` runs the kernels' tests and writes covered.json: what they launch, as facts.py has it, by file.
+"""`python -m tests.kernels.covered` runs the kernels' tests and writes covered.json: what they launch, by file (facts.py).
 
 It is kept, so that what engines launch can be judged without running these tests; conftest.py holds it to what they do.
 """
@@ -32,7 +32,9 @@ def main() -> int:
     path = FILE.with_suffix(".new")
     path.unlink(missing_ok=True)
     status = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *(sys.argv[1:] or ["tests/kernels"])], cwd=ROOT, env=os.environ | {RENEW: str(path)}
+        [sys.executable, "-m", "pytest", "-q", *(sys.argv[1:] or ["tests/kernels"])],
+        cwd=ROOT,
+        env=os.environ | {RENEW: str(path)},
     ).returncode
     if status == 0:
         found = dict(json.loads(line) for line in path.read_text().splitlines())

@@ -2,8 +2,8 @@
 
 Kept of a launch: the kernel, the type of each pointer, that one is not there, flags, and the sizes of blocks. A model's own sizes
 are reduced to what the kernel makes of them: whether a dimension fills the block that it is padded to, how a page lies to a
-tile, whether there is one token a block or more. Left out: warps and stages, which the interpreter does not know, whole numbers that
-are arguments, and alignment.
+tile, whether there is one token a block or more. Left out: warps and stages, which the interpreter does not know, alignment, and whole
+numbers that are arguments.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _reduced(room: str, name: str, constants: dict[str, Any]) -> str | None:
     value = constants[name]
     if name + "_PADDED" in constants:
         return "full" if value == constants[name + "_PADDED"] else "part"
-    if name in LEFT_OUT:
+    if name in LEFT_OUT or (name == "TILE" and "PAGE" not in constants):  # by which attention's parts only count
         return None
     if name in ONE_OR_MORE:
         return "1" if value == 1 else "more"

@@ -1,13 +1,15 @@
 """What Triton would compile for a launch, as its own binder computes it from the arguments: no driver is needed for that.
 
-Tensors may be anywhere, in no memory at all: only their types count, and where they begin. What torch allocates begins at a multiple
-of 512 bytes, so that is decided by their storage's offset.
+Tensors may be anywhere, in no memory at all: only their types count, and where they begin. What torch allocates begins at a
+multiple of 512 bytes, so that is decided by their storage's offset.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,11 +23,10 @@ from triton.language import constexpr
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 
-
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A kernel's parameters with their types, "constexpr" for what is compiled in, in their order; of which `aligned` begin at, or
-    are, a multiple of 16; and the launch's options that are no default of Triton's."""
+    """A kernel's parameters with their types, "constexpr" for what is compiled in, in their order; of which `aligned` begin
+    at, or are, a multiple of 16; and the launch's options that are no default of Triton's."""
 
     module: str
     kernel: str
@@ -54,8 +55,8 @@ class Pointer:
 
 
 def signature_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, dict[str, Any]]:
-    """Of a launch `kernel[grid](*args, **kwargs)`, and all arguments by name; `kernel` is interpreted or not. Raises TypeError for
-    what is neither an argument nor an option."""
+    """Of a launch `kernel[grid](*args, **kwargs)`, and all arguments by name; `kernel` is interpreted or not. Raises TypeError
+    for what is neither an argument nor an option."""
     known, bind, options = compiled(kernel)
     given = [Pointer(one) if isinstance(one, torch.Tensor) else one for one in args]
     named = {key: Pointer(one) if isinstance(one, torch.Tensor) else one for key, one in kwargs.items()}
@@ -80,7 +81,11 @@ def compiled(kernel: Any) -> tuple[JITFunction, Callable[..., Any], frozenset[st
     settings = ("do_not_specialize", "do_not_specialize_on_alignment")
     known = JITFunction(kernel.fn, **{name: _settings(kernel).get(name) for name in settings})
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    return known, create_function_from_signature(known.signature, known.params, backend), frozenset(vars(backend.parse_options({})))
+    return (
+        known,
+        create_function_from_signature(known.signature, known.params, backend),
+        frozenset(vars(backend.parse_options({}))),
+    )
 
 
 def _settings(kernel: Any) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def _gather(kernel: Any, found: dict[str, str]) -> None:
     key = f"{function.__module__}.{function.__qualname__}"
     if key in found:
         return
-    found[key] = inspect.getsource(function)
+    found[key] = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(function))))
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
         if hasattr(value, "fn") and getattr(value.fn, "__module__", "").startswith("vlserve."):

@@ -27,6 +27,7 @@ SUMS = torch.empty(1, 2, 4)[..., ::2]
 CACHE, APART = torch.zeros(3, 16, 2, 64), torch.zeros(3, 16, 2, 128)[..., :64]
 SLOTS, TURN = torch.arange(2), torch.ones(2, 32)
 HEADS = torch.zeros(2, 2, 64)
+DRAW = Draw(row=0, temperature=1.0, seed=1, number=1)
 
 
 def attention(keys: torch.Tensor) -> None:
@@ -58,7 +59,7 @@ def product() -> None:
         ("values", lambda: rotary(APART, SLOTS, torch.ones(64))),
         ("slots", lambda: rotary(CACHE, torch.arange(4)[::2], torch.ones(64))),
         ("q_norm", lambda: rotary(CACHE, SLOTS, torch.ones(128)[::2])),
-        ("tokens", lambda: draw_tokens_triton(torch.ones(2, 8), torch.zeros(4).long()[::2], [Draw(row=0, temperature=1.0, seed=1, number=1)])),
+        ("tokens", lambda: draw_tokens_triton(torch.ones(2, 8), torch.zeros(4).long()[::2], [DRAW])),
     ],
 )  # fmt: skip
 def test_tensors_in_pieces_are_refused(name: str, call: Callable[[], None]) -> None:

@@ -101,9 +101,7 @@ def attend(model: Model, dtype: torch.dtype, kind: torch.dtype | None, window: i
         norms = (norm, norm) if model.has_norms else None
         query = rotary_store(query, key, value, (turned[:, 0], turned[:, 1]), caches, slots, norms, 1e-6)
         tables = there(torch.int64, len(query_lens), -(-max(context_lens) // PAGE))
-        plan = plan_attention(
-            query_lens=query_lens, context_lens=context_lens, block_tables=tables, slots=slots, block_size=PAGE
-        )
+        plan = plan_attention(query_lens=query_lens, context_lens=context_lens, block_tables=tables, slots=slots, block_size=PAGE)
         paged_attention(query, *caches, plan, model.dim**-0.5, window=window)
 
 

@@ -98,7 +98,9 @@ def check(signature: Signature, given: dict[str, Any], grid: tuple[int, ...]) ->
 def _check_strides(name: str, key: str, tensor: torch.Tensor, said: tuple[str, ...] | None, given: dict[str, Any]) -> None:
     if said is None:
         if not tensor.is_contiguous():
-            raise DeviceError(f"{name}: {key!r} lies {tensor.stride()} for {tuple(tensor.shape)}, but the kernel takes no strides")
+            raise DeviceError(
+                f"{name}: {key!r} lies {tensor.stride()} for {tuple(tensor.shape)}, but the kernel takes no strides"
+            )
         return
     strides = tuple(given[one] for one in said)
     lies = [have for size, have in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 or len(said) + 1 == tensor.ndim]

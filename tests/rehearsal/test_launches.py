@@ -31,7 +31,9 @@ from vlserve.kernels.norms import triton as norms_triton
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.mark.parametrize("model", [INTERNVL3_1B, INTERNVL3_38B, INTERNVL3_78B, INTERNVL3_5_8B], ids=("1B", "38B", "78B", "3.5-8B"))
+@pytest.mark.parametrize(
+    "model", [INTERNVL3_1B, INTERNVL3_38B, INTERNVL3_78B, INTERNVL3_5_8B], ids=("1B", "38B", "78B", "3.5-8B")
+)
 def test_models_of_full_size(model: Model, launches: Launches) -> None:
     launches.runs = False
     encode(model, BF16)
