@@ -2,8 +2,8 @@
 
 Kept of a launch: the kernel, the type of each pointer, that one is not there, flags, and the sizes of blocks. A model's own sizes
 are reduced to what the kernel makes of them: whether a dimension fills the block that it is padded to, how a page lies to a
-tile, whether there is one token a block or more. Left out: warps and stages, which the interpreter does not know, alignment, and whole
-numbers that are arguments.
+tile, whether there is one token a block or more. Left out: warps and stages, which the interpreter does not know, alignment, and
+whole numbers that are arguments.
 """
 
 from __future__ import annotations

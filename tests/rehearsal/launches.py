@@ -40,8 +40,8 @@ STRIDES = {
 
 
 class Launches:
-    """`signatures`: how often each was launched, on a card of this `architecture`, 90 for 9.0. `operations`: what launched them, for
-    the cards that are not rehearsed."""
+    """`signatures`: how often each was launched, on a card of this `architecture`, 90 for 9.0. `operations`: what launched them,
+    for the cards that are not rehearsed."""
 
     def __init__(self, shared: Shared) -> None:
         self.shared, self.signatures, self.operations = shared, dict[Signature, int](), Operations(self)

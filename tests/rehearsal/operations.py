@@ -1,5 +1,5 @@
-"""What launches kernels, the functions `*_triton` of kernels/*/triton.py: compared with their definitions on the very tensors that
-an engine gave them, and called once more for each other card, without running anything, to see what they launch there.
+"""What launches kernels, the functions `*_triton` of kernels/*/triton.py: compared with their definitions on the very tensors
+that an engine gave them, and called once more for each other card, without running anything, to see what they launch there.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Operations:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with what is in its tuples, lists, dictionaries and data classes changed. Plans of launches are left out, but where a
-    recorded step writes them anew, for which there is the place of its schedule."""
+    """`value` with what is in its tuples, lists, dictionaries and data classes changed. Plans of launches are left out, but where
+    a recorded step writes them anew, for which there is the place of its schedule."""
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(one, change) for one in value)
     if isinstance(value, dict):
