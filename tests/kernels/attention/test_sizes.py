@@ -15,7 +15,7 @@ from vlserve.kernels.attention.reference import paged_attention_ref
 
 @pytest.mark.parametrize("kind", [pytest.param(None, id="same"), *KINDS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim,arch", [(64, 90), (128, 80), (128, 90)])
+@pytest.mark.parametrize("dim,arch", [(64, 90), (128, 80), (128, 90), (128, 120)])
 def test_it_equals_its_definition(
     dim: int, arch: int, dtype: torch.dtype, kind: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
