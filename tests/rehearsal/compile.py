@@ -167,7 +167,7 @@ def main(tests: list[str]) -> int:
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", *(tests or ["tests/rehearsal"])]
     status = subprocess.run(command, cwd=ROOT, env=os.environ | {RENEW: str(path)}).returncode
-    if status or not path.exists():
+    if not path.exists():
         return status or 1
     wanted = {key_of(signature, arch): (signature, arch) for signature, arch in launched(path)}
     path.unlink()
@@ -183,7 +183,7 @@ def main(tests: list[str]) -> int:
     write_table()
     faults = [fault for one in read().values() for fault in one.faults()]
     print("\n".join(faults))
-    return 1 if faults else 0
+    return status or (1 if faults else 0)
 
 
 def note(wanted: Iterable[tuple[Signature, int]]) -> bool:
