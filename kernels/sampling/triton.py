@@ -31,7 +31,7 @@ def _noise(seed, number, start, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
     return tl.log(tl.where(share < 0.0009765625, share + share * share / 2, -tl.log(1 - share)))
 
 
-@triton.jit(do_not_specialize=["num_cut"])
+@triton.jit(do_not_specialize=["row_stride", "vocab", "num_cut"])
 def _race(
     logits, tokens, settings, least, last, scores, winners, row_stride, vocab, num_cut,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
