@@ -13,6 +13,8 @@ from functools import lru_cache
 
 LEAST_ROWS, MOST_ROWS = 16, 128  # of a tile; 16 is the least that tensor cores multiply
 IN_FLIGHT = 48 * 1024  # bytes of keys and values that a program asks for ahead; an H200 needs 26 KB a multiprocessor
+ROOMY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # KiB of shared memory for a program, by compute capability
+ROOM = 99  # of others, such as 86, 89 and 120
 DECODING_REGISTERS = 168  # with 16-bit caches: three programs a multiprocessor, as many as the tiles in flight leave room for
 # in bytes of keys and values that a multiprocessor reads meanwhile, by the bandwidth and latencies of an H100:
 PROGRAM_BYTES = 24 * 1024  # a program's start and end
@@ -45,10 +47,11 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
     Args:
         itemsize: bytes of a number in the cache; 4 as well where queries are float32, whose products go without tensor
             cores, in small tiles.
-        arch: compute capability, 80 for 8.0; before 90 tensor cores take keys and values from registers.
+        arch: compute capability, 80 for 8.0; before 90, and from 120 on, tensor cores take keys and values from registers.
     """
     wanted = longest_query * group
-    rows = MOST_ROWS if wanted > 32 and itemsize < 4 else 32 if wanted > LEAST_ROWS else LEAST_ROWS
+    most = MOST_ROWS if dim <= 128 else MOST_ROWS // 2  # a row's sums take registers
+    rows = most if wanted > 32 and itemsize < 4 else 32 if wanted > LEAST_ROWS else LEAST_ROWS
     rows = max(rows, _power_of_2(group))
     each = 2 * _power_of_2(dim) * itemsize  # bytes a position
     if itemsize == 4:
@@ -57,7 +60,9 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
         positions, ahead = 64, 2
         if itemsize == 1:  # registers for the codes' numbers
             positions //= 2
-        if arch < 90 and dim > 64:
+        if not 90 <= arch < 120 and dim > 64:
+            positions //= 2
+        while 2 * ahead * positions * each > ROOMY.get(arch, ROOM) * 1024:  # a tile is kept where it came and as it is multiplied
             positions //= 2
     else:
         positions = 128 if each < 256 else 64

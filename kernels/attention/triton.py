@@ -16,6 +16,7 @@ from vlserve.kernels.attention.plan import Launch, plan_launches
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.kv_cache.triton import number_of_bits, numbers_of_pairs, reads_e4m3
 from vlserve.kernels.kv_cache.types import Blocks, QuantizedBlocks
+from vlserve.kernels.with_triton import check_contiguous
 
 COLUMNS = tl.constexpr(5)  # of a sequence in the schedule
 MERGED_AT_ONCE = 16  # parts
@@ -54,6 +55,8 @@ def _run(
     is_e4m3 = isinstance(key_cache, QuantizedBlocks) and key_cache.codes.dtype is torch.uint8
     codes = [cache.codes.view(torch.int16) if isinstance(cache, QuantizedBlocks) else cache for cache in caches]
     scales = [cache.scales.view(torch.int16) if isinstance(cache, QuantizedBlocks) else None for cache in caches]
+    check_contiguous(keys=codes[0], key_scales=scales[0], values=codes[1], value_scales=scales[1])
+    check_contiguous(tables=launch.tables, schedule=launch.schedule)
     rows = tiling.tokens * group
     num_parts = launch.num_items * kv_heads * rows if launch.num_merges else 0
     parts = torch.empty(num_parts, dim + 1, dtype=torch.float32, device=query.device)

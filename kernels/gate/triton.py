@@ -8,12 +8,14 @@ import triton.language as tl
 
 from vlserve.kernels.group_sums.reference import groups_of
 from vlserve.kernels.group_sums.triton import store_sums
+from vlserve.kernels.with_triton import check_contiguous
 
 BLOCK = 1024
 
 
 def silu_mul_triton(gate_up: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
     """As `silu_mul_ref`."""
+    check_contiguous(sums=sums)
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)

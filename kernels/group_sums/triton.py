@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from vlserve.kernels.group_sums.reference import INPUTS, groups_of
+from vlserve.kernels.with_triton import check_contiguous
 
 BLOCKS = 16  # of a program
 
@@ -31,8 +32,8 @@ def store_sums(sums, numbers, block, num_blocks, token, num_tokens, GROUPS: tl.c
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _kernel(x, sums, num_tokens, num_blocks, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
-    token = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     places = (token * num_blocks + block)[:, None] * 128 + tl.arange(0, 128)[None]
     numbers = tl.load(x + places, mask=(block < num_blocks)[:, None], other=0.0)
     store_sums(sums, numbers, block, num_blocks, token, num_tokens, GROUPS)
@@ -40,8 +41,9 @@ def _kernel(x, sums, num_tokens, num_blocks, GROUPS: tl.constexpr, BLOCKS: tl.co
 
 def group_sums_triton(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """As `group_sums_ref`; what is no whole number of blocks is copied first."""
+    check_contiguous(out=out)
     groups, num_blocks, missing = groups_of(out, x), len(out), -x.shape[1] % INPUTS
     x = F.pad(x, (0, missing)) if missing else x.contiguous()
     with torch.cuda.device_of(x):
-        _kernel[(triton.cdiv(num_blocks, BLOCKS), len(x))](x, out, len(x), num_blocks, GROUPS=groups, BLOCKS=BLOCKS)
+        _kernel[(len(x), triton.cdiv(num_blocks, BLOCKS))](x, out, len(x), num_blocks, GROUPS=groups, BLOCKS=BLOCKS)
     return out

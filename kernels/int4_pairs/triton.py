@@ -16,10 +16,10 @@ import triton.language as tl
 
 from vlserve.kernels.int4_pairs.launch import ROWS, Launch, choose, device_of, split
 from vlserve.kernels.int4_pairs.types import PairedCodes
+from vlserve.kernels.with_triton import check_contiguous
 
 REDUCED = 256  # outputs of a program that adds up parts
-IS_INTERPRETED = triton.knobs.runtime.interpret  # then there is no assembler, and bfloat16 is taken for whole numbers
-FACTORS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # no assembler, and bfloat16 is taken for whole numbers
 
 
 @triton.jit
@@ -28,20 +28,29 @@ def _bits(words, FROM: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _plane(words, PLANE: tl.constexpr, TYPE: tl.constexpr, OUT: tl.constexpr, ASM: tl.constexpr):
+def _plane(words, PLANE: tl.constexpr, TYPE: tl.constexpr):
     """words [N, 16] -> [N, 32] of magic number plus code, or plus 16 times the code in float16's odd planes."""
     HALF: tl.constexpr = tl.float16 == TYPE
     SHIFT: tl.constexpr = PLANE // 2 * 8 if HALF else PLANE * 4
     MASK: tl.constexpr = 0x00F000F0 if HALF and PLANE % 2 == 1 else 0x000F000F
     MAGIC: tl.constexpr = 0x64006400 if HALF else 0x43004300
-    if ASM:  # (words & MASK) | MAGIC, which the compiler makes two instructions of
+    if IS_INTERPRETED:
+        pairs = ((words >> SHIFT) & MASK) | MAGIC
+    else:  # the same, of which the compiler makes two instructions
         pairs = tl.inline_asm_elementwise(
             "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words >> SHIFT, MASK, MAGIC], dtype=tl.int32, is_pure=True, pack=1
         )
-    else:
-        pairs = ((words >> SHIFT) & MASK) | MAGIC
     both = tl.join(_bits(pairs, 0, TYPE), _bits(pairs, 16, TYPE))
-    return tl.reshape(both, (words.shape[0], 32)).to(OUT)
+    return _factor(tl.reshape(both, (words.shape[0], 32)))
+
+
+@triton.jit
+def _factor(numbers):
+    """As the products take them."""
+    if IS_INTERPRETED:
+        return numbers.to(tl.float32)
+    else:
+        return numbers
 
 
 @triton.jit
@@ -81,19 +90,19 @@ def _of_groups(at, num_groups, num_tiles, TILES: tl.constexpr, WIDTH: tl.constex
 @triton.jit
 def _add_planes(
     product, words, x_at, token_there,
-    FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """product [N, T] plus the planes FIRST, FIRST + STEP, ... before LAST of words [N, 16] times their inputs."""
     for plane in tl.static_range(FIRST, LAST, STEP):
-        inputs = tl.load(x_at + 32 * plane, mask=token_there, other=0.0).to(FACTOR)
-        product = tl.dot(_plane(words, plane, TYPE, FACTOR, ASM), inputs, product, input_precision="ieee")
+        inputs = _factor(tl.load(x_at + 32 * plane, mask=token_there, other=0.0))
+        product = tl.dot(_plane(words, plane, TYPE), inputs, product, input_precision="ieee")
     return product
 
 
 @triton.jit
 def _add_group(
     product, words, zero, x_at, sum_at, num_tokens, token_there,
-    NUMBER: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, FACTOR: tl.constexpr, ASM: tl.constexpr,
+    NUMBER: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """product, of zeros, plus (codes - zero) times the inputs of a block's group NUMBER, of GROUPS."""
     FIRST: tl.constexpr = NUMBER * (4 // GROUPS)
@@ -101,12 +110,12 @@ def _add_group(
     if tl.float16 == TYPE:  # odd planes are 16 times themselves
         plain = tl.load(sum_at + 2 * NUMBER * num_tokens, mask=token_there, other=0.0)
         offset = tl.load(sum_at + (2 * NUMBER + 1) * num_tokens, mask=token_there, other=0.0)
-        product = _add_planes(product, words, x_at, token_there, FIRST // 2 * 2 + 1, LAST, 2, TYPE, FACTOR, ASM)
+        product = _add_planes(product, words, x_at, token_there, FIRST // 2 * 2 + 1, LAST, 2, TYPE)
         product = product * 0.0625 - offset
-        product = _add_planes(product, words, x_at, token_there, (FIRST + 1) // 2 * 2, LAST, 2, TYPE, FACTOR, ASM)
+        product = _add_planes(product, words, x_at, token_there, (FIRST + 1) // 2 * 2, LAST, 2, TYPE)
         return product - plain * zero
     plain = tl.load(sum_at + NUMBER * num_tokens, mask=token_there, other=0.0)
-    product = _add_planes(product, words, x_at, token_there, FIRST, LAST, 1, TYPE, FACTOR, ASM)
+    product = _add_planes(product, words, x_at, token_there, FIRST, LAST, 1, TYPE)
     return product - plain * (zero + 128.0)
 
 
@@ -114,9 +123,8 @@ def _add_group(
 def _matmul(
     x, words, scales, zeros, sums, out, num_tokens, num_outputs, num_blocks, num_groups, num_tiles, blocks_each,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    FACTOR: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Blocks part * blocks_each, ... of the inputs into out [parts, T, N]; FACTOR: the type of the products' factors."""
+    """Blocks part * blocks_each, ... of the inputs into out [parts, T, N]."""
     TYPE: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = tl.float16 == TYPE
     TILES: tl.constexpr = BLOCK_N // 64
@@ -140,9 +148,7 @@ def _matmul(
             scale = _scales(tl.load(scale_at + group * 32), TYPE)[:, None]
             zero = _zeros(tl.load(zero_at + group * 16))[:, None]
             product = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            total += scale * _add_group(
-                product, packed, zero, x_at, sum_at, num_tokens, token_there, number, GROUPS, TYPE, FACTOR, ASM
-            )  # fmt: skip
+            total += scale * _add_group(product, packed, zero, x_at, sum_at, num_tokens, token_there, number, GROUPS, TYPE)
         word_at += 1024
         x_at += 128
         sum_at += SUMS * num_tokens
@@ -216,6 +222,7 @@ def multiply(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, launch: L
 
 def multiply_parts(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, launch: Launch, out: torch.Tensor) -> None:
     """Part p of the inputs into out [P, T, N]."""
+    check_contiguous(x=x, words=packed.words, scales=packed.scales, zeros=packed.zeros, sums=sums, out=out)
     num_blocks, num_groups = packed.words.shape[1], packed.scales.shape[1]
     tiles = triton.cdiv(packed.outputs, launch.block_n), triton.cdiv(len(x), launch.block_t)
     with torch.cuda.device_of(x):
@@ -226,8 +233,6 @@ def multiply_parts(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, lau
             BLOCK_T=launch.block_t,
             BLOCK_N=launch.block_n,
             STAGES=launch.stages,
-            FACTOR=tl.float32 if IS_INTERPRETED else FACTORS[x.dtype],
-            ASM=not IS_INTERPRETED,
             num_warps=launch.warps,
             maxnreg=launch.registers,
         )
@@ -235,6 +240,7 @@ def multiply_parts(x: torch.Tensor, packed: PairedCodes, sums: torch.Tensor, lau
 
 def pairs_dequantize_triton(packed: PairedCodes) -> torch.Tensor:
     """The weights [N, K'], in the type of the scales."""
+    check_contiguous(words=packed.words, scales=packed.scales, zeros=packed.zeros)
     tiles, num_blocks = packed.words.shape[:2]
     out = torch.empty(packed.outputs, packed.padded_inputs, dtype=packed.scales.dtype, device=packed.words.device)
     with torch.cuda.device_of(out):

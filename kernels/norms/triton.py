@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vlserve.kernels.group_sums.reference import INPUTS, groups_of
 from vlserve.kernels.group_sums.triton import store_sums
+from vlserve.kernels.with_triton import check_contiguous
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float, sums: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,6 +26,7 @@ def add_rms_norm_triton(
 def _launch_rms(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, sums: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_contiguous(sums=sums)
     width = x.shape[-1]
     rows = _rows(x)
     residual_rows = rows if residual is None else _rows(residual)

@@ -13,13 +13,14 @@ import triton.language as tl
 from vlserve.kernels.kv_cache.triton import bits_of_number, e4m3_of_number, number_of_bits
 from vlserve.kernels.kv_cache.types import LARGEST, TINY, Blocks, QuantizedBlocks
 from vlserve.kernels.rotary.reference import Pair
+from vlserve.kernels.with_triton import check_contiguous
 
 
 def rotary_store_triton(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos_sin: Pair, caches: tuple[Blocks, Blocks],
     slots: torch.Tensor, norms: Pair | None = None, eps: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """As `rotary_store_ref`; raises ValueError when the shapes do not fit each other."""
+    """As `rotary_store_ref`; raises ValueError when the shapes do not fit each other, or caches or slots lie in pieces."""
     _check(query, key, value, cos_sin, caches, slots)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in cos_sin)
@@ -28,6 +29,9 @@ def rotary_store_triton(
     is_coded = isinstance(caches[0], QuantizedBlocks)
     stored = [(c.codes, c.scales.view(torch.int16)) if isinstance(c, QuantizedBlocks) else (c, None) for c in caches]
     kind = stored[0][0].dtype
+    check_contiguous(keys=stored[0][0], key_scales=stored[0][1], values=stored[1][0], value_scales=stored[1][1], slots=slots)
+    if norms is not None:
+        check_contiguous(q_norm=norms[0], k_norm=norms[1])
     with torch.cuda.device_of(query):
         _kernel[(num_tokens, 3)](
             *(out, query, key, value, cos, sin, *(norms or (None, None)), *stored[0], *stored[1], slots),

@@ -15,6 +15,7 @@ from vlserve.kernels.sampling.noise import ROUNDS, WORD
 from vlserve.kernels.sampling.triton_filter import COLUMNS, top_filter
 from vlserve.kernels.sampling.types import Draw
 from vlserve.kernels.upload import upload
+from vlserve.kernels.with_triton import check_contiguous
 
 BLOCK = 1024  # ids of a part
 
@@ -30,7 +31,7 @@ def _noise(seed, number, start, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
     return tl.log(tl.where(share < 0.0009765625, share + share * share / 2, -tl.log(1 - share)))
 
 
-@triton.jit(do_not_specialize=["num_cut"])
+@triton.jit(do_not_specialize=["row_stride", "vocab", "num_cut"])
 def _race(
     logits, tokens, settings, least, last, scores, winners, row_stride, vocab, num_cut,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
@@ -89,6 +90,7 @@ def upload_settings(draws: Sequence[Draw], vocab: int, device: torch.device) -> 
 
 def launch(logits: torch.Tensor, tokens: torch.Tensor, settings: torch.Tensor, num_cut: int) -> None:
     """In place of `tokens`; settings: as `upload_settings` gives them."""
+    check_contiguous(tokens=tokens, settings=settings)
     vocab, number, parts = logits.shape[1], len(settings), triton.cdiv(logits.shape[1], BLOCK)
     scores = torch.empty((number, parts), dtype=torch.float32, device=logits.device)
     winners = torch.empty((number, parts), dtype=torch.int32, device=logits.device)

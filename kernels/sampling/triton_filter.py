@@ -106,7 +106,7 @@ def _find_equal(numbers, groups, num_groups, size, bound, wanted, GROUP: tl.cons
     return last
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit(do_not_specialize=["row_stride", "vocab", "num_groups"])
 def _survey(
     logits, tokens, settings, maxima, sums, row_stride, vocab, num_groups,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr,
@@ -123,7 +123,7 @@ def _survey(
     tl.store(sums + draw * tl.num_programs(1) + part, tl.sum(weights))
 
 
-@triton.jit(do_not_specialize=["num_groups", "parts"])
+@triton.jit(do_not_specialize=["row_stride", "vocab", "num_groups", "parts"])
 def _cut(
     logits, tokens, settings, maxima, sums, groups, least, last, row_stride, vocab, num_groups, parts,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, TURN: tl.constexpr, PARTS: tl.constexpr,

@@ -51,8 +51,7 @@ def four_bits() -> Iterator[Case]:
                 kernel="_matmul",
                 architecture=architecture,
                 types=(f"*{dtype}", "*i32", "*i32", "*i32", "*fp32", "*fp32", *["i32"] * 6),
-                constants={"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n}
-                | {"GROUP": group, "STAGES": launch.stages, "FACTOR": dtype, "ASM": True},
+                constants={"BLOCK_T": launch.block_t, "BLOCK_N": launch.block_n, "GROUP": group, "STAGES": launch.stages},
                 options={"num_warps": launch.warps} | limit,
                 numbers=launch.block_n * 128,
                 registers=ALL if name in timed else REGISTERS[launch.block_t],

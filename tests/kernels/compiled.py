@@ -11,6 +11,7 @@ from importlib.metadata import version
 from tests.kernels.attention_cases import SPILLS, attention
 from tests.kernels.cases import ARCHITECTURES, DTYPES, every_case
 from tests.kernels.machine_code import ALL, Case, Code, compile_all, faults
+from tests.rehearsal import compile as launched
 
 COLUMNS = ("kernel", "types", "configuration", "for", "registers", "spills", "shared", "load", "a number")
 TEXT = """<!-- Made by `python -m tests.kernels.compiled > docs/kernels.md` with triton {version}. -->
@@ -19,7 +20,8 @@ TEXT = """<!-- Made by `python -m tests.kernels.compiled > docs/kernels.md` with
 Nothing here was timed, and none of it ran on a GPU: the kernels were compiled ahead of time for A100 (sm_80), H100 and H200
 (sm_90) and B200 (sm_100), and their machine code was counted. The suite does the same for a part of the table and fails where a
 figure is over its cap, which stands behind it; so does the command above for all of it. How long the kernels should take by these
-counts, and what they are to reach: [kernel_targets.md](kernel_targets.md).
+counts, and what they are to reach: [kernel_targets.md](kernel_targets.md). What whole engines launch, also on consumer cards
+(sm_120), is in the last table.
 
 * **registers**: of a thread, and the cap. {most} is all that there are, so that there only spills are a limit.
 * **spills**: instructions that read or write registers' values in local memory, and the cap: 0, but for {spilling} settings,
@@ -51,7 +53,8 @@ The attention kernel, one query token, head dimension 128.
 ## All kernels
 
 {table}
-"""
+
+{launched}"""
 
 
 def main() -> int:
@@ -61,7 +64,8 @@ def main() -> int:
     missed = [f"{case.label}: {fault}" for case in cases for fault in faults(case, codes[case.label])]
     print("\n".join(missed), file=sys.stderr)
     table = _table(COLUMNS, [_row(case, codes[case.label]) for case in cases])
-    print(TEXT.format(version=version("triton"), most=ALL, spilling=len(SPILLS), types=_types(types, codes), table=table), end="")
+    about = {"version": version("triton"), "most": ALL, "spilling": len(SPILLS), "types": _types(types, codes)}
+    print(TEXT.format(**about, table=table, launched=launched.table(launched.read().values())), end="")
     return 1 if missed else 0
 
 

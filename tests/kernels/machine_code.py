@@ -119,11 +119,7 @@ def _code(fields: dict[str, Any]) -> Code:
 
 
 def _compile(case: Case) -> Code | str:
-    import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.errors import TritonError
 
     kernel = getattr(import_module(case.module), case.kernel)
     types = {"fp16": tl.float16, "bf16": tl.bfloat16}
@@ -133,10 +129,28 @@ def _compile(case: Case) -> Code | str:
     constants |= {name: None for name, kind in given.items() if kind is None}
     signature = {name: given.get(name) or "constexpr" for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.multiples]
+    return count(kernel, signature, constants, aligned, case.architecture, case.options, case.numbers)
+
+
+def count(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    aligned: list[int],
+    architecture: int,
+    options: dict[str, int],
+    numbers: int = 0,
+) -> Code | str:
+    """A kernel of these types, "constexpr" for constants, whose arguments at `aligned` are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.errors import TritonError
+
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=dict(case.options))
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(options))
     except (TritonError, RuntimeError) as error:  # an architecture that Triton does not know is the latter
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -155,7 +169,7 @@ def _compile(case: Case) -> Code | str:
         widest=max(_widths(instructions, "LDGSTS|LDG"), default=0),
         ahead=dict(_widths(loop, "LDGSTS")),
         waited_for=_widths(loop, "LDG").total(),
-        per_number=round(len(loop) * 32 * compiled.metadata.num_warps / case.numbers, 2) if case.numbers else None,
+        per_number=round(len(loop) * 32 * compiled.metadata.num_warps / numbers, 2) if numbers else None,
         units=tuple(sorted(units)),
     )
 

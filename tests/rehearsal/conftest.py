@@ -9,9 +9,19 @@ import pytest
 from tests.rehearsal import interpreter
 from tests.rehearsal.cuda import H100, Rehearsal, install
 from tests.rehearsal.engines import Rig, make_tiny
-from tests.rehearsal.launches import Launches
+from tests.rehearsal.judged import judge
+from tests.rehearsal.launches import FOUND, Launches
 from vlserve.kernels.int4_pairs.launch import device_of
 from vlserve.vision import tower
+
+
+@pytest.fixture(autouse=True)
+def _judged() -> Iterator[None]:
+    """Whatever a test launches is judged when it has ended, and the stand-ins are gone."""
+    FOUND.clear()
+    device_of.cache_clear()  # another card may have been the last one
+    yield
+    judge(FOUND)
 
 
 @pytest.fixture
@@ -44,6 +54,7 @@ def rig() -> Iterator[Rig]:
         device_of.cache_clear()
         with rehearsal.entered():
             yield Rig(rehearsal, launches)
+    judge([launches])
 
 
 @pytest.fixture(scope="session")

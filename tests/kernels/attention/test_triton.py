@@ -88,7 +88,13 @@ def test_it_equals_its_definition(
 
 @pytest.mark.parametrize(
     "dtype,kind",
-    [(torch.float32, None), (torch.float16, None), (torch.float16, torch.int8), (torch.bfloat16, torch.uint8)],
+    [
+        (torch.float32, None),
+        (torch.float16, None),
+        (torch.float16, torch.int8),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.uint8),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("mix", [((1, 1), (150, 300)), ((4, 2), (387, 70))], ids=str)
@@ -99,6 +105,13 @@ def test_parts_of_a_context_merge(
     monkeypatch.setattr(attention_plan, "choose_chunk", lambda *args, **kwargs: 1)
     (launch,) = check(mix, 14, 2, 64, 16, dtype, kind)
     assert launch.num_merges and launch.num_items > 2 * launch.num_sequences
+
+
+@pytest.mark.parametrize("mix", [((1, 1), (150, 300)), ((2, 2), (100, 70))], ids=str)
+def test_parts_merge_with_heads_of_128(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_plan, "choose_chunk", lambda *args, **kwargs: 1)
+    (launch,) = check(mix, 4, 2, 128, 16, torch.bfloat16, None)
+    assert launch.num_merges
 
 
 def test_scores_far_apart_do_not_overflow() -> None:

@@ -62,13 +62,16 @@ def test_the_kernel_with_other_types(kind: torch.dtype | None, monkeypatch: pyte
     if DEVICE == "cpu":
         compute_bfloat16(monkeypatch)
     check(((1, 9), (150, 90)), 5, None, torch.bfloat16, kind, monkeypatch)
+    check(((1, 3), (150, 90)), 70, 1, torch.bfloat16, kind, monkeypatch, dim=128)
 
 
-def check(mix: Mix, window: int, chunk: int | None, dtype: torch.dtype, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(
+    mix: Mix, window: int, chunk: int | None, dtype: torch.dtype, kind: Any, monkeypatch: pytest.MonkeyPatch, dim: int = 64
+) -> None:
     if chunk is not None:
         monkeypatch.setattr(attention_plan, "choose_chunk", lambda *args, **kwargs: chunk)
-    query, keys, values, metadata, _ = paged(*mix, heads=6, kv_heads=2, dim=64, size=16, dtype=dtype, kind=kind)
-    want = paged_attention_ref(query.double(), keys, values, metadata, 0.125, window=window)
+    query, keys, values, metadata, _ = paged(*mix, heads=6, kv_heads=2, dim=dim, size=16, dtype=dtype, kind=kind)
+    want = paged_attention_ref(query.double(), keys, values, metadata, dim**-0.5, window=window)
     for cache in (keys, values):
         poison_what_is_past_the_end(cache)
     got, _ = attend(query, keys, values, metadata, window=window)

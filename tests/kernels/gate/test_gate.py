@@ -23,7 +23,7 @@ def test_silu_mul_equals_its_formula(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("width", (1, 129, 1100))
+@pytest.mark.parametrize("width", (1, 129, 1100, 2048))
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # to infinity, as it should
 def test_the_kernel(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     gate_triton = pytest.importorskip("vlserve.kernels.gate.triton")

@@ -38,6 +38,18 @@ def test_the_head(
         assert rms_ratio(got, want) < TOLERANCE[torch.bfloat16 if on_cpu else dtype]
 
 
+@pytest.mark.parametrize("rows", (2, 20, 64))
+def test_the_kernel_in_bfloat16(rows: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from tests.kernels.bfloat16 import compute_bfloat16
+
+    compute_bfloat16(monkeypatch)
+    codes, scales = quantise_rows(torch.randn(70, 160))
+    x = torch.randn(rows, 160).bfloat16()
+    want = int8_matmul_ref(x.double(), codes, scales)
+    assert rms_ratio(interpreted(x, codes, scales), want) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rows_are_quantised_to_half_a_step(dtype: torch.dtype) -> None:
     weight = (torch.randn(700, 900) * torch.logspace(-6, 2, 700)[:, None]).to(dtype)  # more than one block

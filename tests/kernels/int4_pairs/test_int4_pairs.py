@@ -16,7 +16,7 @@ from vlserve.kernels import group_sums, int4_pairs
 from vlserve.kernels.group_sums.reference import empty_sums
 from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
 from vlserve.kernels.int4_pairs import PairedWeights, pack_for_gpu
-from vlserve.kernels.int4_pairs.launch import Launch
+from vlserve.kernels.int4_pairs.launch import Launch, fitted, launches
 from vlserve.kernels.int4_pairs.reference import unpack_pairs
 from vlserve.llm import formats_int4
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
@@ -92,6 +92,18 @@ def test_the_product(
     # what a magic number adds is taken off again: of float16's 1024 more is lost than of bfloat16's 128
     tolerance = 1e-4 if dtype == torch.float16 else 2e-5
     assert rms_ratio(out.sum(0), awq_matmul_ref(x.double(), *given)) < tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", (1, 2))
+def test_the_product_of_every_launch_in_the_table(parts: int, dtype: torch.dtype, poisoned: None) -> None:
+    """Rounded to x's type, which the interpreter cuts off."""
+    ours, given = packed(130, 256, 128, dtype)
+    x = torch.randn(20, 256).to(DEVICE, dtype)
+    sums, want = sums_triton.group_sums_triton(x, ours.empty_sums(x)), awq_matmul_ref(x.double(), *given)
+    kinds = {fitted(launch, dtype) for table in launches().values() for launch in table.values()}
+    for launch in {(launch.block_t, launch.block_n): launch for launch in kinds}.values():
+        assert rms_ratio(pairs_triton.multiply(x, ours, sums, launch, parts), want) < 2 * TOLERANCE[dtype], launch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
