@@ -274,11 +274,12 @@ class _Carrier:
         self._gathered("gather", outputs, x)
         return self._work(options)
 
-    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], options: Any = None) -> _Work | None:
-        x = self._taken(inputs)
-        held = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)  # torch's own, before it is shared out
-        self._gathered("all_gather", outputs, x)
-        del held
+    def _allgather_base(self, output: torch.Tensor, given: torch.Tensor, options: Any = None) -> _Work | None:
+        x = self._taken([given])
+        if (output.dtype, output.device, output.numel()) != (x.dtype, x.device, self.size * x.numel()) or x.ndim != 1:
+            raise DeviceError(f"{self.carrier}'s all_gather takes one flat output of {self.size} times the input")
+        to = _inner(output)
+        self.ranks.run(self.carrier, "all_gather", x, lambda parts: to.copy_(torch.cat(parts)))
         return self._work(options)
 
     def _gathered(self, operation: str, outputs: list[list[torch.Tensor]], x: torch.Tensor) -> None:

@@ -161,7 +161,7 @@ class DistributedGroup(Group):
     def all_gather(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         out = x.new_empty((self.size, *x.shape))
         with self._noted(kind, x) as group:
-            group._allgather_base(out, x.contiguous()).wait()  # into `out` itself: NCCL's other one has a copy of all of it
+            group._allgather_base(out.view(-1), x.contiguous().view(-1)).wait()  # NCCL's `allgather` has a copy of it all
         return out
 
     def broadcast(self, x: torch.Tensor, kind: str) -> torch.Tensor:
