@@ -100,7 +100,7 @@ def test_a_16_bit_type_has_about_half_the_tokens() -> None:
     big = {"vocab_size": 1000, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
     big |= {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 4096, "model_type": "qwen2"}
     plans = {
-        kind: make_plan({**big, "dtype": "bfloat16"}, tp=1, device_memory=24.0, kv_cache_dtype=kind).kv_tokens
+        kind: make_plan({**big, "dtype": "bfloat16"}, tp=1, device_memory=24.0, max_num_seqs=4096, kv_cache_dtype=kind).kv_tokens
         for kind in ("auto", *KINDS)
     }
     assert plans["auto"] and plans["int8"] == plans["fp8"] and 1.93 < (plans["int8"] or 0) / plans["auto"] < 1.95

@@ -150,7 +150,7 @@ def install(monkeypatch: pytest.MonkeyPatch, rehearsal: Rehearsal) -> None:
 
     @contextlib.contextmanager
     def graph(made: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
-        shared.recording.graph = made
+        shared.recording.graph, made.shared = made, shared
         memory = rehearsal.memory()
         before, peak, memory.peak = memory.now, memory.peak, memory.now
         try:
