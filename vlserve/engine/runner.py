@@ -34,7 +34,7 @@ from vlserve.kernels.with_triton import runs_triton
 from vlserve.llm.decoder import DeepFeatures
 from vlserve.llm.kv_cache import KVCache, block_bytes
 from vlserve.models.base import Model
-from vlserve.plan.footprint import LOGIT_COPIES
+from vlserve.plan.footprint import LOGIT_COPIES, most_units
 from vlserve.vision.pixels import Unit
 
 
@@ -314,11 +314,16 @@ class Runner:
         if tower is None:
             return
         waiting = decoder.norm.new_empty(num_tokens, decoder.config.hidden_size)  # the step's embeddings
-        self._encode_nothing(tower.heaviest())
+        units, unit = tower.heaviest(), tower.fixed_unit
+        if unit is not None:  # dealt to the ranks, as many to each
+            limits = self.max_num_batched_tokens, self.max_model_len
+            units = units[: most_units(*limits, unit.num_features, self.group.size)]
+        self._encode_nothing(units)
         del waiting
 
     def _try_decoder(self, num_tokens: int, num_blocks: int, num_rows: int) -> None:
         decoder, cache = self.model.decoder, self._make_cache(num_blocks)
+        cache.clear(list(range(num_blocks)))  # which is read as if it were a context's
         places = torch.arange(num_tokens, device=self.device)
         context = torch.arange(-(-self.max_model_len // self.block_size), device=self.device) % num_blocks
         metadata = plan_attention(

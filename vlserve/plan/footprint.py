@@ -64,6 +64,7 @@ class Shard:
     feed_forward: int
     shared_feed_forward: int
     vocabulary: int
+    tp: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ def shard(decoder: DecoderShape, tp: int) -> Shard:
         feed_forward=-(-decoder.intermediate_size // tp),
         shared_feed_forward=-(-decoder.shared_intermediate_size // tp),
         vocabulary=-(-decoder.vocab_size // tp),
+        tp=tp,
     )
 
 
@@ -189,12 +191,17 @@ def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bo
 def step_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
     """The fullest moment of a step beside all that stays; `is_first` for the rank that samples."""
     peaks = [_layer_peak(shape.decoder, part, step), _logits_peak(shape.decoder, part, step, is_first=is_first)]
-    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, step) if shape.has_pictures else 0)
+    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, part, step) if shape.has_pictures else 0)
 
 
 def most_features(max_num_batched_tokens: int, max_model_len: int) -> int:
     """Of all pictures in a step together: those of a step's own tokens, and of a picture as large as a prompt may be."""
     return max_num_batched_tokens + max_model_len
+
+
+def most_units(max_num_batched_tokens: int, max_model_len: int, features: int, tp: int) -> int:
+    """Units of so many features each that one of `tp` ranks encodes in a step, at most."""
+    return max(1, -(-most_features(max_num_batched_tokens, max_model_len) // (features * tp)))
 
 
 def feature_bytes(shape: ModelShape, step: Step) -> int:
@@ -276,13 +283,15 @@ def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bo
     return max(held + max(gathered, own + whole * (b + FLOAT32)), sampling)
 
 
-def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, step: Step) -> int:
-    """TILES_AT_ONCE tiles in the encoder, or a copy of all new features, while the step's embeddings wait."""
+def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, part: Shard, step: Step) -> int:
+    """This rank's share of a step's tiles in the encoder, TILES_AT_ONCE of them, or a copy of all new features, while the step's
+    embeddings wait."""
     tokens, features = _step_tokens(step), _new_features(decoder, step)
     waiting = tokens * decoder.hidden_size * step.itemsize + _index_bytes(step, tokens)
     if encoder is None:  # only its own code knows: it is measured
         return waiting + features
-    return waiting + max(TILES_AT_ONCE * tile_bytes(encoder, decoder, step.itemsize), features)
+    share = most_units(step.max_num_batched_tokens, step.max_model_len, encoder.tokens_per_tile, part.tp)
+    return waiting + max(min(TILES_AT_ONCE, share) * tile_bytes(encoder, decoder, step.itemsize), features)
 
 
 def tile_bytes(encoder: EncoderConfig, decoder: DecoderShape, itemsize: int) -> int:
