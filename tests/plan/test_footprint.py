@@ -131,8 +131,11 @@ def test_the_encoders_peak(encoder: str) -> None:
         model.tower.encode(torch.zeros(sum(unit.num_bytes for unit in units), dtype=torch.uint8), units)
         del waiting
         peak = memory.peak - before
-    plan = planned(settings, dtype="bfloat16", max_num_batched_tokens=tokens, max_model_len=tokens, max_num_seqs=1)
+    length = sum(unit.num_features for unit in units)  # so that a step may have as many
+    plan = planned(settings, dtype="bfloat16", max_num_batched_tokens=tokens, max_model_len=length, max_num_seqs=1)
     assert peak <= plan + ROUNDING and plan <= 1.02 * peak
+    fewer = planned(settings, dtype="bfloat16", max_num_batched_tokens=tokens, max_model_len=length // 4, max_num_seqs=1)
+    assert fewer < plan / 3
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
