@@ -104,6 +104,7 @@ def rename_weights(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             inner = name.removeprefix("language_model.").removeprefix("model.")
             found["language_model." + (inner if inner == "lm_head.weight" else f"model.{inner}")] = tensor
+    found.setdefault("language_model.lm_head.weight", found["language_model.model.embed_tokens.weight"])  # it unties all heads
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}
 
 

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]  # config.json
 Files = Mapping[str, Mapping[str, Any]]  # other JSON files of the checkpoint, by name; {} for one that is not there
 FILES = (
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("tokenizer_config.json", "added_tokens.json"),
-)
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",

@@ -7,6 +7,7 @@ github.com/OpenGVLab/InternVL.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,15 @@ def build(config: Config, preprocessor: OriginalPreprocessor, split: Split) -> M
     from vlserve.models.base import Model
     from vlserve.vision.internvit_tower import OriginalInternVit
 
-    decoder = make_decoder(read_llm_config(config), split)
-    return Model(decoder, OriginalInternVit(read_original_encoder(config), preprocessor.image, decoder.config.hidden_size))
+    encoder, decoder = read_original_encoder(config), make_decoder(read_llm_config(config), split)
+
+    class Original(Model):
+        def rename(self, name: str) -> str | None:
+            layer = re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name)
+            is_above = layer is not None and int(layer[1]) >= encoder.num_hidden_layers  # of the one that is selected
+            return None if is_above else super().rename(name)
+
+    return Original(decoder, OriginalInternVit(encoder, preprocessor.image, decoder.config.hidden_size))
 
 
 def read_llm_config(config: Config) -> DecoderConfig:

@@ -15,6 +15,7 @@ from vlserve.errors import ModelError
 MODEL, VOCABULARY, MERGES, ADDED, SETTINGS = (
     "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
 )  # fmt: skip
+NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -50,12 +51,10 @@ def added_tokens(folder: Path) -> list[dict[str, Any]]:
         found = {int(id): dict(entry) for id, entry in decoder.items()}
     else:
         path = folder / ADDED
-        named = {
-            *settings.get("additional_special_tokens", ()),
-            *(settings.get(f"{place}_token") for place in ("bos", "eos", "pad")),
-        }
+        named = [*settings.get("additional_special_tokens", ()), *(settings.get(f"{place}_token") for place in NAMED)]
+        special = {token["content"] if isinstance(token, Mapping) else token for token in named}
         names = _read_json(path) if path.exists() else {}
-        found = {id: {"content": name, "special": name in named} for name, id in names.items()}
+        found = {id: {"content": name, "special": name in special} for name, id in names.items()}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     return [{"id": id, **flags, **found[id]} for id in sorted(found)]
 
