@@ -22,7 +22,24 @@ _VISION = (
     (r"\.lambda_([12])$", r".ls\1"),
 )
 _PROJECTOR = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
-CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+}
+_INTERNLM2 = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 # of InternVL3-8B's config.json, whose other keys are transformers' own
 OUTER: dict[str, Any] = {
     "_commit_hash": None,
@@ -52,13 +69,22 @@ OUTER: dict[str, Any] = {
 }
 
 
-def make_original(source: Path, folder: Path, *, vision: dict[str, Any] | None = None, **outer: Any) -> Path:
-    """`source`'s weights in OpenGVLab's format; `outer`, `vision`: keys of config.json that are to differ."""
+def make_original(
+    source: Path, folder: Path, *, decoder: str | None = None, vision: dict[str, Any] | None = None, **outer: Any
+) -> Path:
+    """`source`'s weights in OpenGVLab's format; `outer`, `vision`: keys of config.json that are to differ.
+
+    `decoder`: another model_type for the decoder's, of which a Llama's weights are one too: internlm2, internlm3.
+    """
     folder.mkdir(parents=True)
     stored = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    save_file(rename_weights(stored), folder / "model.safetensors", metadata={"format": "pt"})
     theirs = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(_config(theirs) | outer | {"vision_config": _vision(theirs) | (vision or {})}))
+    renamed = rename_weights(stored)
+    if decoder == "internlm2":
+        renamed = as_internlm2(renamed, theirs["text_config"])
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = _config(theirs, decoder) | outer | {"vision_config": _vision(theirs) | (vision or {})}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, "transformers_version": "4.48.3"}))
     _write_tokenizer(source, folder)
     (folder / "preprocessor_config.json").write_text(
@@ -108,12 +134,28 @@ def rename_weights(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}
 
 
+def as_internlm2(stored: dict[str, torch.Tensor], text: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Names of InternLM2, and `wqkv`: of each key-value head its queries, its key and its value."""
+    heads, dim = text["num_key_value_heads"], text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        if match := re.search(r"(.*)self_attn\.([qkv])_proj\.weight", name):
+            if match[2] == "q":
+                parts = [stored[name.replace("q_proj", f"{part}_proj")].unflatten(0, (heads, -1, dim)) for part in "qkv"]
+                found[f"{match[1]}attention.wqkv.weight"] = torch.cat(parts, 1).flatten(0, 2)
+            continue
+        for theirs, ours in _INTERNLM2.items():
+            name = name.replace(f"{theirs}.", f"{ours}.")
+        found[name] = tensor
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
 def _like(stored: dict[str, torch.Tensor], ending: str) -> str:
     return next(name for name in stored if name.endswith(f"vision_tower.{ending}"))
 
 
-def _config(theirs: dict[str, Any]) -> dict[str, Any]:
-    text = dict(theirs["text_config"])
+def _config(theirs: dict[str, Any], decoder: str | None) -> dict[str, Any]:
+    text = dict(theirs["text_config"]) | ({} if decoder is None else {"model_type": decoder, "bias": False, "qkv_bias": False})
     side = theirs["vision_config"]["image_size"][0]
     rope = text.pop("rope_parameters", None) or {}
     llm = text | {

@@ -19,11 +19,19 @@ from vlserve.models.tiles import TilePreprocessor
 from vlserve.vision.original_config import read_original_encoder, read_original_image_config
 
 if TYPE_CHECKING:
+    from vlserve.llm.stored_names import Renamed
     from vlserve.llm.tensor_parallel import Split
     from vlserve.models.base import Model
 
 TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
-DECODERS = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+DECODERS = {
+    "InternLM2ForCausalLM": "internlm2",
+    "InternLM3ForCausalLM": "internlm3",
+    "LlamaForCausalLM": "llama",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 # the published code's own words
 _BEFORE = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SINCE_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -98,7 +106,7 @@ def build(config: Config, preprocessor: OriginalPreprocessor, split: Split) -> M
     encoder, decoder = read_original_encoder(config), make_decoder(read_llm_config(config), split)
 
     class Original(Model):
-        def rename(self, name: str) -> str | None:
+        def rename(self, name: str) -> Renamed:
             layer = re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name)
             is_above = layer is not None and int(layer[1]) >= encoder.num_hidden_layers  # of the one that is selected
             return None if is_above else super().rename(name)
