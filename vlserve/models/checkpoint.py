@@ -23,7 +23,7 @@ from vlserve.models.settled_config import read_stored, settle
 from vlserve.models.wrong_folder import check_folder, explain_file
 
 DEMO = Path(__file__).parents[1] / "demo"
-_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

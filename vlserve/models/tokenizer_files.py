@@ -1,6 +1,6 @@
 """A tokenizer as tokenizer.json describes it, also for checkpoints that have only the files it is made from.
 
-Source of the conversion: Qwen2Tokenizer of transformers 5.23.
+Source of the conversion of vocab.json with merges.txt: Qwen2Tokenizer of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vlserve.errors import ModelError
+from vlserve.models.sentencepiece_files import describe, special_pieces
 
-MODEL, VOCABULARY, MERGES, ADDED, SETTINGS = (
-    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
-)  # fmt: skip
+MODEL, PIECES = "tokenizer.json", "tokenizer.model"
+VOCABULARY, MERGES, ADDED, SETTINGS = "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,12 +25,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / MODEL
     if path.exists():
         return _read_json(path)
+    settings = read_settings(folder)
+    if (folder / PIECES).exists():
+        return describe(folder / PIECES, settings) | {"added_tokens": added_tokens(folder)}
     if not (folder / VOCABULARY).exists():
-        raise ModelError(f"{folder}: checkpoint file missing: {MODEL}. Save the tokenizer with transformers to make one")
-    kind = read_settings(folder).get("tokenizer_class")
+        raise ModelError(f"{folder}: checkpoint file missing: {MODEL} (or {PIECES}, or {VOCABULARY} with {MERGES})")
+    kind = settings.get("tokenizer_class")
     if kind not in QWEN2:
         raise ModelError(
-            f"{folder}: {MODEL} is missing, and of other files only those of {QWEN2[0]} can be read; {SETTINGS} says "
+            f"{folder}: {MODEL} is missing, and of tokenizers with a {VOCABULARY} only {QWEN2[0]} can be read; {SETTINGS} says "
             f"tokenizer_class {kind!r}. Save the tokenizer with transformers to make one"
         )
     return _qwen2(_read_json(folder / VOCABULARY), _read_merges(folder / MERGES), added_tokens(folder))
@@ -44,17 +47,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def added_tokens(folder: Path) -> list[dict[str, Any]]:
     """Tokens beside the vocabulary, as tokenizer.json lists them, by id: those of tokenizer_config.json, else
-    added_tokens.json's."""
-    settings = read_settings(folder)
+    added_tokens.json's; and a SentencePiece model's own."""
+    settings, path = read_settings(folder), folder / ADDED
     decoder = settings.get("added_tokens_decoder")
+    found = {token["id"]: token for token in special_pieces(folder / PIECES)} if (folder / PIECES).exists() else {}
     if isinstance(decoder, Mapping):
-        found = {int(id): dict(entry) for id, entry in decoder.items()}
-    else:
-        path = folder / ADDED
+        found |= {int(id): dict(entry) for id, entry in decoder.items()}
+    elif path.exists():
         named = [*settings.get("additional_special_tokens", ()), *(settings.get(f"{place}_token") for place in NAMED)]
         special = {token["content"] if isinstance(token, Mapping) else token for token in named}
-        names = _read_json(path) if path.exists() else {}
-        found = {id: {"content": name, "special": name in special} for name, id in names.items()}
+        found |= {id: {"content": name, "special": name in special} for name, id in _read_json(path).items()}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     return [{"id": id, **flags, **found[id]} for id in sorted(found)]
 
