@@ -18,6 +18,7 @@ from vlserve.llm.config import DecoderConfig
 Ranges = tuple[tuple[int, int], ...]
 # of packed formats: tensors whose outputs are along dimension 1 (AWQ, GPTQ); everything else has them along 0
 ALONG_1 = ("qweight", "qzeros", "scales")
+OF_INPUTS = ("g_idx", "input_scale", "input_zero_point")  # the same for every part
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,13 @@ class PartHandle:
     """A part of a stored tensor, asked as safetensors' handles are: `get_shape`, `get_dtype`, and slices."""
 
     def __init__(self, stored: Any, part: Part) -> None:
-        shape = tuple(stored.get_shape())
-        self._stored = stored
-        self._dim = 1 if part.name.rpartition(".")[2] in ALONG_1 and len(shape) > 1 else 0
-        size = shape[self._dim] if shape else 0
+        shape, kind = tuple(stored.get_shape()), part.name.rpartition(".")[2]
+        self._stored, self._shape, self._dim = stored, shape, int(kind in ALONG_1 and len(shape) > 1)
+        self._ranges: list[tuple[int, int]] | None = None  # all of it
+        size = shape[self._dim] if shape else 1
+        self._outputs = sum(stop - start for start, stop in part.ranges) if kind == "weight_shape" else None
+        if size == 1 or kind in OF_INPUTS or self._outputs is not None:
+            return
         if any(edge * size % part.total for edges in part.ranges for edge in edges):
             raise ValueError(f"{part.name}: a tensor of shape {list(shape)} cannot be cut into parts of {part.total} outputs")
         self._ranges = [(start * size // part.total, stop * size // part.total) for start, stop in part.ranges]
@@ -53,6 +57,9 @@ class PartHandle:
         return str(self._stored.get_dtype())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if self._ranges is None:
+            whole: torch.Tensor = self._stored[index]
+            return whole if self._outputs is None else torch.tensor([self._outputs, int(whole[1])], dtype=whole.dtype)
         given = [one for one in (index if isinstance(index, tuple) else (index,)) if one is not ...]
         spans = [*given, *[slice(None)] * (len(self._shape) - len(given))]
         start, stop, _ = spans[self._dim].indices(self._shape[self._dim])
@@ -61,7 +68,7 @@ class PartHandle:
     def _pieces(self, start: int, stop: int) -> Iterator[slice]:
         """Of the stored tensor, what places `start` to `stop` of the part are."""
         at, found = 0, False
-        for first, last in self._ranges:
+        for first, last in self._ranges or ():
             low, high = max(start, at), min(stop, at + last - first)
             if low < high:
                 found = True

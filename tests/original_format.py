@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,25 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
         "unk_token": None,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def make_text(source: Path, folder: Path, decoder: str | None = None) -> Path:
+    """The language model alone, as its own repository has it; `decoder` as in `make_original`."""
+    folder.mkdir(parents=True)
+    theirs = json.loads((source / "config.json").read_text())
+    stored = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    renamed = {name: tensor for name, tensor in rename_weights(stored).items() if name.startswith("language_model.")}
+    if theirs["tie_word_embeddings"]:
+        del renamed["language_model.lm_head.weight"]
+    if decoder == "internlm2":
+        renamed = as_internlm2(renamed, theirs["text_config"])
+    tensors = {name.removeprefix("language_model."): tensor for name, tensor in renamed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = theirs["text_config"] | {"tie_word_embeddings": theirs["tie_word_embeddings"], "torch_dtype": "float32"}
+    config |= {} if decoder is None else {"model_type": decoder, "bias": False, "qkv_bias": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, folder)
+    template = json.loads((source / "processor_config.json").read_text()).get("chat_template")
+    (folder / "chat_template.jinja").write_text(template or (source / "chat_template.jinja").read_text())
+    return folder

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from vlserve.errors import ModelError
 from vlserve.models.end_tokens import find_end_tokens
 from vlserve.prompt.conversation import Text
 from vlserve.prompt.tokenizer import Tokenizer
 
-sentencepiece = pytest.importorskip("sentencepiece")
 LINES = [
     "What shape is it? A red circle, and two blue squares.",
     "user says: it's 12 o'clock",
