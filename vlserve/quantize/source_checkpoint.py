@@ -59,8 +59,8 @@ class Source:
                     target = self._model.rename(name)
                     if not isinstance(target, str | None):
                         raise ConfigError(
-                            f"{path.name}: {name} is several projections in one tensor, which cannot be quantised; quantise the "
-                            "model's '-hf' edition"
+                            f"{path.name}: {name} is several projections in one tensor, which cannot be quantised; quantise an "
+                            "edition that stores them apart, as InternVL's '-hf' editions do"
                         )
                     if target is None:
                         self.passed_over.append((path, name))
