@@ -29,8 +29,18 @@ _QWEN = {
 }
 _LLAMA = _QWEN | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "internlm2": _LLAMA | {"vocab_size": 103168},
+    "internlm3": _LLAMA | {"vocab_size": 128512, "max_position_embeddings": 32768},
     "llama": _LLAMA,
     "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "phi3": _LLAMA
+    | {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
 }
@@ -115,9 +125,32 @@ def read_qwen3(text: Text) -> DecoderConfig:
     return replace(read_llama(text), mlp_bias=False, qk_norm=True, **_qwen_layers(text))
 
 
+def read_internlm2(text: Text) -> DecoderConfig:
+    """One switch for the biases of attention, none in the MLP."""
+    bias = bool(text.get("bias", True))
+    return replace(read_llama(text), qkv_bias=bias, output_bias=bias, mlp_bias=False)
+
+
+def read_internlm3(text: Text) -> DecoderConfig:
+    """Biases of query, key and value, and of all else."""
+    bias = bool(text.get("bias", False))
+    return replace(read_llama(text), qkv_bias=bool(text.get("qkv_bias", False)), output_bias=bias, mlp_bias=bias)
+
+
+def read_phi3(text: Text) -> DecoderConfig:
+    """No biases; a window in all layers or in none."""
+    if text.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"text_config.partial_rotary_factor {text['partial_rotary_factor']!r} is not supported; supported: 1.0")
+    layers = _layers(text, given=None, window=text.get("sliding_window"), first=0)
+    return replace(read_llama(text), qkv_bias=False, output_bias=False, mlp_bias=False, **layers)
+
+
 READERS: Mapping[str, Callable[[Text], DecoderConfig]] = {
+    "internlm2": read_internlm2,
+    "internlm3": read_internlm3,
     "llama": read_llama,
     "mistral": read_mistral,
+    "phi3": read_phi3,
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
 }

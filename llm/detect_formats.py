@@ -24,6 +24,7 @@ from vlserve.llm.int4_packing import AWQ, COMPRESSED, GPTQ, Layout, input_order
 from vlserve.llm.linear import Linear
 from vlserve.llm.quantisation import FP8, INT4, INT8, Quantisation
 from vlserve.llm.stored_files import checkpoint_files
+from vlserve.llm.stored_names import expanded
 from vlserve.llm.tensor_parallel import Span
 from vlserve.llm.weights import Rename
 
@@ -57,10 +58,9 @@ class StoredTensors:
                 try:
                     file = stack.enter_context(safe_open(path, "pt"))
                     for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                        name, found = rename(key), file.get_slice(key)
-                        if name is not None:
+                        for name, found in expanded(rename(key), file.get_slice(key)):
                             shape = tuple(found.get_shape())
-                            self.by_name[name] = Stored(found.get_dtype(), shape, partial(file.get_tensor, key))
+                            self.by_name[name] = Stored(found.get_dtype(), shape, partial(found.__getitem__, ...))
                 except SafetensorError as error:
                     raise ValueError(f"{path.name} is damaged or no safetensors file: {error}") from error
             self._stack = stack.pop_all()

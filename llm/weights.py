@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from vlserve.llm.formats import ReadSlot, Slot
 from vlserve.llm.stored_files import checkpoint_files, explain_pointers, is_pointer, read_index, some
+from vlserve.llm.stored_names import Renamed, expanded
 from vlserve.llm.tensor_parallel import Span
 
 log = logging.getLogger(__name__)
 
 Target = torch.Tensor | Slot
-Rename = Callable[[str], str | None]
+Rename = Callable[[str], Renamed]
 Progress = Callable[[int, int], None]
 BUFFERS = ("position_ids", "inv_freq", "masked_bias")  # older editions store them; what is in them follows from config.json
 
@@ -40,7 +41,7 @@ def load_weights(
     Args:
         targets: what to write into, by the name that `rename` gives a checkpoint tensor.
         files: what to read, where it is not `checkpoint_files`.
-        rename: checkpoint name to target name; None for a tensor to pass over on purpose.
+        rename: checkpoint name to target name, or to the parts that it has; None for a tensor to pass over on purpose.
         progress: called with (files done, files in all).
 
     Raises:
@@ -67,10 +68,7 @@ def match_tensors(
     missing, others = dict(targets), _Others(folder, targets)
     for done, path in enumerate(files):
         progress(done, len(files))
-        for checkpoint_name, stored in _tensors(path):
-            name = rename(checkpoint_name)
-            if name is None:
-                continue
+        for checkpoint_name, name, stored in _renamed(path, rename):
             if name not in missing:
                 others.take(checkpoint_name, name, path)
                 continue
@@ -130,6 +128,13 @@ def fill(target: Target, stored: Any) -> int:
     part = stored[tuple(slice(span.start, span.stop) for span in spans)] if spans else stored[...]
     slot.tensor[tuple(slice(span.stop - span.start) for span in spans)].copy_(part)
     return int(part.nbytes)
+
+
+def _renamed(path: Path, rename: Rename) -> Iterator[tuple[str, str, Any]]:
+    """(name in the file, target name, handle on the stored tensor or a part of it)."""
+    for stored_name, stored in _tensors(path):
+        for name, handle in expanded(rename(stored_name), stored):
+            yield stored_name, name, handle
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Any]]:

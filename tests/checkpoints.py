@@ -33,7 +33,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_shard: str = "5GB", **text: Any) -> Path:
-    """A random InternVL checkpoint with a `decoder` of qwen2, qwen3, llama, mistral or granite, saved by transformers."""
+    """A random InternVL checkpoint with a `decoder` of qwen2, qwen3, llama, mistral, phi3 or granite, saved by transformers."""
     from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
     tokenizer = make_tokenizer()
@@ -72,10 +72,10 @@ def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_
 
 
 def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: dict[str, Any]) -> Any:
-    from transformers import GraniteConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
     kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
-    kinds["granite"] = GraniteConfig
+    kinds |= {"granite": GraniteConfig, "phi3": Phi3Config}
     settings: dict[str, Any] = {
         "vocab_size": tokenizer.get_vocab_size() + 3,
         "hidden_size": 48,

@@ -19,6 +19,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("mistral", {}),
     ("mistral", {"sliding_window": 9}),
+    ("phi3", {}),
+    ("phi3", {"sliding_window": 7}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
 ]
+OF_LLAMA = ("internlm2", "internlm3")  # transformers has none of them; their arithmetic is a Llama's

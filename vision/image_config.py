@@ -9,6 +9,7 @@ from typing import Any
 
 from vlserve.vision.config import EncoderConfig
 from vlserve.vision.pixels import Unit
+from vlserve.vision.tiling import Grid, choose_grid
 
 MAX_PATCHES = 256  # tiles of one picture, whoever asks for them
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -45,6 +46,9 @@ class ImageConfig:
     min_patches: int = 1
     max_patches: int = 12
     dynamic: bool = True
+    thumbnail: bool = True  # of a picture of several tiles, as its last one
+    pad_to_square: bool = False  # with the mean colour, where there is no tiling
+    resize: str = "torch"  # or pillow; their last bits differ
     resample: str = "bicubic"  # torch's name
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
@@ -55,6 +59,25 @@ class ImageConfig:
     def unit(self) -> Unit:
         """What a tile is to the encoder."""
         return Unit((3, self.tile_size, self.tile_size), self.tokens_per_tile)
+
+    @property
+    def most_tiles(self) -> int:
+        """Of any picture."""
+        return self._with_thumbnail(self.max_patches) if self.dynamic else 1
+
+    def grid(self, height: int, width: int) -> Grid:
+        """The tiles of a picture of so many pixels, without its thumbnail."""
+        if not self.dynamic:
+            return Grid(1, 1)
+        limits = {"min_patches": self.min_patches, "max_patches": self.max_patches}
+        return choose_grid(height, width, tile_size=self.tile_size, **limits)
+
+    def num_tiles(self, height: int, width: int) -> int:
+        """Tiles that the encoder sees of a picture of so many pixels, the thumbnail included."""
+        return self._with_thumbnail(self.grid(height, width).cells)
+
+    def _with_thumbnail(self, cells: int) -> int:
+        return cells + (self.thumbnail and cells > 1)
 
 
 def read_image_config(settings: Mapping[str, Any], encoder: EncoderConfig) -> ImageConfig:

@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face InternVL checkpoint fill which parameters of timm's encoder."""
+"""Which tensors of a checkpoint fill which parameters of timm's encoder: transformers' names, and OpenGVLab's own."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ def encoder_targets(encoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{layer}attention.{part}_proj.{kind}", rows
         else:
             yield f"{layer}{_IN_BLOCK[module]}.{kind}", parameter.data
+
+
+_ORIGINAL = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
+}
+
+
+def original_targets(encoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `encoder_targets`, by OpenGVLab's names: timm's but for the embeddings and the layer scales."""
+    for name, parameter in encoder.named_parameters():
+        in_layers = re.sub(r"^blocks\.(\d+)\.", r"encoder.layers.\1.", name)
+        yield _ORIGINAL.get(name, in_layers.removesuffix(".gamma")), parameter.data

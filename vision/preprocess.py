@@ -8,6 +8,7 @@ H and W the picture's.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from vlserve.vision.pixels import Pixels
-from vlserve.vision.tiling import Grid, choose_grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,24 +33,18 @@ def make_tiles(image: Image.Image, config: ImageConfig) -> Pixels:
     array = np.array(image)  # [H, W, 3], a copy: torch wants writable memory
     digest = image_digest(array, config)
     picture = torch.from_numpy(array).permute(2, 0, 1)  # [3, H, W], channels last in memory, as the resize likes it
-    size = config.tile_size
-    grid = Grid(1, 1)
-    if config.dynamic:
-        grid = choose_grid(
-            image.height,
-            image.width,
-            tile_size=size,
-            min_patches=config.min_patches,
-            max_patches=config.max_patches,
-        )
-    canvas = _resize(picture, grid.rows * size, grid.columns * size, config.resample)
+    size, grid = config.tile_size, config.grid(image.height, image.width)
+    if config.pad_to_square and not config.dynamic:
+        picture = _padded(picture, config.mean)
+    resize = _resize_as_pillow if config.resize == "pillow" else partial(_resize, mode=config.resample)
+    canvas = resize(picture, grid.rows * size, grid.columns * size)
     tiles = canvas.unflatten(1, (grid.rows, size)).unflatten(3, (grid.columns, size))  # [3, R, S, C, S]
     tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # [R*C, 3, S, S]
-    if grid.num_tiles > 1:
-        tiles = torch.cat([tiles, _resize(picture, size, size, config.resample)[None]])
+    if config.thumbnail and grid.cells > 1:
+        tiles = torch.cat([tiles, resize(picture, size, size)[None]])
     return Pixels(
         data=tiles.contiguous().view(-1).numpy(),
-        units=(config.unit,) * grid.num_tiles,
+        units=(config.unit,) * len(tiles),
         digest=digest,
     )
 
@@ -82,3 +76,21 @@ def _resize(picture: torch.Tensor, height: int, width: int, mode: str) -> torch.
     if picture.shape[1:] == (height, width):
         return picture
     return F.interpolate(picture[None], size=(height, width), mode=mode, antialias=mode != "nearest-exact")[0]
+
+
+def _resize_as_pillow(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """As `Image.resize` does by default, bicubic: [3, H, W] -> [3, height, width]."""
+    from PIL import Image
+
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _padded(picture: torch.Tensor, mean: tuple[float, ...]) -> torch.Tensor:
+    """[3, H, W] in the middle of a square of the mean colour."""
+    _, height, width = picture.shape
+    side = max(height, width)
+    square = torch.tensor([int(part * 255) for part in mean], dtype=torch.uint8).view(3, 1, 1).expand(3, side, side).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = picture
+    return square

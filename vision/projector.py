@@ -13,17 +13,21 @@ from torch import nn
 from vlserve.vision.config import EncoderConfig
 
 
-def pixel_shuffle(x: torch.Tensor, ratio: int) -> torch.Tensor:
-    """x [N, P, C] -> [N, K, r*r*C]: the r x r patches of a square become one token's channels."""
+def pixel_shuffle(x: torch.Tensor, ratio: int, *, transposed: bool = False) -> torch.Tensor:
+    """x [N, P, C] -> [N, K, r*r*C]: the r x r patches of a square become one token's channels.
+
+    `transposed`: tokens go down the columns, as in ps_version v1 of OpenGVLab's format.
+    """
     side = int(x.shape[1] ** 0.5)
     x = x.unflatten(1, (side // ratio, ratio, side // ratio, ratio))  # [N, rows, i, columns, j, C]
-    return x.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+    x = x.permute(0, 3, 1, 2, 4, 5) if transposed else x.permute(0, 1, 3, 2, 4, 5)
+    return x.flatten(3).flatten(1, 2)
 
 
 class Projector(nn.Module):
     def __init__(self, config: EncoderConfig, out_size: int) -> None:
         super().__init__()
-        self.ratio = round(1 / config.downsample_ratio)
+        self.ratio, self.transposed = round(1 / config.downsample_ratio), config.transposed_tokens
         width = config.hidden_size * self.ratio**2
         self.layer_norm = nn.LayerNorm(width)
         self.linear_1 = nn.Linear(width, out_size)
@@ -31,5 +35,5 @@ class Projector(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """patches [N, P, C] (no class token) -> [N, K, H]."""
-        x = self.layer_norm(pixel_shuffle(patches, self.ratio))
+        x = self.layer_norm(pixel_shuffle(patches, self.ratio, transposed=self.transposed))
         return self.linear_2(F.gelu(self.linear_1(x)))

@@ -21,10 +21,13 @@ class Grid:
     rows: int
 
     @property
+    def cells(self) -> int:
+        return self.columns * self.rows
+
+    @property
     def num_tiles(self) -> int:
-        """Tiles that the encoder sees, the thumbnail included."""
-        cells = self.columns * self.rows
-        return cells if cells == 1 else cells + 1
+        """Tiles that the encoder sees where there is a thumbnail."""
+        return self.cells if self.cells == 1 else self.cells + 1
 
 
 @lru_cache(maxsize=64)

@@ -51,6 +51,7 @@ def internvl_chat(llm_config: dict[str, Any], encoder: dict[str, Any] = LARGE_EN
     norms = {"qkv_bias": not is_large, "qk_normalization": is_large, "norm_type": "rms_norm" if is_large else "layer_norm"}
     outer = {"model_type": "internvl_chat", "torch_dtype": "bfloat16", "downsample_ratio": 0.5, "max_dynamic_patch": 12}
     more = {"dynamic_image_size": True, "use_thumbnail": True, "force_image_size": 448}
+    more |= {"ps_version": "v2", "select_layer": -1, "template": "internvl2_5"}
     vision = {**encoder, **norms, "model_type": "intern_vit_6b", "image_size": 448, "patch_size": 14}
     return {**outer, **more, "llm_config": llm_config, "vision_config": vision}
 
@@ -89,7 +90,7 @@ def test_degrees_of_the_published_models(name: str) -> None:
     config, degrees = PUBLISHED[name]
     plan = make_plan(config, tp=None)
     assert list(plan.legal_tp) == degrees and [p.tp for p in plan.degrees] == degrees and plan.ok
-    assert plan.supported == (config["model_type"] == "internvl")
+    assert plan.supported and not plan.notes, (plan.reason, plan.notes)
     for tp in range(1, 20):
         one = make_plan(config, tp=tp)
         assert one.ok == (tp in degrees) and len(one.ranks) == (tp if one.ok else 0)
@@ -197,13 +198,16 @@ def test_a_plan_that_does_not_fit_is_not_ok() -> None:
     assert not nowhere.ok and nowhere.problems[0].tp == 8 and (nowhere.reason or "").startswith("no degree fits")
 
 
+OF_GEMMA = internvl_chat(text("gemma", 16, 16, 3072, 24576, 28, 256000, head_dim=256))
+
+
 @pytest.mark.parametrize(
     "config,reason",
     [
-        (PUBLISHED["InternVL2-26B"][0], "'internvl_chat' is OpenGVLab's own format"),
-        (PUBLISHED["InternVL2-26B"][0], "llm_config.model_type 'internlm2' is not supported"),
+        (PUBLISHED["InternVL2-26B"][0] | {"template": "internvl_zh"}, "template 'internvl_zh' is not supported"),
+        (OF_GEMMA, "llm_config.model_type 'gemma' is not supported"),
         (internvl(text("gemma", 16, 16, 3072, 24576, 28, 256000, head_dim=256)), "text_config.model_type 'gemma'"),
-        (internvl(text("phi3", 32, 32, 3072, 8192, 32, 32064)), "text_config.model_type 'phi3'"),
+        (internvl(text("phi", 32, 32, 3072, 8192, 32, 32064)), "text_config.model_type 'phi'"),
         (internvl(QWEN_05B | {"layer_types": ["linear_attention"] * 24}), "linear_attention"),
         (internvl(QWEN_05B, SMALL_ENCODER | {"hidden_act": "relu"}), "hidden_act 'relu'"),
         (internvl(QWEN_05B) | {"model_type": "llava_next"}, "model_type 'llava_next'"),
@@ -356,8 +360,8 @@ def test_the_report_is_for_people(tmp_path: Path) -> None:
     assert refused.returncode == 1 and refused.stdout == "" and "1, 2, 4, 8" in refused.stderr
     small = command(tmp_path, BIG, "--tp", "1", "--device-memory", "80")
     assert small.returncode == 1 and "10.48 GiB" in small.stdout and "does not fit" in small.stderr
-    chat = command(tmp_path, PUBLISHED["InternVL2-26B"][0], "--tp", "4")
-    assert chat.returncode == 0 and "cannot serve this model yet" in chat.stdout and "internlm2" in chat.stdout
+    other = command(tmp_path, OF_GEMMA, "--tp", "4")
+    assert other.returncode == 0 and "cannot serve this model yet" in other.stdout and "gemma" in other.stdout
 
 
 def test_the_demo_is_planned_without_torch() -> None:

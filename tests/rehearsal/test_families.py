@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from PIL import Image
 
 from tests.engine.reference import engine, prompt
 from tests.engine.test_laws import picture
-from tests.families import FAMILIES
+from tests.families import FAMILIES, OF_LLAMA
 from tests.llm.granite import add_granite
 from tests.models import toy_family
 from tests.models.toy_family import TOY, make_toy
+from tests.original_format import make_original, make_text
 from tests.rehearsal.engines import SMALL, TEMPLATE, Rig, answers, make_tiny, tokens
 from vlserve.engine.engine import Engine
 from vlserve.llm import config_readers
@@ -44,8 +44,8 @@ def make(folder: Path, decoder: str, settings: dict[str, Any]) -> Path:
     return make_tiny(folder, decoder, **settings | {"num_hidden_layers": 1 + settings.get("max_window_layers", 0)})
 
 
-def same(rig: Rig, folder: Path, image: Image.Image) -> Engine:
-    asked = [prompt(folder, "which of 5, 7?", [image])]
+def same(rig: Rig, folder: Path, *images: Image.Image) -> Engine:
+    asked = [prompt(folder, "which of 5, 7?", list(images))]
     want, _ = answers(engine(folder, device="cpu", **OPTIONS), asked, 3)
     ours = rig.engine(folder, **OPTIONS)
     got, _ = answers(ours, asked, 3)
@@ -59,10 +59,23 @@ def test_a_family_answers_as_on_the_cpu(decoder: str, settings: dict[str, Any], 
     assert ours.runner.decodes is not None and ours.runner.decodes.graphs.recorded
 
 
-def test_every_family_is_rehearsed(tmp_path: Path) -> None:
-    assert {decoder for decoder, _ in FAMILIES} == config_readers.READERS.keys(), "those of tests/families.py are those served"
-    folder = make(tmp_path, *FAMILIES[0])
-    assert {json.loads((folder / "config.json").read_text())["model_type"]} == registry.BUILT_IN.keys()
+@pytest.mark.parametrize("decoder", ("qwen2", *OF_LLAMA))
+def test_opengvlabs_format(decoder: str, rig: Rig, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "llama" if decoder in OF_LLAMA else decoder, {})
+    folder = make_original(source, tmp_path / "original", decoder=decoder if decoder in OF_LLAMA else None)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)  # which is short
+    same(rig, folder, picture(1, (14, 14)))
+
+
+def test_a_decoder_alone(rig: Rig, tmp_path: Path) -> None:
+    folder = make_text(make(tmp_path / "source", "qwen2", {}), tmp_path / "text")
+    assert same(rig, folder).runner.model.tower is None
+
+
+def test_every_family_is_rehearsed() -> None:
+    decoders = {decoder for decoder, _ in FAMILIES} | set(OF_LLAMA)
+    assert decoders == config_readers.READERS.keys(), "those of tests/families.py are those served"
+    assert {"internvl", "internvl_chat", *decoders} == registry.BUILT_IN.keys()
 
 
 def test_a_decoder_with_a_class_of_its_own(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

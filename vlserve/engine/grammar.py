@@ -20,6 +20,7 @@ import torch
 from vlserve.config import StructuredOutput
 from vlserve.errors import VLServeError
 from vlserve.kernels.upload import pinned
+from vlserve.models.tokenizer_files import read_description
 from vlserve.prompt.byte_level import bytes_of_token
 from vlserve.structured.grammar import COMPILE_LIMIT_S, is_json, to_grammar
 
@@ -164,8 +165,12 @@ class _Compiled:
 
 
 def read_vocabulary(folder: Path, vocab_size: int, feature_token_ids: frozenset[int]) -> list[bytes]:
-    """The bytes of every token id, from tokenizer.json; empty for special tokens and for ids without a token."""
-    file = msgspec.json.decode((folder / "tokenizer.json").read_bytes(), type=_TokenizerFile)
+    """The bytes of every token id, from the tokenizer's files; empty for special tokens and for ids without a token."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        file = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)  # reads a large file in a tenth of json's time
+    else:
+        file = msgspec.convert(read_description(folder), _TokenizerFile)
     vocab = file.model.vocab
     pieces = dict(vocab.items()) if isinstance(vocab, dict) else {piece: id for id, (piece, *_) in enumerate(vocab)}
     kinds = _decoders(file.decoder)

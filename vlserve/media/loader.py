@@ -67,6 +67,8 @@ class PictureLoader:
             raise RequestError(f"{len(parts)} pictures in one request; the limit is {limit}", param="messages")
         if not parts:
             return []
+        if not preprocessor.placeholders():
+            raise RequestError("this model takes no pictures", param=parts[0].param, code="unsupported_parameter")
         clock = clock or PreparationClock()
         loop = asyncio.get_running_loop()
         with self._fetched.reserved() as reserved:

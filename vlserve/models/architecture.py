@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]  # config.json
 Files = Mapping[str, Mapping[str, Any]]  # other JSON files of the checkpoint, by name; {} for one that is not there
-FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer_config.json")
+FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+)
 BUILT_IN = "vlserve"
 Detail = Literal["auto", "low", "high"]  # OpenAI's wish for a picture
 
@@ -131,6 +137,14 @@ class Preprocessor(ABC):
     @abstractmethod
     def most_features(self) -> int:
         """Of one picture; for the plan."""
+
+    def chat_template(self) -> str | None:
+        """Jinja, for a format that says in config.json how a conversation is written; files with a template come first."""
+        return None
+
+    def end_tokens(self) -> tuple[str, ...]:
+        """Tokens that end an answer beside those that the checkpoint's files call so."""
+        return ()
 
     def features_per_unit(self) -> int | None:
         """Where all units are worth the same; None where they are not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlserve.llm.detect_formats import StoredTensors, use_stored_formats
 from vlserve.llm.formats import Slot
 from vlserve.llm.quantisation import Quantisation
 from vlserve.llm.shards import read_shards
+from vlserve.llm.stored_names import Renamed, own_names
 from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import load_weights, slot_of
 from vlserve.vision.tower import Tower
@@ -42,13 +44,19 @@ class Model(nn.Module):
         found: dict[str, torch.Tensor | Slot] = {} if self.tower is None else dict(self.tower.targets())
         return found | {f"{self.prefix}{name}": target for name, target in self.decoder.targets().items()}
 
-    def rename(self, name: str) -> str | None:
-        """A checkpoint's name to the one in `targets`; None for a tensor to pass over on purpose.
+    def rename(self, name: str) -> Renamed:
+        """A checkpoint's name to the one in `targets`, or to the parts of it that are there; None for a tensor to pass over on
+        purpose.
 
         The names within transformers' models (`model.language_model.`, `lm_head.`), and those of a model that was saved without
-        its head (`language_model.layers.`), become those that it saves.
+        its head (`language_model.layers.`), become those that it saves; a decoder's own (stored_names.py), those of all others.
         """
         name = name.removeprefix("model.")
+        if name.startswith(self.prefix):
+            own = own_names(self.decoder.config)(name.removeprefix(self.prefix))
+            if not isinstance(own, str):
+                return [replace(part, name=self.prefix + part.name) for part in own or ()]
+            name = self.prefix + own
         if name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head.")):
             name = "language_model.model." + name.removeprefix("language_model.")
         elif name.startswith("lm_head."):

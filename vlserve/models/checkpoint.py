@@ -23,7 +23,7 @@ from vlserve.models.settled_config import read_stored, settle
 from vlserve.models.wrong_folder import check_folder, explain_file
 
 DEMO = Path(__file__).parents[1] / "demo"
-_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +78,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read config.json and its companions, and the headers of the weights; raises ModelError naming the file and key."""
     check_folder(folder)
     config = _read_json(folder / "config.json")
-    if config.get("model_type") == "internvl_chat":
-        raise ModelError(
-            "model_type 'internvl_chat' is OpenGVLab's own format and is not read yet; use the model's '-hf' edition, "
-            "whose model_type is 'internvl'"
-        )
     architecture = find_architecture(config)
     files = {name: _read_json(folder / name, optional=True) for name in FILES}
     try:
@@ -96,7 +91,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         folder=folder,
         config=settle(config, architecture, read_stored(folder)),
         generation=generation,
-        end_token_ids=find_end_tokens(folder, config, generation),
+        end_token_ids=find_end_tokens(folder, config, generation, preprocessor.end_tokens()),
         preprocessor=preprocessor,
         architecture=architecture,
     )

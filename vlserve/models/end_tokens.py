@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from vlserve.errors import ModelError
+from vlserve.models.tokenizer_files import added_tokens
 
 
-def find_end_tokens(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:
-    """Ids of every eos_token_id in generation_config.json and config.json (top and text_config), an integer or a list, and of
-    the tokenizer's eos_token. Null, -1 and a token that the vocabulary lacks name none. Raises ModelError for other values."""
-    text = config.get("text_config")
-    places = {
-        "generation_config.json: eos_token_id": generation,
-        "config.json: eos_token_id": config,
-        "config.json: text_config.eos_token_id": text if isinstance(text, Mapping) else {},
-    }
+def find_end_tokens(
+    folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any], others: Iterable[str] = ()
+) -> frozenset[int]:
+    """Ids of every eos_token_id in generation_config.json and config.json (top and the text's), an integer or a list, of the
+    tokenizer's eos_token, and of `others`. Null, -1 and a token that the vocabulary lacks name none. Raises ModelError for
+    other values."""
+    places = {"generation_config.json: eos_token_id": generation, "config.json: eos_token_id": config}
+    for section in ("text_config", "llm_config"):
+        if isinstance(config.get(section), Mapping):
+            places[f"config.json: {section}.eos_token_id"] = config[section]
     ids = {id for place, values in places.items() for id in _read_ids(values.get("eos_token_id"), f"{folder.name}: {place}")}
     names = {
         _content(_read_json(folder / name).get("eos_token")) for name in ("tokenizer_config.json", "special_tokens_map.json")
     }
-    return frozenset({id for id in ids if id >= 0} | _ids_of(folder, {name for name in names if isinstance(name, str)}))
+    return frozenset(
+        {id for id in ids if id >= 0} | _ids_of(folder, {name for name in {*names, *others} if isinstance(name, str)})
+    )
 
 
 def _read_ids(value: Any, place: str) -> list[int]:
@@ -37,7 +41,9 @@ def _read_ids(value: Any, place: str) -> list[int]:
 
 def _ids_of(folder: Path, names: set[str]) -> set[int]:
     path = folder / "tokenizer.json"
-    if not names or not path.exists():
+    if not path.exists():
+        return {token["id"] for token in added_tokens(folder) if token["content"] in names}
+    if not names:
         return set()
     try:
         file = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)

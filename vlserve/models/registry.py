@@ -13,9 +13,11 @@ from importlib.metadata import EntryPoint, entry_points
 from vlserve.errors import ModelError
 from vlserve.models.architecture import Architecture, Config
 from vlserve.models.internvl import INTERNVL
+from vlserve.models.internvl_chat import INTERNVL_CHAT
+from vlserve.models.text import TEXT_MODELS
 
 GROUP = "vlserve.models"
-BUILT_IN = {"internvl": INTERNVL}
+BUILT_IN = {"internvl": INTERNVL, "internvl_chat": INTERNVL_CHAT, **TEXT_MODELS}
 
 
 def find_architecture(config: Config) -> Architecture:

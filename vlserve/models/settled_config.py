@@ -19,7 +19,7 @@ from vlserve.models.architecture import Architecture, Config
 
 SECTIONS = ("text_config", "llm_config")  # the second is OpenGVLab's internvl_chat
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by safetensors' names
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = ("embed_tokens.weight", "tok_embeddings.weight"), ("lm_head.weight", "output.weight")  # InternLM2's second
 TIED = "tie_word_embeddings"
 AT_ONCE = 2**20  # bytes
 
@@ -78,15 +78,16 @@ def _is_tied(config: Config, text: Config, stored: Stored | None, *, is_built_in
         return flag is not False and _are_equal(stored[head], stored[embedding])
     if flag is False and is_built_in:
         raise ModelError(
-            f"weights missing: {HEAD}. config.json says {TIED} false, and the weights have no head. If it is the embedding, "
+            f"weights missing: {HEAD[0]}. config.json says {TIED} false, and the weights have no head. If it is the embedding, "
             f'set "{TIED}": true at the top level of config.json; a model that was made for embeddings generates no text; else '
             "download the weights again"
         )
     return flag is not False
 
 
-def _find(stored: Stored | None, ending: str) -> str | None:
-    return next((name for name in stored or () if name == ending or name.endswith(f".{ending}")), None)
+def _find(stored: Stored | None, endings: tuple[str, ...]) -> str | None:
+    longer = tuple(f".{ending}" for ending in endings)
+    return next((name for name in stored or () if name in endings or name.endswith(longer)), None)
 
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:

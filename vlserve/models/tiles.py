@@ -10,7 +10,6 @@ from vlserve.errors import RequestError
 from vlserve.models.architecture import Config, Detail, Features, Files, Layout, Placeholder, Preprocessor, Vocabulary
 from vlserve.vision.image_config import MAX_PATCHES, ImageConfig
 from vlserve.vision.pixels import Pixels
-from vlserve.vision.tiling import choose_grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,18 +49,13 @@ class TilePreprocessor(Preprocessor):
         return make_tiles(image, self._for(detail))
 
     def count_features(self, width: int, height: int, detail: Detail) -> int:
-        config = self._for(detail)
-        if not config.dynamic:
-            return config.tokens_per_tile
-        limits = {"min_patches": config.min_patches, "max_patches": config.max_patches}
-        return choose_grid(height, width, tile_size=config.tile_size, **limits).num_tiles * config.tokens_per_tile
+        return self._for(detail).num_tiles(height, width) * self.image.tokens_per_tile
 
     def features_per_unit(self) -> int:
         return self.image.tokens_per_tile
 
     def most_features(self) -> int:
-        most = self.image.max_patches
-        return (most + 1 if self.image.dynamic and most > 1 else 1) * self.image.tokens_per_tile
+        return self.image.most_tiles * self.image.tokens_per_tile
 
     def layout(self, pixels: Pixels, vocabulary: Vocabulary) -> Layout:
         start, placeholder, end = self.tokens

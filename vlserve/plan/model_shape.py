@@ -97,7 +97,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         architecture = find_architecture(config)
         preprocessor = architecture.preprocessor(config, {})
     except ModelError as error:
-        unknown = (_model_type_reason(config, error),)
+        unknown = (str(error),)
     except Exception as error:  # noqa: BLE001  (a package's code raises what it likes)
         faulty = (_said(error),)
     try:
@@ -111,7 +111,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
             notes.append("on the CPU, FP8 weights are converted to dtype when they are loaded and take its bytes")
     is_counted = architecture is not None and architecture.encoder is None
     encoder = _read_encoder(config, architecture)
-    if encoder is None:
+    if encoder is None and not (preprocessor is not None and preprocessor.most_features() == 0):
         notes.append("config.json does not tell the vision encoder's sizes: its activations are not counted")
     elif architecture is None and model_type != "internvl_chat":
         notes.append("the vision encoder and its projector are counted as InternVL's, from vision_config's sizes")
@@ -281,15 +281,6 @@ def _image_tokens(config: Mapping[str, Any], preprocessor: Preprocessor | None, 
     is_dynamic = bool(config.get("dynamic_image_size", config.get("model_type") in ("internvl", "internvl_chat")))
     tiles = most + 1 if is_dynamic and most > 1 else 1
     return tiles * encoder.tokens_per_tile if encoder is not None else 0
-
-
-def _model_type_reason(config: Mapping[str, Any], error: ModelError) -> str:
-    if config.get("model_type") == "internvl_chat":
-        return (
-            "model_type 'internvl_chat' is OpenGVLab's own format and is not read yet; use the model's '-hf' edition, "
-            "whose model_type is 'internvl'"
-        )
-    return str(error)
 
 
 def _said(error: Exception) -> str:

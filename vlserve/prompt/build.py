@@ -45,7 +45,7 @@ class PromptBuilder:
                 raise ModelError(f"config.json's {kind}_token_id {placeholder.id} is not the id of {placeholder.token}")
         self._places = {placeholder.id for placeholder in placeholders.values()}
         self._num_axes = _num_axes(checkpoint)
-        self.template = ChatTemplate(checkpoint.folder, self.tokenizer)
+        self.template = ChatTemplate(checkpoint.folder, self.tokenizer, self._preprocessor.chat_template())
 
     def build(self, messages: Sequence[Message], options: PromptOptions | None = None) -> Prompt:
         """Token ids of a conversation, with the answer's opening; raises RequestError when the template refuses it."""

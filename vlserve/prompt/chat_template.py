@@ -42,8 +42,9 @@ _IN_ASCII = re.compile(r"\\ue000([0-9a-f]{16}:[0-9]+[aj]*)\\ue001")
 class ChatTemplate:
     """Read and compiled once; raises ModelError when there is none or it is no Jinja."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        templates = {name: _Template(source) for name, source in read_templates(folder, tokenizer.settings).items()}
+    def __init__(self, folder: Path, tokenizer: Tokenizer, own: str | None = None) -> None:
+        """`own`: the family's template, as `read_templates`."""
+        templates = {name: _Template(source) for name, source in read_templates(folder, tokenizer.settings, own).items()}
         self._default = templates["default"]
         self._with_tools = templates.get("tool_use", self._default)
         named = {name: token_text(value) for name, value in tokenizer.settings.items() if name.endswith("_token")}

@@ -12,11 +12,12 @@ from vlserve.errors import ModelError
 ADDITIONAL = "additional_chat_templates"
 
 
-def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def read_templates(folder: Path, settings: Mapping[str, Any], own: str | None = None) -> dict[str, str]:
     """Templates by name, `default` among them; `settings` is tokenizer_config.json. Raises ModelError.
 
     The first place that has any counts: processor_config.json, chat_template.json, then chat_template.jinja together with
-    additional_chat_templates/NAME.jinja, and last tokenizer_config.json.
+    additional_chat_templates/NAME.jinja, then `own`, the family's, and last tokenizer_config.json, which knows no pictures
+    where a family has its own.
     """
     additional = {path.stem: path for path in sorted((folder / ADDITIONAL).glob("*.jinja"))}
     legacy = _read_json(folder / "chat_template.json").get("chat_template")
@@ -30,6 +31,7 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         "processor_config.json": _read_json(folder / "processor_config.json").get("chat_template"),
         "chat_template.json": legacy,
         "chat_template.jinja": {name: path.read_text(encoding="utf-8") for name, path in files.items()} or None,
+        "config.json": own,
         "tokenizer_config.json": settings.get("chat_template"),
     }
     place, given = next(((place, given) for place, given in places.items() if given is not None), ("", None))

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
 from vlserve.errors import ModelError
+from vlserve.models.tokenizer_files import read_description, read_settings
 from vlserve.prompt.conversation import Text
 from vlserve.prompt.detokenizer import Detokenizer, TokenDecoder
 
@@ -24,16 +25,7 @@ from vlserve.prompt.detokenizer import Detokenizer, TokenDecoder
 class Tokenizer:
     def __init__(self, folder: Path, control_tokens: Iterable[str] = ()) -> None:
         """Read `folder`'s tokenizer; `control_tokens` count as special even where the file says otherwise."""
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise ModelError(
-                f"{folder}: checkpoint file missing: tokenizer.json. Save the tokenizer with transformers to make one"
-            )
-        try:
-            description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path}: not valid JSON: {error}") from error
-        settings = _read_settings(folder)
+        description, settings = read_description(folder), read_settings(folder)
         self.settings = settings
         control = set(control_tokens)
         for token in description.get("added_tokens", ()):
@@ -177,8 +169,3 @@ def token_text(token: Any) -> str | None:
     """A token as tokenizer_config.json has it: a text, an object with `content`, or null."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

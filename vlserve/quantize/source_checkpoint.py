@@ -57,6 +57,11 @@ class Source:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                     target = self._model.rename(name)
+                    if not isinstance(target, str | None):
+                        raise ConfigError(
+                            f"{path.name}: {name} is several projections in one tensor, which cannot be quantised; quantise an "
+                            "edition that stores them apart, as InternVL's '-hf' editions do"
+                        )
                     if target is None:
                         self.passed_over.append((path, name))
                     else:
