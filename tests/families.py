@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 # the decoder, and what of its text config is not as `make_checkpoint` has it
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
@@ -19,9 +20,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("mistral", {}),
     ("mistral", {"sliding_window": 9}),
-    ("phi3", {}),
-    ("phi3", {"sliding_window": 7}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
+    ("phi3", {"rope_parameters": PLAIN}),
+    ("phi3", {"rope_parameters": PLAIN, "sliding_window": 7}),
 ]
 OF_LLAMA = ("internlm2", "internlm3")  # transformers has none of them; their arithmetic is a Llama's
