@@ -114,9 +114,11 @@ def test_tokens_that_are_added_to_the_pieces(tmp_path: Path) -> None:
     assert ours.token_id("<IMG_CONTEXT>") == 420 and ours.num_tokens == 421
 
 
-@pytest.mark.parametrize("content", (b"", b"version https://git-lfs", b"\xff" * 40, train()[:-300]), ids=len)
-def test_what_is_no_model_is_told(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(content)
+@pytest.mark.parametrize(
+    "content", (b"", b"version https://git-lfs", b"\xff" * 40, None), ids=("empty", "pointer", "ones", "cut")
+)
+def test_what_is_no_model_is_told(content: bytes | None, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train()[:-300] if content is None else content)
     with pytest.raises(ModelError, match=r"tokenizer\.model: no SentencePiece model"):
         Tokenizer(tmp_path)
 
