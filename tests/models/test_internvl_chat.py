@@ -250,9 +250,10 @@ TURNS = [("user", "<image>\n<image>\nWhat is it?"), ("assistant", "A circle."), 
 def test_prompts_of_the_published_conversations(name: str, system: str, original: Made) -> None:
     """System, turns and separators by the published description of `get_prompt`; pictures where users write <image>."""
     checkpoint = read_checkpoint(original(outer={"template": name}))
-    roles, end = (PHI_ROLES, "<|end|>") if name == "phi3-chat" else (ROLES, "<|im_end|>" + "\n" * (name == "internvl2_5"))
+    roles, end = (PHI_ROLES, "<|end|>") if name == "phi3-chat" else (ROLES, "<|im_end|>" + "\n" * name.startswith("internvl"))
     opening = "<|system|>\n" if name == "phi3-chat" else "<|im_start|>system\n"
-    wanted = opening + (system or CONVERSATIONS[name].message) + end
+    system_message = system or CONVERSATIONS[name].message
+    wanted = opening + system_message + end if system_message else ""
     for role, text in TURNS:
         wanted += roles[role] + text + end
     wanted += roles["assistant"]

@@ -39,7 +39,8 @@ _SINCE_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工�
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """How turns are written: what opens each role's, what ends any, and the system message where a request has none."""
+    """How turns are written: what opens each role's, what ends any, and the system message where a request has none; with "" there
+    is then no such turn."""
 
     system: str = "<|im_start|>system\n"
     user: str = "<|im_start|>user\n"
@@ -56,8 +57,11 @@ class Conversation:
         """As Jinja; a picture is its placeholder and a line break."""
         turn, end = {"system": self.system, "user": self.user, "assistant": self.assistant}, _quoted(self.end)
         openings = "".join(f"{{% elif message['role'] == '{role}' %}}{{{{ {_quoted(text)} }}}}" for role, text in turn.items())
-        return (
+        system = (
             f"{{% if messages[0]['role'] != 'system' %}}{{{{ {_quoted(self.system + self.message + self.end)} }}}}{{% endif %}}"
+        )
+        return (
+            f"{system if self.message else ''}"
             "{% for message in messages %}"
             f"{openings.replace('{% elif', '{% if', 1)}"
             "{% else %}{{ raise_exception('the model has no turns of role ' + message['role']) }}{% endif %}"
@@ -74,6 +78,7 @@ CONVERSATIONS = {
     "internlm2-chat": Conversation(),
     "phi3-chat": Conversation(system="<|system|>\n", user="<|user|>\n", assistant="<|assistant|>\n", end="<|end|>"),
     "internvl2_5": Conversation(end="<|im_end|>\n", message=_SINCE_2_5),
+    "internvl3_5": Conversation(end="<|im_end|>\n", message=""),  # as its chat_template.jinja
 }
 
 
