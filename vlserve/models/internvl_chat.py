@@ -39,8 +39,8 @@ _SINCE_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工�
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """How turns are written: what opens each role's, what ends any, and the system message where a request has none; with "" there
-    is then no such turn."""
+    """How turns are written: what opens each role's, what ends any, and the system message where a request has none; "" where
+    there is then no such turn."""
 
     system: str = "<|im_start|>system\n"
     user: str = "<|im_start|>user\n"
