@@ -1,9 +1,10 @@
 """What of a launch decides which of a kernel's statements run, and in which shapes: what tests of a kernel must have covered.
 
 Kept of a launch: the kernel, the type of each pointer, that one is not there, flags, and the sizes of blocks. A model's own sizes
-are reduced to what the kernel makes of them: whether a dimension fills the block that it is padded to, how a page lies to a
-tile, whether there is one token a block or more. Left out: warps and stages, which the interpreter does not know, alignment, and
-whole numbers that are arguments.
+are reduced to what the kernel makes of them: whether a dimension fills the block that it is padded to (but not how long that
+block is, since no statement asks for it: a longer one only has more columns, each computed alike), how a page lies to a tile,
+whether there is one token a block or more. Left out: warps and stages, which the interpreter does not know, alignment, and whole
+numbers that are arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from tests.kernels.signatures import Signature
 
-LEFT_OUT = {"STAGES", "HEADS_PADDED", "KV_HEADS_PADDED", "WIDTH_PADDED", "HALF_PADDED", "KV_HEADS", "PARTS"}
+LEFT_OUT = {"STAGES", "DIM_PADDED", "HEADS_PADDED", "KV_HEADS_PADDED", "WIDTH_PADDED", "HALF_PADDED", "KV_HEADS", "PARTS"}
 ONE_OR_MORE = {"TOKENS", "SPLITS"}
 
 

@@ -1,7 +1,8 @@
 """`python -m tests.rehearsal.compile` runs the rehearsal, compiles all that its engines launch, and writes what it found.
 
 A launch is compiled as its card would: with the specialisations that Triton's binder gives it, for sm_80, sm_90, sm_100 and
-sm_120, each with what the product launches on such a card (operations.py). All of that takes minutes, so compiled.json keeps the
+sm_120, each with what the product launches on such a card (operations.py); and for sm_89 where a test rehearses such a card, which
+has sm_80's instructions and converts E4M3 besides, but less shared memory. All of that takes minutes, so compiled.json keeps the
 results, which a clean clone has. A result is known by a key that holds the hash of the kernel's source with all that it calls,
 the version of Triton, the architecture and the signature. So nothing that is kept can speak for other code: what has no result
 under its key is compiled by the test that launched it, a few a session, and more of it fails with the command above. With another
@@ -33,7 +34,7 @@ DOCUMENT = ROOT / "docs/kernels.md"
 HEADING = "## What engines launch"
 RENEW = "VLSERVE_TEST_RENEW_COMPILED"  # the path of a file to which each test adds what it launched
 TRITON = version("triton")
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes of a program, at most
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes of a program, at most
 MOST = 8  # that a session compiles
 WORKERS, AT_ONCE = 2, 40
 

@@ -228,12 +228,14 @@ def _rotary(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
     found: Pairs = [(result, rotary_ref(query.double(), *cos_sin))]
     rotary_store_ref(query, key, value, cos_sin, caches, slots)
     for cache, want in zip(changed[4], caches, strict=True):
-        found.append((_numbers(cache, slots), _numbers(want, slots)))
+        found.append((_numbers(cache, slots, key.dtype), _numbers(want, slots, key.dtype)))
     return found
 
 
-def _numbers(blocks: Blocks, slots: torch.Tensor) -> torch.Tensor:
-    stored = dequantize_ref(blocks, torch.float16) if isinstance(blocks, QuantizedBlocks) else blocks
+def _numbers(blocks: Blocks, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes as numbers of 16 bits: where a sum rounds otherwise in bfloat16, its code may be the next one."""
+    coarse = torch.bfloat16 if dtype is torch.bfloat16 else torch.float16
+    stored = dequantize_ref(blocks, coarse) if isinstance(blocks, QuantizedBlocks) else blocks
     return stored.flatten(0, 1)[slots]
 
 

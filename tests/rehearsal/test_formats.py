@@ -13,9 +13,8 @@ from tests.checkpoints import make_checkpoint
 from tests.engine.reference import engine, prompt, tokens
 from tests.kernels.bfloat16 import compute_bfloat16
 from tests.llm.quantised import Recipe, awq, compressed, fp8, gptq, int8, rewrite
-from tests.rehearsal.conftest import TEMPLATE
 from tests.rehearsal.cuda import A100
-from tests.rehearsal.engines import Answers, Asked, Rig, serve
+from tests.rehearsal.engines import TEMPLATE, Answers, Asked, Rig, serve
 from vlserve.config import SamplingParams
 from vlserve.kernels import int4, int4_pairs
 from vlserve.kernels.int4_pairs import PairedWeights

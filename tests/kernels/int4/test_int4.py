@@ -127,6 +127,16 @@ def test_the_kernels(size: tuple[int, int, int], dtype: torch.dtype, poisoned: N
         assert rms_ratio(got, awq_matmul_ref(x.double(), *given)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("rows,splits", [(17, 1), (70, 1), (70, 2)])
+def test_many_rows_with_groups_within_a_block(rows: int, splits: int, poisoned: None) -> None:
+    from vlserve.kernels.int4.triton import awq_matmul_triton
+
+    given = weights(8, 96, 16, torch.float16)
+    x = torch.randn(rows, 96).half()
+    got = awq_matmul_triton(x, *given, splits=splits)
+    assert rms_ratio(got, awq_matmul_ref(x.double(), *given)) < TOLERANCE[torch.float16]
+
+
 def test_what_does_not_fit_is_refused_with_its_numbers() -> None:
     codes, scales, zeros = weights(8, 96, 32, torch.float32)
     with pytest.raises(ValueError, match=r"x is \(2, 95\), expected \[T, 96\]"):

@@ -37,7 +37,16 @@ def is_written(blocks: Blocks) -> torch.Tensor:
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "heads,kv_heads,dim,has_norms", [(14, 2, 64, False), (8, 2, 128, False), (5, 1, 80, True), (4, 4, 8, True)]
+    "heads,kv_heads,dim,has_norms",
+    [
+        (14, 2, 64, False),
+        (8, 2, 128, False),
+        (5, 1, 80, True),
+        (4, 4, 8, True),
+        (4, 2, 12, True),
+        (4, 1, 12, False),
+        (3, 3, 12, False),
+    ],
 )
 def test_rotary_store(heads: int, kv_heads: int, dim: int, has_norms: bool, dtype: torch.dtype, kind: torch.dtype | None) -> None:
     qkv = torch.randn(9, (heads + 2 * kv_heads) * dim).to(dtype)  # cut from one tensor, as a layer's are
