@@ -40,6 +40,11 @@ class Tiling:
     registers: int | None
 
 
+def padded(dim: int, *, is_coded: bool) -> int:
+    """Numbers of a head as the kernel loads them: tensor cores take 16 at once, and codes are taken apart by two."""
+    return max(32 if is_coded else 16, _power_of_2(dim))
+
+
 @lru_cache
 def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch: int) -> Tiling:
     """For up to `longest_query` query tokens a sequence and `group` query heads a KV head.
@@ -53,7 +58,7 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
     most = MOST_ROWS if dim <= 128 else MOST_ROWS // 2  # a row's sums take registers
     rows = most if wanted > 32 and itemsize < 4 else 32 if wanted > LEAST_ROWS else LEAST_ROWS
     rows = max(rows, _power_of_2(group))
-    each = 2 * _power_of_2(dim) * itemsize  # bytes a position
+    each = 2 * padded(dim, is_coded=itemsize == 1) * itemsize  # bytes a position
     if itemsize == 4:
         positions, ahead = 16, 1
     elif rows > 32:

@@ -68,9 +68,18 @@ class Found:
         return found
 
 
+def is_compiled(signature: Signature, architecture: int) -> bool:
+    """Where numbers are float32, for sm_90 alone: its kernels are there to be exact, and docs/kernels.md has them for others."""
+    kinds = {kind for _, kind in signature.types}
+    return architecture == 90 or "sampling" in signature.module or bool(kinds & {"*fp16", "*bf16"})
+
+
 def spills_allowed(signature: str, architecture: int) -> int:
     """Outside of loops, by attention's prefill: the most that docs/kernels.md allows on that architecture, or on sm_120, whose
-    tensor cores take keys and values from registers."""
+    tensor cores take keys and values from registers; and by products of 32 rows in float16 with the finest groups, whose second
+    product takes registers, before and after their loop."""
+    if signature.startswith("int4_pairs.triton._matmul(x: *fp16") and "GROUP=32, BLOCK_T=32, BLOCK_N=128" in signature:
+        return 6 * (architecture == 90)
     if not signature.startswith("attention.triton._attention_kernel") or "TOKENS=1," in signature:
         return 0
     return max([most for (*_, arch), most in SPILLS.items() if arch == architecture] + [24 * (architecture == 120)])
