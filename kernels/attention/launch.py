@@ -76,7 +76,7 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
         rows=rows,
         tokens=1 if longest_query == 1 else rows // group,
         positions=positions,
-        num_warps=8 if rows > 32 else 4,
+        num_warps=8 if rows > 32 or (itemsize == 4 and rows == 32 and dim > 64) else 4,  # float32: products in registers
         num_stages=1 + 2 * ahead,  # a tile's addresses are loaded one stage ahead of its numbers
         registers=DECODING_REGISTERS if rows <= 32 and itemsize == 2 else None,
     )
