@@ -159,9 +159,10 @@ LAUNCHED = f"""{HEADING}
 
 Whole engines run in the suite on a card that is not there (tests/rehearsal/), and each launch of theirs is compiled as it is,
 with Triton's specialisations on types, alignment and ones, for A100, H100, B200 and RTX 5090 (sm_120), with what is launched on
-each, what an RTX 4090 (sm_89) launches where a test has one, and float32 for H100 alone. The table has how many different signatures of a kernel there are, and the most that one of them takes: registers,
-instructions that spill (none of them in a loop), and bytes of shared memory, of those that a program can have there. It is
-written by `python -m tests.rehearsal.compile`, with the results by signature in tests/rehearsal/compiled.json."""
+each; what a test's RTX 4090 (sm_89) launches is compiled for it alone, and float32 for H100 alone. The table has how many
+different signatures of a kernel there are, and the most that one of them takes: registers, instructions that spill (none of them
+in a loop), and bytes of shared memory, of those that a program can have there. It is written by
+`python -m tests.rehearsal.compile`, with the results by signature in tests/rehearsal/compiled.json."""
 
 
 def write_table() -> None:
