@@ -40,6 +40,11 @@ class Tiling:
     registers: int | None
 
 
+def padded(dim: int, *, is_coded: bool) -> int:
+    """Numbers of a head as the kernel loads them: tensor cores take 16 at once, and codes are taken apart by two."""
+    return max(32 if is_coded else 16, _power_of_2(dim))
+
+
 @lru_cache
 def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch: int) -> Tiling:
     """For up to `longest_query` query tokens a sequence and `group` query heads a KV head.
@@ -53,7 +58,7 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
     most = MOST_ROWS if dim <= 128 else MOST_ROWS // 2  # a row's sums take registers
     rows = most if wanted > 32 and itemsize < 4 else 32 if wanted > LEAST_ROWS else LEAST_ROWS
     rows = max(rows, _power_of_2(group))
-    each = 2 * _power_of_2(dim) * itemsize  # bytes a position
+    each = 2 * padded(dim, is_coded=itemsize == 1) * itemsize  # bytes a position
     if itemsize == 4:
         positions, ahead = 16, 1
     elif rows > 32:
@@ -71,7 +76,7 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
         rows=rows,
         tokens=1 if longest_query == 1 else rows // group,
         positions=positions,
-        num_warps=8 if rows > 32 else 4,
+        num_warps=8 if rows > 32 or (itemsize == 4 and rows == 32 and dim > 64) else 4,  # float32: products in registers
         num_stages=1 + 2 * ahead,  # a tile's addresses are loaded one stage ahead of its numbers
         registers=DECODING_REGISTERS if rows <= 32 and itemsize == 2 else None,
     )

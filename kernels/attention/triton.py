@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vlserve.kernels.attention.launch import padded
 from vlserve.kernels.attention.plan import Launch, plan_launches
 from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.kv_cache.triton import number_of_bits, numbers_of_pairs, reads_e4m3
@@ -65,7 +66,7 @@ def _run(
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "DIM": dim,
-        "DIM_PADDED": max(32 if is_coded else 16, triton.next_power_of_2(dim)),
+        "DIM_PADDED": padded(dim, is_coded=is_coded),
         "TOKENS": tiling.tokens,
         "WINDOW": window,
     }

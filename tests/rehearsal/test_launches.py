@@ -117,7 +117,9 @@ def test_what_is_kept_is_what_triton_makes(launches: Launches) -> None:
     launches.runs = False
     rms_norm(there(BF16, 4, 64), there(BF16, 64), 1e-6)
     found = compiling.compile_anew(wanted_of(launches))
-    assert {one.architecture for one in found} == set(compiling.SHARED) and not [fault for one in found for fault in one.faults()]
+    assert {one.architecture for one in found} == set(compiling.SHARED) - {89} and not [
+        fault for one in found for fault in one.faults()
+    ]
     if compiling.written_with() == compiling.TRITON:
         kept = compiling.read()
         assert [kept.get(one.key, one) for one in found] == found, "that all are kept is asked of each test when it has ended"
