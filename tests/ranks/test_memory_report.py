@@ -48,7 +48,8 @@ def test_planned_bytes_are_the_measured_ones(
             }
             for kind, number in pairs.items():
                 worst = max(worst, abs(found[kind] - number) / found[kind])
-            assert planned.total_bytes == sum(list(pairs.values())[:3]) + planned.activation_bytes + planned.graph_bytes
+            others = planned.activation_bytes + planned.feature_bytes + planned.graph_bytes
+            assert planned.total_bytes == sum(list(pairs.values())[:3]) + others
         print(f"\n{decoder} tp {tp}: planned and measured differ by {100 * worst:.3f} % at most")
         assert worst < 0.02
         lines = memory_lines(
