@@ -24,6 +24,8 @@ CASES = [  # type, codes, head_dim, whether E4M3 is read by the GPU itself
     (FP16, FP8, 16, True),
     (BF16, None, 8, False),
     (BF16, INT8, 16, False),
+    (BF16, FP8, 8, False),
+    (BF16, FP8, 8, True),
 ]
 TOKENS = (2, 10, 17)  # of a prompt beside a decode: with a group of 2 for 16, 32 and 128 rows
 
