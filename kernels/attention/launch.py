@@ -16,6 +16,7 @@ IN_FLIGHT = 48 * 1024  # bytes of keys and values that a program asks for ahead;
 ROOMY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # KiB of shared memory for a program, by compute capability
 ROOM = 99  # of others, such as 86, 89 and 120
 DECODING_REGISTERS = 168  # with 16-bit caches: three programs a multiprocessor, as many as the tiles in flight leave room for
+WIDE_REGISTERS = 208  # of short prompts in wide heads: with fewer, they spill in loops on sm_100 and sm_120
 # in bytes of keys and values that a multiprocessor reads meanwhile, by the bandwidth and latencies of an H100:
 PROGRAM_BYTES = 24 * 1024  # a program's start and end
 PART_BYTES = 8 * 1024  # a part's result, written and read
@@ -72,13 +73,14 @@ def choose_tiling(longest_query: int, group: int, dim: int, itemsize: int, arch:
     else:
         positions = 128 if each < 256 else 64
         ahead = -(-IN_FLIGHT // (positions * each))
+    registers = WIDE_REGISTERS if longest_query > 1 and rows == 32 and dim > 64 else DECODING_REGISTERS
     return Tiling(
         rows=rows,
         tokens=1 if longest_query == 1 else rows // group,
         positions=positions,
         num_warps=8 if rows > 32 or (itemsize == 4 and rows == 32 and dim > 64) else 4,  # float32: products in registers
         num_stages=1 + 2 * ahead,  # a tile's addresses are loaded one stage ahead of its numbers
-        registers=DECODING_REGISTERS if rows <= 32 and itemsize == 2 else None,
+        registers=registers if rows <= 32 and itemsize == 2 else None,
     )
 
 
