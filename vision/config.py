@@ -75,24 +75,24 @@ def read_encoder_config(config: Mapping[str, Any]) -> EncoderConfig:
             raise ValueError(f"{key} {outer[key]!r} is not supported; supported: {value!r}")
     if vision["norm_type"] not in ("layer_norm", "rms_norm"):
         raise ValueError(f"vision_config.norm_type {vision['norm_type']!r} is not supported; supported: layer_norm, rms_norm")
-    image_size, patch_size = square(vision, "image_size"), square(vision, "patch_size")
-    ratio = number(outer, "downsample_ratio", "")
+    image_size, patch_size = _square(vision, "image_size"), _square(vision, "patch_size")
+    ratio = _number(outer, "downsample_ratio", "")
     if image_size % patch_size or (image_size // patch_size * ratio) % 1:
         raise ValueError(f"vision_config.image_size {image_size} gives no whole tokens of patch_size {patch_size} / {ratio}")
-    hidden, heads = integer(vision, "hidden_size"), integer(vision, "num_attention_heads")
+    hidden, heads = _integer(vision, "hidden_size"), _integer(vision, "num_attention_heads")
     if hidden % heads:
         raise ValueError(f"vision_config.hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     return EncoderConfig(
         image_size=image_size,
         patch_size=patch_size,
         hidden_size=hidden,
-        intermediate_size=integer(vision, "intermediate_size"),
-        num_hidden_layers=integer(vision, "num_hidden_layers"),
+        intermediate_size=_integer(vision, "intermediate_size"),
+        num_hidden_layers=_integer(vision, "num_hidden_layers"),
         num_attention_heads=heads,
         attention_bias=bool(vision.get("attention_bias", False)),
         use_qk_norm=bool(vision.get("use_qk_norm", False)),
         norm_type=vision["norm_type"],
-        layer_norm_eps=number(vision, "layer_norm_eps"),
+        layer_norm_eps=_number(vision, "layer_norm_eps"),
         downsample_ratio=ratio,
     )
 
@@ -101,22 +101,22 @@ def without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def square(vision: Mapping[str, Any], key: str) -> int:
+def _square(vision: Mapping[str, Any], key: str) -> int:
     value = vision[key]
     sides = value if isinstance(value, (list, tuple)) else [value]
     if len(sides) not in (1, 2) or any(side != sides[0] for side in sides):
         raise ValueError(f"vision_config.{key} {value} is not square")
-    return integer({key: sides[0]}, key)
+    return _integer({key: sides[0]}, key)
 
 
-def integer(vision: Mapping[str, Any], key: str) -> int:
+def _integer(vision: Mapping[str, Any], key: str) -> int:
     value = vision[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"vision_config.{key} is {value!r}; expected a positive integer")
     return value
 
 
-def number(given: Mapping[str, Any], key: str, where: str = "vision_config.") -> float:
+def _number(given: Mapping[str, Any], key: str, where: str = "vision_config.") -> float:
     value = given[key]
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{where}{key} is {value!r}; expected a number above 0")

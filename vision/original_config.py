@@ -7,9 +7,10 @@ Raises ValueError with the offending key.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from vlserve.vision.config import EncoderConfig, integer, number, square, without_nulls
+from vlserve.vision.config import EncoderConfig, read_encoder_config, without_nulls
 from vlserve.vision.image_config import IMAGENET_MEAN, IMAGENET_STD, MAX_PATCHES, ImageConfig
 
 _VISION: Mapping[str, Any] = {
@@ -23,8 +24,8 @@ _VISION: Mapping[str, Any] = {
     "qk_normalization": True,
     "norm_type": "rms_norm",
     "layer_norm_eps": 1e-6,
+    "use_moe": False,
 }
-_FIXED: Mapping[str, Any] = {"hidden_act": "gelu", "num_channels": 3, "use_moe": False}
 _OUTER: Mapping[str, Any] = {
     "downsample_ratio": 0.5,
     "select_layer": -1,
@@ -44,40 +45,20 @@ def read_original_encoder(config: Mapping[str, Any]) -> EncoderConfig:
     if not isinstance(stored, Mapping):
         raise ValueError("config.json has no vision_config")
     vision, outer = {**_VISION, **without_nulls(stored)}, {**_OUTER, **without_nulls(config)}
-    for key, value in _FIXED.items():
-        if vision.get(key, value) != value:
-            raise ValueError(f"vision_config.{key} {vision[key]!r} is not supported; supported: {value!r}")
-    if vision["norm_type"] not in ("layer_norm", "rms_norm"):
-        raise ValueError(f"vision_config.norm_type {vision['norm_type']!r} is not supported; supported: layer_norm, rms_norm")
+    if vision["use_moe"]:
+        raise ValueError(f"vision_config.use_moe {vision['use_moe']!r} is not supported; supported: False")
     if outer["ps_version"] not in ("v1", "v2"):
         raise ValueError(f"ps_version {outer['ps_version']!r} is not supported; supported: v1, v2")
-    image_size, patch_size = square(vision, "image_size"), square(vision, "patch_size")
-    forced = outer.get("force_image_size", image_size)
-    if forced != image_size:
-        raise ValueError(f"force_image_size {forced!r} is not supported beside vision_config.image_size {image_size}")
-    ratio = number(outer, "downsample_ratio", "")
-    if image_size % patch_size or (image_size // patch_size * ratio) % 1:
-        raise ValueError(f"vision_config.image_size {image_size} gives no whole tokens of patch_size {patch_size} / {ratio}")
-    hidden, heads = integer(vision, "hidden_size"), integer(vision, "num_attention_heads")
-    if hidden % heads:
-        raise ValueError(f"vision_config.hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-    eps = number(vision, "layer_norm_eps")
-    if vision["qk_normalization"] and eps != QK_NORM_EPS:
+    names = {"attention_bias": vision["qkv_bias"], "use_qk_norm": vision["qk_normalization"]}  # transformers' for the same
+    encoder = read_encoder_config({"vision_config": vision | names, "downsample_ratio": outer["downsample_ratio"]})
+    if outer.get("force_image_size", encoder.image_size) != encoder.image_size:
+        forced = outer["force_image_size"]
+        raise ValueError(f"force_image_size {forced!r} is not supported beside vision_config.image_size {encoder.image_size}")
+    eps = encoder.layer_norm_eps
+    if encoder.use_qk_norm and eps != QK_NORM_EPS:
         raise ValueError(f"vision_config.layer_norm_eps {eps} is not supported with qk_normalization; supported: {QK_NORM_EPS}")
-    return EncoderConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_size=hidden,
-        intermediate_size=integer(vision, "intermediate_size"),
-        num_hidden_layers=_depth(integer(vision, "num_hidden_layers"), outer["select_layer"]),
-        num_attention_heads=heads,
-        attention_bias=bool(vision["qkv_bias"]),
-        use_qk_norm=bool(vision["qk_normalization"]),
-        norm_type=vision["norm_type"],
-        layer_norm_eps=eps,
-        downsample_ratio=ratio,
-        transposed_tokens=outer["ps_version"] == "v1",
-    )
+    depth = _depth(encoder.num_hidden_layers, outer["select_layer"])
+    return replace(encoder, num_hidden_layers=depth, transposed_tokens=outer["ps_version"] == "v1")
 
 
 def read_original_image_config(config: Mapping[str, Any], settings: Mapping[str, Any], encoder: EncoderConfig) -> ImageConfig:
