@@ -28,6 +28,7 @@ from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine, Seat
 from vlserve.engine.grammar import Grammar
 from vlserve.engine.messages import Add, MediaRef
+from vlserve.engine.runner import Runner
 from vlserve.errors import ConfigError
 from vlserve.kernels import int4_pairs
 from vlserve.llm import detect_formats, int4_packing, weights
@@ -247,24 +248,24 @@ class Trial:
     def __init__(self, card: Rehearsal, folder: Path, tp: int, rank: int = 0, **options: Any) -> None:
         self.memory, self.weights, self.loading = card.memory(), 0, 0
         self.config = EngineConfig(model=str(folder), device="cuda", tp=tp, **options)
+        warm_up = Runner.warm_up
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "device_count", lambda: tp)
+            patch.setattr(Runner, "warm_up", lambda runner: (self._shorten(runner), warm_up(runner)))
             self.engine = Engine(self.config, self._stage, seat=Seat(group=OneOf(rank, tp) if tp > 1 else Group()))
         self.engine.grammars.start = lambda structured: Anything()  # type: ignore[method-assign]
         self.fixed = self.memory.now
         self.peaks: dict[str, int] = {}  # by step: the most of everything
         self.activations = 0
-        self.kept = self._shorten()
 
-    def _shorten(self) -> list[Any]:
+    def _shorten(self, runner: Runner) -> None:
         """Steps go through the first layers alone: the others would take the same memory again. They stay where they are."""
-        model, cache = self.engine.runner.model, self.engine.runner.cache
-        encoder = model.tower.encoder  # type: ignore[union-attr]
-        kept = [model.decoder.layers, encoder.blocks, cache.layers]
-        model.decoder.layers = torch.nn.ModuleList(list(model.decoder.layers)[:LAYERS])
+        decoder, cache = runner.model.decoder, runner.cache
+        encoder = runner.model.tower.encoder  # type: ignore[union-attr]
+        self.kept: list[Any] = [decoder.layers, encoder.blocks, cache.layers]
+        decoder.layers = torch.nn.ModuleList(list(decoder.layers)[:LAYERS])
         encoder.blocks = type(encoder.blocks)(*list(encoder.blocks)[:LAYERS])
         cache.layers = cache.layers[:LAYERS]
-        return kept
 
     def _fill_vision_cache(self) -> None:
         """With features of pictures that nobody asks for any more."""
