@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlserve.kernels.experts import combine, routes
 from vlserve.kernels.gate import silu_mul
 from vlserve.llm.config import DecoderConfig, ExpertsConfig
-from vlserve.llm.experts_stand_in import combine, routes
 from vlserve.llm.layer import FeedForward
 from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from vlserve.llm.stacked_experts import StackedExperts

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.llm.experts_stand_in import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Routes, experts_matmul
+from vlserve.kernels.experts import experts_matmul, prepare
+from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Routes
 from vlserve.llm.formats import DenseFormat
 from vlserve.llm.formats_8bit import EightBitFormat, Fp8Format
 from vlserve.llm.formats_int4 import GroupedInt4Format
@@ -45,7 +46,7 @@ class StackedExperts(nn.Module):
     def finish(self) -> None:
         """Called once, when all weights are there and before the first use."""
         form = next(self.each()).format
-        self.weights, self.bias = self._weights(), self._stacks.get("bias")
+        self.weights, self.bias = prepare(self._weights()), self._stacks.get("bias")
         if isinstance(form, GroupedInt4Format) and form.size != form.in_span.size:
             self.padding = form.front, form.size - form.front - form.in_span.size
         self.linears, self._stacks = nn.ModuleList(), {}
