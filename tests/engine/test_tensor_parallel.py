@@ -52,9 +52,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 
 def made(checkpoint: Make, decoder: str, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The checkpoint, and what the engine is told beside it."""
-    return checkpoint(decoder, **{key: settings[key] for key in settings.keys() - BY_EXPERT}), dict(
-        BY_EXPERT.items() & settings.items()
-    )
+    text = {key: value for key, value in settings.items() if key not in BY_EXPERT}
+    return checkpoint(decoder, **text), {key: value for key, value in settings.items() if key in BY_EXPERT}
 
 
 def picture(number: int, seed: int = 0) -> Image.Image:
