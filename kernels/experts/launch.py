@@ -9,16 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LEAST_ROWS, MOST_ROWS = 16, 64  # of a block; 16 is the least that tensor cores are given
+FINEST = 32  # inputs of a turn at least: a product within the tensor cores takes 16, and bytes of codes hold two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """A program multiplies `outputs` rows of an expert's weights, `inputs` of them a turn; `warps` and `stages` are Triton's."""
+    """A program multiplies `outputs` rows of an expert's weights, `inputs` of them a turn; `warps` and `stages` are Triton's.
+
+    `registers`: of a thread, at most, where the compiler by itself takes too few and spills.
+    """
 
     outputs: int
     inputs: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def block_rows(choices: int, experts: int) -> int:
@@ -33,17 +38,18 @@ def most_blocks(choices: int, experts: int, rows: int) -> int:
     return choices if choices <= groups else groups + (choices - groups) // rows
 
 
-def choose_tile(rows: int, *, is_exact: bool, is_coded: bool, most_inputs: int) -> Tile:
-    """For blocks of so many rows.
+def choose_tile(rows: int, *, is_exact: bool, is_coded: bool, group: int) -> Tile:
+    """For blocks of so many rows, of weights as they are stored.
 
     Args:
         is_exact: float32, whose products go without tensor cores. is_coded: weights have fewer than 16 bits.
-        most_inputs: that share a scale, and so can be taken in a turn.
+        group: inputs that share a scale, so that no more of them can be taken in a turn; 0 for all of a row.
     """
     if is_exact:
-        return Tile(outputs=32, inputs=min(32, most_inputs), warps=4, stages=2)
-    inputs = min(64 if rows > 32 or not is_coded else 128, most_inputs)
-    return Tile(outputs=64, inputs=inputs, warps=4, stages=3 if rows > 32 else 4)
+        return Tile(outputs=32, inputs=FINEST, warps=4, stages=2)
+    if rows > 32 or not is_coded:
+        return Tile(outputs=64, inputs=min(64, max(FINEST, group)) if group else 64, warps=4, stages=3 if rows > 32 else 4)
+    return Tile(outputs=64, inputs=min(128, max(FINEST, group)) if group else 128, warps=2, stages=4)
 
 
 def choose_paired_tile(rows: int, *, is_exact: bool) -> Tile:

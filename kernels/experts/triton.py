@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.experts.launch import block_rows, choose_tile, most_blocks
+from vlserve.kernels.experts.launch import FINEST, block_rows, choose_tile, most_blocks
 from vlserve.kernels.experts.triton_pairs import multiply_pairs
 from vlserve.kernels.experts.types import (
     Blocks,
@@ -29,7 +29,6 @@ IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # no assembler
 DENSE, INT4, FP8 = (tl.constexpr(kind) for kind in range(3))
 CHUNK = 512  # choices that are sorted at once
 COLUMNS = 1024  # that a program adds up
-FINEST = 32  # inputs of a turn at least: of 4-bit codes, half of them are a product's
 
 # $2 has four codes; $0 gets the first two's numbers, $1 the others'. 0xEA is (a & b) | c.
 BFLOAT16_OF_E4M3 = tl.constexpr("""{
@@ -110,13 +109,13 @@ def _sort(
 @triton.jit
 def _e4m3(codes, TYPE: tl.constexpr):
     """E4M3 in uint8 -> numbers, exactly: the bits at the places of a wider type, over a power of two that is multiplied back."""
-    if TYPE == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         if IS_INTERPRETED:
             bits = ((codes.to(tl.int16) & 0x80) << 8) | ((codes.to(tl.int16) & 0x7F) << 4)
             return bits.to(tl.bfloat16, bitcast=True) * 2.0**120
         else:
             return tl.inline_asm_elementwise(BFLOAT16_OF_E4M3, "=r,=r,r", [codes], tl.bfloat16, is_pure=True, pack=4)
-    elif TYPE == tl.float16 and not IS_INTERPRETED:
+    elif tl.float16 == TYPE and not IS_INTERPRETED:
         return tl.inline_asm_elementwise(FLOAT16_OF_E4M3, "=r,=r,r", [codes], tl.float16, is_pure=True, pack=4)
     else:
         bits = ((codes.to(tl.int16) & 0x80) << 8) | ((codes.to(tl.int16) & 0x7F) << 7)
@@ -143,7 +142,7 @@ def _matmul(
 ):  # fmt: skip
     """BLOCK_N outputs of a block; `each`: choices that a row of x has. GROUP: inputs that share a scale, 0 for all of a row."""
     TYPE: tl.constexpr = x.dtype.element_ty
-    FINE: tl.constexpr = KIND == INT4 and 0 < GROUP and GROUP < BLOCK_K
+    FINE: tl.constexpr = KIND == INT4 and GROUP > 0 and GROUP < BLOCK_K
     block = tl.program_id(1)
     expert = tl.load(blocks + block)
     if expert < 0:
@@ -189,7 +188,7 @@ def _matmul(
     tl.store(out + places, total.to(out.dtype.element_ty), mask=token_there[None] & (output < num_outputs)[:, None])
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
 def _combine(out, weights, result, width, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
     """One token's choices, added up in their order."""
     token = tl.program_id(0).to(tl.int64)
@@ -218,9 +217,7 @@ def routes_triton(experts: torch.Tensor, num_experts: int, first: int) -> Routes
             CHUNK=CHUNK,
             ROWS=rows,
         )
-    return Routes(
-        experts=experts, num_experts=num_experts, first=first, blocks=Blocks(order=order, blocks=blocks, rows=rows)
-    )
+    return Routes(experts=experts, num_experts=num_experts, first=first, blocks=Blocks(order=order, blocks=blocks, rows=rows))
 
 
 def experts_matmul_triton(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias: torch.Tensor | None) -> torch.Tensor:
@@ -232,19 +229,22 @@ def experts_matmul_triton(x: torch.Tensor, weights: ExpertWeights, routes: Route
         return multiply_pairs(x, weights, given, routes, bias)
     kind, codes, scales, zeros, group, offset = _stored(weights)
     check_contiguous(weights=codes, scales=scales, zeros=zeros, bias=bias, order=given.order, blocks=given.blocks)
-    is_exact = x.dtype == torch.float32
-    tile = choose_tile(
-        given.rows, is_exact=is_exact, is_coded=kind != DENSE, most_inputs=max(FINEST, group) if group else triton.next_power_of_2(max(FINEST, inputs))
-    )
+    tile = choose_tile(given.rows, is_exact=x.dtype == torch.float32, is_coded=kind != DENSE, group=group)
     out = torch.empty(routes.num_choices, outputs, dtype=x.dtype, device=x.device)
     num_blocks = given.blocks.shape[1]
     with torch.cuda.device_of(x):
         _matmul[(triton.cdiv(outputs, tile.outputs), num_blocks)](
             *(x, codes, scales, zeros, bias, out, given.order, given.blocks),
             *(num_blocks, experts, routes.per_row(x), outputs, inputs, 1 if scales is None else scales.shape[2], offset),
-            KIND=kind.value, GROUP=group,
-            BLOCK_T=given.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+            KIND=kind.value,
+            GROUP=group,
+            BLOCK_T=given.rows,
+            BLOCK_N=tile.outputs,
+            BLOCK_K=tile.inputs,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
+        )
     return out
 
 
@@ -277,4 +277,6 @@ def _stored(weights: ExpertWeights) -> tuple[tl.constexpr, torch.Tensor, torch.T
             if block & (block - 1) or 0 < block < FINEST:
                 raise ValueError(f"FP8 in blocks of {block} inputs; expected a power of two of {FINEST} or more")
             return FP8, weights.codes.view(torch.uint8), weights.scales, None, block, weights.offset if block else 0
-    raise ValueError(f"{type(weights).__name__} cannot be multiplied with on a GPU; expected weights as `prepare` gives them there")
+    raise ValueError(
+        f"{type(weights).__name__} cannot be multiplied with on a GPU; expected weights as `prepare` gives them there"
+    )

@@ -20,7 +20,7 @@ from vlserve.kernels.with_triton import check_contiguous
 @triton.jit
 def _levels(words, zero, PLANE: tl.constexpr, TYPE: tl.constexpr):
     """A plane of words [N, 16] -> codes less their zero points [N, 32]."""
-    MAGIC: tl.constexpr = 1024.0 if TYPE == tl.float16 else 128.0
+    MAGIC: tl.constexpr = 1024.0 if tl.float16 == TYPE else 128.0
     numbers = _plane(words >> 4 * PLANE, 0, TYPE)
     return numbers - (zero + MAGIC).to(numbers.dtype)[:, None]
 
@@ -42,8 +42,10 @@ def _add_mxfp4(total, words, scale_words, x_at, k, left, TYPE: tl.constexpr):
     for plane in tl.static_range(4):
         inputs = tl.load(x_at + 32 * plane, mask=(k + 32 * plane < left)[:, None], other=0.0)
         scale = (scale_words >> 8 * plane) & 255
-        if TYPE == tl.float16:
-            power = tl.where(scale == 0, 0x00400000, scale << 23).to(tl.float32, bitcast=True)  # 2^-127 is none of the normal numbers
+        if tl.float16 == TYPE:
+            power = tl.where(scale == 0, 0x00400000, scale << 23).to(
+                tl.float32, bitcast=True
+            )  # 2^-127 is none of the normal numbers
             numbers = _e2m1(words, plane, 9, tl.float16) * 16384.0
             total += tl.dot(numbers, inputs) * power[:, None]
         else:
@@ -141,5 +143,6 @@ def multiply_pairs(
             BLOCK_N=tile.outputs,
             STAGES=tile.stages,
             num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
     return out
