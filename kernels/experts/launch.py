@@ -65,5 +65,5 @@ def choose_paired_tile(rows: int, *, is_exact: bool) -> Tile:
     if is_exact:
         return Tile(outputs=64, inputs=128, warps=8, stages=2)
     if rows > 32:
-        return Tile(outputs=128, inputs=128, warps=4, stages=3)
+        return Tile(outputs=128, inputs=128, warps=8, stages=3)  # four would spill on sm_120
     return Tile(outputs=64, inputs=128, warps=2, stages=4 if rows == 16 else 3)

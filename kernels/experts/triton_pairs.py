@@ -2,7 +2,8 @@
 
 As `triton._matmul` in all else. From a code of int4 its zero point is taken before the product, in x's type, where the difference
 is exact: so no sums of x are needed. A code of MXFP4 is put at the places of bfloat16's bits, which is the number over 2^126, and
-multiplied by that and by its scale, exactly. float16 has no room for such scales: there they come after the products.
+multiplied by that and by its scale, exactly. float16 has no room for such scales: there, and in float32, they come after the
+products, of numbers over 2^14.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ def _add_mxfp4(total, words, scale_words, x_at, k, left, TYPE: tl.constexpr):
     for plane in tl.static_range(4):
         inputs = tl.load(x_at + 32 * plane, mask=(k + 32 * plane < left)[:, None], other=0.0)
         scale = (scale_words >> 8 * plane) & 255
-        if tl.float16 == TYPE:
-            power = tl.where(scale == 0, 0x00400000, scale << 23).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
-            numbers = _e2m1(words, plane, 9, tl.float16) * 16384.0
-            total += tl.dot(numbers, inputs) * power[:, None]
+        if tl.bfloat16 == TYPE:
+            power = tl.where(scale == 0, 0x0040, scale << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)  # 2^-127 is subnormal
+            numbers = _e2m1(words, plane, 6, TYPE) * 2.0**126 * power[:, None]
+            total = tl.dot(numbers, inputs, total)
         else:
-            power = tl.where(scale == 0, 0x0040, scale << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
-            numbers = _e2m1(words, plane, 6, tl.bfloat16) * 2.0**126 * power[:, None]
-            total = tl.dot(numbers.to(TYPE), inputs, total, input_precision="ieee")
+            power = tl.where(scale == 0, 0x00400000, scale << 23).to(tl.float32, bitcast=True)
+            numbers = _e2m1(words, plane, 9, tl.float16).to(TYPE) * 16384.0
+            total += tl.dot(numbers, inputs, input_precision="ieee") * power[:, None]
     return total
 
 

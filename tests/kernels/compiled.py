@@ -21,16 +21,17 @@ Nothing here was timed, and none of it ran on a GPU: the kernels were compiled a
 (sm_90) and B200 (sm_100), and their machine code was counted. The suite does the same for a part of the table and fails where a
 figure is over its cap, which stands behind it; so does the command above for all of it. How long the kernels should take by these
 counts, and what they are to reach: [kernel_targets.md](kernel_targets.md). What whole engines launch, also on consumer cards
-(sm_120), is in the last table.
+(sm_120), is in the last table; of experts it is in the first one too.
 
 * **registers**: of a thread, and the cap. {most} is all that there are, so that there only spills are a limit.
 * **spills**: instructions that read or write registers' values in local memory, and the cap: 0, but for {spilling} settings,
   which put values away before their loops and take them up after them. In a loop nothing spills anywhere.
 * **shared**: bytes of shared memory that a program takes, and the cap.
 * **load**: bits of the widest load from global memory; 128 is promised unless a "-" follows.
-* **a number**: instructions of a turn of the main loop times threads, over the 4-bit weights or the numbers of keys and values
+* **a number**: instructions of a turn of the main loop times threads, over the weights or the numbers of keys and values
   that the turn takes; and the cap, where there is one.
 * **group**: of attention, query heads to a head of keys and values; of 4-bit weights, inputs that share a scale.
+* **rows** of an expert's product: the tokens of a block, 16 in decoding. "In pairs" are 4-bit weights that are put in order at load.
 
 fp32 is there to be exact, not fast: its products go without tensor cores. Eight-bit keys and values are int8 or E4M3 codes, which
 become numbers of the query's type. For fp16 the hardware converts E4M3 from compute capability 8.9 on; below it, and for bf16

@@ -42,8 +42,8 @@ def product_case(dtype: str, kind: str, rows: int, arch: int) -> Case:
         shared=96 * 1024,
         per_number=PER_NUMBER.get(kind) if (dtype, rows) == ("bf16", 16) else None,
         wide=number != 1 and dtype != "fp32",
-        ahead=number != 1 and dtype != "fp32",
-        in_suite=(dtype, rows) == ("bf16", 16) and number != 1,
+        ahead=number != 1 and dtype != "fp32" and rows <= 32,
+        in_suite=(dtype, rows, arch) == ("bf16", 16, 90) and kind in ("16 bits", "fp8"),
     )
 
 
@@ -68,7 +68,7 @@ def paired_case(dtype: str, kind: str, rows: int, arch: int) -> Case:
         per_number=PER_NUMBER.get(kind) if (dtype, rows) == ("bf16", 16) else None,
         wide=True,
         ahead=dtype != "fp32",
-        in_suite=(dtype, rows) == ("bf16", 16) and kind in ("mxfp4", "int4, 128"),
+        in_suite=(dtype, rows, arch) == ("bf16", 16, 90) and kind in ("mxfp4", "int4, 128"),
     )
 
 
@@ -97,7 +97,6 @@ def beside(arch: int) -> Iterator[Case]:
         types=("*bf16", "*fp32", "*bf16", i32),
         constants={"CHOICES": 8, "BLOCK": 1024},
         multiples=("width",),
-        in_suite=arch == 90,
     )
 
 
