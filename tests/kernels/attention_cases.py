@@ -36,6 +36,7 @@ def attention(
 ) -> Case:
     itemsize = 4 if dtype == "fp32" else 1 if codes else 2
     tiling = choose_tiling(longest_query, group, dim, itemsize, arch)
+    registers = tiling.most_registers(is_coded=bool(codes) and dtype != "fp32", has_sinks=sinks)
     if is_native is None:
         is_native = codes == "e4m3" and arch >= 89 and dtype == "fp16"  # bfloat16 always goes by the bits
     stored, scales = ("*i16", "*i16") if codes else (f"*{dtype}", None)
@@ -68,7 +69,7 @@ def attention(
         + ("i32", "i32", "i32", "fp32"),
         constants=constants,
         options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-        | ({"maxnreg": tiling.registers} if tiling.registers else {}),
+        | ({"maxnreg": registers} if registers else {}),
         numbers=2 * tiling.positions * dim,
         registers=170 if decodes and dtype != "fp32" else ALL,
         shared=160 * 1024,
