@@ -7,6 +7,7 @@ R rows to sample.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -161,6 +162,15 @@ class Decoder(nn.Module):
         """(what a checkpoint has before the projections' names, layer) of each linear layer; experts have some until `finish`."""
         for i, layer in enumerate(self.decoder_layers):
             yield from layer.linears(f"{LAYERS}{i}.")
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is of an expert that other ranks have; `name` as in `targets`."""
+        match = re.match(rf"{re.escape(LAYERS)}(\d+)\.mlp\.experts\.(\d+)\.", name)
+        layers = self.decoder_layers
+        if match is None or int(match[1]) >= len(layers):
+            return False
+        experts = layers[int(match[1])].feed_forward
+        return isinstance(experts, Experts) and experts.is_elsewhere(int(match[2]))
 
     def finish(self) -> None:
         """Called once, when all weights are there and before the first use."""

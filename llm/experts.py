@@ -59,6 +59,10 @@ class Experts(FeedForward):
         if self.router_bias is not None:
             yield "mlp.gate.bias", self.router_bias.data
 
+    def is_elsewhere(self, number: int) -> bool:
+        """Whether expert `number` of the layer is another rank's."""
+        return number < self.config.num_experts and not self.span.start <= number < self.span.stop
+
     def finish(self) -> None:
         self.gate_up.finish()
         self.down.finish()
@@ -70,11 +74,8 @@ def choose(logits: torch.Tensor, config: ExpertsConfig) -> tuple[torch.Tensor, t
     """The router's logits [T, R] to each token's experts [T, S] int32, the likeliest first, and their weights [T, S] float32."""
     logits = logits.float()
     chosen, experts = logits.topk(config.top_k)
-    if config.norm_topk_prob:
-        weights = chosen.softmax(-1)
-    else:
-        weights = (chosen - logits.logsumexp(-1, keepdim=True)).exp()
-    return experts.int(), weights
+    total = chosen if config.norm_topk_prob else logits
+    return experts.int(), (chosen - total.logsumexp(-1, keepdim=True)).exp()
 
 
 def _gate_up(config: ExpertsConfig, hidden: int, span: Span) -> ColumnParallelLinear:

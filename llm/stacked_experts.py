@@ -6,7 +6,8 @@ the beginning, and stacking them takes neither time nor memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,8 @@ class StackedExperts(nn.Module):
         self.linears = nn.ModuleList(linears)
         self.weights: ExpertWeights | None = None  # once the weights are there
         self.bias: torch.Tensor | None = None  # [E, out]
-        self.padding: tuple[int, int] | None = (
-            None  # places before and behind the inputs, where groups begin before or end behind
-        )
+        self.padding: tuple[int, int] | None = None  # where groups of inputs begin before them or end behind them
+        self._stacks: dict[str, torch.Tensor] = {}
         self._lie_together(has_values=False)
 
     def forward(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -63,7 +63,7 @@ class StackedExperts(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Of what are no parameters any more."""
-        return sum(tensor.nbytes for tensor in (*_tensors(self.weights), *_tensors(self.bias)))
+        return _num_bytes((self.weights, self.bias))
 
     def _weights(self) -> ExpertWeights:
         form, stacks = next(self.each()).format, self._stacks
@@ -88,17 +88,14 @@ class StackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StackedExperts:
         has_values = not any(parameter.is_meta for parameter in self.parameters())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._lie_together(has_values)
         return self
 
     def _lie_together(self, has_values: bool) -> None:
-        """Put each parameter of all experts into one tensor; raises ValueError where their forms differ."""
-        self._stacks: dict[str, torch.Tensor] = {}
+        """Put each parameter of all experts into one tensor."""
+        self._stacks = {}
         found = [dict(linear.named_parameters()) for linear in self.linears]
-        kinds = {tuple((name, p.shape, p.dtype) for name, p in parameters.items()) for parameters in found}
-        if len(kinds) > 1:
-            raise ValueError(_differing(list(self.each())))
         for name, first in found[0].items() if found else ():
             whole = torch.empty(len(found), *first.shape, dtype=first.dtype, device=first.device)
             for parameters, part in zip(found, whole, strict=True):
@@ -108,13 +105,31 @@ class StackedExperts(nn.Module):
             self._stacks[name] = whole
 
 
-def _tensors(weights: object) -> list[torch.Tensor]:
-    if isinstance(weights, torch.Tensor):
-        return [weights]
-    values = [] if weights is None else [getattr(weights, name) for name in weights.__dataclass_fields__]  # type: ignore[attr-defined]
-    return [value for value in values if isinstance(value, torch.Tensor)]
+def check_experts(linears: Iterable[tuple[str, Linear]]) -> None:
+    """Raises ValueError where the experts of a layer are not all stored in one form, by the names that `linears` gives."""
+    firsts: dict[tuple[str, ...], tuple[str, Any]] = {}
+    for names, linear in linears:
+        layer, is_expert, _ = names.partition(".experts.")
+        if not is_expert:
+            continue
+        form, projections = linear.format, tuple(linear.format.outputs)
+        if isinstance(form, GroupedInt4Format) and form.order is not None:
+            raise ValueError(
+                f"{names}{projections[0]}: its groups are not of neighbouring inputs (desc_act or actorder), which experts "
+                "cannot have; supported: a checkpoint without desc_act"
+            )
+        kind = type(form), [(name, tensor.shape, tensor.dtype) for name, tensor in linear.named_parameters()]
+        first, expected = firsts.setdefault((layer, *projections), (names, kind))
+        if kind != expected:
+            raise ValueError(
+                f"{first}{projections[0]} and {names}{projections[0]} are stored in different forms; supported: one form for all "
+                "experts of a layer"
+            )
 
 
-def _differing(linears: list[Linear]) -> str:
-    kinds = [type(linear.format).__name__ for linear in linears]
-    return f"{', '.join(linears[0].format.outputs)} of a layer's experts are stored in different forms ({', '.join(sorted(set(kinds)))}); supported: one form for all experts of a layer"
+def _num_bytes(held: object) -> int:
+    """Of tensors, and of what holds some."""
+    if isinstance(held, tuple):
+        return sum(map(_num_bytes, held))
+    fields = getattr(held, "__dataclass_fields__", ())
+    return held.nbytes if isinstance(held, torch.Tensor) else sum(_num_bytes(getattr(held, name)) for name in fields)

@@ -42,8 +42,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_shard: str = "5GB", **text: Any) -> Path:
-    """A random InternVL checkpoint with a `decoder` of qwen2, qwen3, qwen3_moe, llama, mistral, phi3, gpt_oss or
-    granite, saved by transformers."""
+    """A random InternVL checkpoint with a `decoder` in `_text_config`, saved by transformers."""
     from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
     tokenizer = make_tokenizer()
