@@ -107,7 +107,7 @@ class ExpertHandle:
         number, *shape = stored.get_shape()
         self._stored, self._part = stored, part
         self._shape = shape[::-1] if part.is_turned else shape
-        if number != part.experts or self._shape[0] % part.step or len(shape) != 2 and part.is_turned:
+        if number != part.experts or self._shape[0] % part.step or (len(shape) != 2 and part.is_turned):
             raise ValueError(f"{part.name}: a tensor of shape {[number, *shape]} is none of {part.experts} experts")
         self._shape[0] //= part.step
 
