@@ -21,7 +21,7 @@ from tests.rehearsal.device import DeviceTensor
 from vlserve.kernels.attention.plan import FixedDecodes, read_shape
 from vlserve.kernels.attention.reference import paged_attention_ref
 from vlserve.kernels.attention.types import AttentionMetadata
-from vlserve.kernels.gate.reference import silu_mul_ref
+from vlserve.kernels.gate.reference import clamped_swiglu_ref, silu_mul_ref
 from vlserve.kernels.group_sums.reference import group_sums_ref
 from vlserve.kernels.head.reference import head_matmul_ref, int8_matmul_ref
 from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
@@ -246,6 +246,7 @@ def _draws(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
 
 DEFINITIONS: dict[str, Callable[[Any, Any, Any, Any], Pairs]] = {
     "paged_attention_triton": _attention,
+    "clamped_swiglu_triton": lambda args, _, changed, result: [(result, clamped_swiglu_ref(args[0].double(), *args[1:]))],
     "silu_mul_triton": lambda args, _, changed, result: [
         (result, silu_mul_ref(args[0].double())),
         *_with_sums(result, changed[1] if len(changed) > 1 else None),
