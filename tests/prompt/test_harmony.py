@@ -88,7 +88,8 @@ def rendered(template: ChatTemplate, messages: list[dict[str, Any]], **options: 
 
 
 HISTORIES: list[tuple[list[dict[str, Any]], str]] = [
-    ([USER, {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}], "<|start|>assistant<|channel|>final<|message|>Yes.<|end|>"),
+    ([USER, {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}],
+     "<|start|>assistant<|channel|>final<|message|>Yes.<|end|>"),
     ([USER, {"role": "assistant", "content": None, "reasoning": "Hm.", "tool_calls": [call("1", "rain")]}],
      "<|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>" + called("rain")),
     ([USER, {"role": "assistant", "content": "", "thinking": "Hm.", "tool_calls": [call("1", "rain")]}],

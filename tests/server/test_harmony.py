@@ -94,7 +94,7 @@ def test_parameters_and_prompts_of_each_kind_of_request(tokenizer: Tokenizer, ca
     assert only_final and params.structured is not None and "tool_call" in json.dumps(params.structured.structural_tag)
     strict = TOOL | {"function": TOOL["function"] | {"strict": True}}  # type: ignore[operator]
     params, only_final = sent(tools=[strict])
-    assert not only_final and params.structured is None and "not held to their schemas" in caplog.text
+    assert not only_final and params.structured is None and "strict functions are held to their schemas" in caplog.text
 
 
 def test_calls_that_must_come(tokenizer: Tokenizer) -> None:

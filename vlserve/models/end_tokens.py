@@ -12,7 +12,6 @@ import msgspec
 from vlserve.errors import ModelError
 from vlserve.models.tokenizer_files import added_tokens
 
-
 HARMONY = ("<|return|>", "<|call|>")  # of an answer; <|end|> ends one of its messages
 
 
