@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from vlserve.kernels.experts.cpu import combine_cpu, experts_matmul_cpu, pack_experts_for_cpu, routes_cpu
+from vlserve.kernels.experts.pairs import pack_experts_for_gpu
 from vlserve.kernels.experts.reference import check_weights
 from vlserve.kernels.experts.types import (
     DenseExperts,
@@ -17,8 +18,10 @@ from vlserve.kernels.experts.types import (
     Int4Experts,
     Mxfp4Experts,
     PackedExperts,
+    PairedExperts,
     Routes,
 )
+from vlserve.kernels.with_triton import runs_triton
 
 __all__ = [
     "DenseExperts",
@@ -27,6 +30,7 @@ __all__ = [
     "Int4Experts",
     "Mxfp4Experts",
     "PackedExperts",
+    "PairedExperts",
     "Routes",
     "combine",
     "experts_matmul",
@@ -41,6 +45,8 @@ def prepare(weights: ExpertWeights) -> ExpertWeights:
     check_weights(weights)
     if isinstance(weights, Int4Experts) and not weights.codes.is_cuda:
         return pack_experts_for_cpu(weights)
+    if isinstance(weights, Int4Experts | Mxfp4Experts) and runs_triton(weights.codes):
+        return pack_experts_for_gpu(weights)
     return weights
 
 
@@ -53,9 +59,11 @@ def routes(experts: torch.Tensor, num_experts: int, first: int = 0) -> Routes:
     """
     if experts.ndim != 2 or experts.is_floating_point():
         raise ValueError(f"experts are {tuple(experts.shape)} {experts.dtype}; expected [T, S] whole numbers")
-    ours = experts.int() - first
-    ours = torch.where((ours >= 0) & (ours < num_experts), ours, num_experts)
-    return routes_cpu(ours, num_experts)
+    if runs_triton(experts):
+        from vlserve.kernels.experts.triton import routes_triton
+
+        return routes_triton(experts.int(), num_experts, first)
+    return routes_cpu(experts.int(), num_experts, first)
 
 
 def experts_matmul(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,6 +82,10 @@ def experts_matmul(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias
         raise ValueError(f"the routes are for {routes.num_experts} experts, the weights of {experts}")
     if bias is not None and bias.shape != (experts, outputs):
         raise ValueError(f"bias is {tuple(bias.shape)}, expected [{experts}, {outputs}]")
+    if runs_triton(x):
+        from vlserve.kernels.experts.triton import experts_matmul_triton
+
+        return experts_matmul_triton(x, weights, routes, bias)
     return experts_matmul_cpu(x, weights, routes, bias)
 
 
@@ -81,4 +93,8 @@ def combine(out: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine_ref`, summed in float32, in the order of the choices: out [T * S, C], weights [T, S] float32 -> [T, C]."""
     if out.ndim != 2 or weights.ndim != 2 or len(out) != weights.numel():
         raise ValueError(f"out and weights are {tuple(out.shape)} and {tuple(weights.shape)}; expected [T * S, C] and [T, S]")
+    if runs_triton(out):
+        from vlserve.kernels.experts.triton import combine_triton
+
+        return combine_triton(out, weights)
     return combine_cpu(out, weights)

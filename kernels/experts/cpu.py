@@ -20,6 +20,7 @@ from vlserve.kernels.experts.types import (
     Mxfp4Experts,
     PackedExperts,
     Routes,
+    ours,
 )
 from vlserve.kernels.int4.cpu import PlainInt4, awq_matmul_cpu, pack_for_cpu
 
@@ -27,14 +28,14 @@ BLOCK = 2**19  # weights that are spread out at once, so that they stay in the p
 WORDS = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # that hold two numbers, by the bytes of one
 
 
-def routes_cpu(experts: torch.Tensor, num_experts: int) -> Routes:
+def routes_cpu(experts: torch.Tensor, num_experts: int, first: int) -> Routes:
     """experts [T, S] as in `Routes`."""
-    flat = experts.flatten()
+    flat = ours(experts, num_experts, first).flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
     parts = order.split(counts)
     groups = tuple((expert, part) for expert, part in enumerate(parts[:num_experts]) if len(part))
-    return Routes(experts=experts, num_experts=num_experts, groups=groups)
+    return Routes(experts=experts, num_experts=num_experts, first=first, groups=groups)
 
 
 def experts_matmul_cpu(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias: torch.Tensor | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from itertools import product
 import torch
 
 from tests.kernels.attention_cases import GPT_OSS, WINDOW, attention, merge, power_of_2
+from tests.kernels.expert_cases import expert_cases
 from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.int4_pairs import launch as launching
 from vlserve.kernels.int4_pairs.launch import CARD, Launch, fitted, launches
@@ -276,6 +277,7 @@ def every_case() -> list[Case]:
         cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch), clamped(dtype, arch)]
         cases += summed(dtype, arch) if dtype in HALF else ()
     cases += [case for arch in ARCHITECTURES for case in drawing(arch)]
+    cases += expert_cases()
     shown = [
         *(attention("bf16", None, 128, n, arch) for n, arch in ((1, 80), (1, 90), (1, 100), (512, 80), (512, 90))),
         attention("bf16", None, 128, 1, 90, page=32),
