@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from vlserve.kernels.experts.cpu import combine_cpu, experts_matmul_cpu, pack_experts_for_cpu, routes_cpu
+from vlserve.kernels.experts.launch import every_size
 from vlserve.kernels.experts.pairs import pack_experts_for_gpu
 from vlserve.kernels.experts.reference import check_weights
 from vlserve.kernels.experts.types import (
@@ -34,6 +35,7 @@ __all__ = [
     "Routes",
     "combine",
     "experts_matmul",
+    "launch_all",
     "prepare",
     "routes",
 ]
@@ -48,6 +50,26 @@ def prepare(weights: ExpertWeights) -> ExpertWeights:
     if isinstance(weights, Int4Experts | Mxfp4Experts) and runs_triton(weights.codes):
         return pack_experts_for_gpu(weights)
     return weights
+
+
+def launch_all(
+    weights: ExpertWeights, *, top_k: int, dtype: torch.dtype, bias: torch.Tensor | None = None, most_tokens: int = 2**31
+) -> None:
+    """All that serving launches with these weights, with zeros, so that it has been compiled: routes, products and sums of steps
+    of up to `most_tokens`. On a GPU with Triton; elsewhere nothing.
+
+    Args:
+        top_k: S. dtype: of x. bias: [E, N], where the products are given one.
+    """
+    experts, _, inputs = weights.size
+    if isinstance(weights, PackedExperts) or not runs_triton(on := _codes(weights)):
+        return
+    for tokens in every_size(experts, top_k).values():
+        if tokens <= most_tokens:
+            chosen = torch.zeros(tokens, top_k, dtype=torch.int32, device=on.device)
+            x = torch.zeros(tokens, inputs, dtype=dtype, device=on.device)
+            out = experts_matmul(x, weights, routes(chosen, experts), bias)
+            combine(out, torch.zeros(tokens, top_k, dtype=torch.float32, device=on.device))
 
 
 def routes(experts: torch.Tensor, num_experts: int, first: int = 0) -> Routes:
@@ -87,6 +109,15 @@ def experts_matmul(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias
 
         return experts_matmul_triton(x, weights, routes, bias)
     return experts_matmul_cpu(x, weights, routes, bias)
+
+
+def _codes(weights: DenseExperts | Int4Experts | Fp8Experts | Mxfp4Experts | PairedExperts) -> torch.Tensor:
+    match weights:
+        case DenseExperts():
+            return weights.weight
+        case PairedExperts():
+            return weights.words
+    return weights.codes
 
 
 def combine(out: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from vlserve.kernels.experts.types import (
     Int4Experts,
     Mxfp4Experts,
     PackedExperts,
+    PairedExperts,
     Routes,
     ours,
 )
@@ -72,6 +73,8 @@ def multiply(x: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tens
             return awq_matmul_cpu(x, weights.packed[expert])
         case Int4Experts():
             return PlainInt4(weights.codes[expert], weights.scales[expert], weights.zeros[expert]).matmul(x)
+        case PairedExperts():
+            raise ValueError("these weights are in a GPU's order; torch's operators take them as they are stored")
     step = max(1, BLOCK // weights.size[2])
     starts = range(0, weights.size[1], step)
     return torch.cat([F.linear(x, spread_out(weights, expert, slice(start, start + step), x.dtype)) for start in starts], dim=-1)

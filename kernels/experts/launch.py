@@ -1,4 +1,4 @@
-"""How products with chosen experts are cut into programs on a GPU. Pure Python, no tensors. Letters: reference.py; R = T * S choices.
+"""How products with chosen experts are cut into programs on a GPU. Pure Python, no tensors. Letters: reference.py; R = T * S.
 
 All follows from R and E, never from which experts were chosen: so a step can be recorded, and nothing waits for the device.
 The figures come from compiled code (registers, shared memory), not from timing.
@@ -30,6 +30,14 @@ def block_rows(choices: int, experts: int) -> int:
     """Choices of a block: as many as an expert has when all are chosen alike, rounded up to a power of two."""
     each = -(-choices // experts)
     return min(MOST_ROWS, max(LEAST_ROWS, 1 << (each - 1).bit_length()))
+
+
+def every_size(experts: int, each: int) -> dict[int, int]:
+    """Tokens, as few as can be, that make blocks of every size, by that; `each`: experts that a token chooses."""
+    found: dict[int, int] = {}
+    for tokens in range(1, 2 + MOST_ROWS // 2 * experts // each):
+        found.setdefault(block_rows(tokens * each, experts), tokens)
+    return found
 
 
 def most_blocks(choices: int, experts: int, rows: int) -> int:

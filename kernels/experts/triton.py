@@ -125,12 +125,11 @@ def _e4m3(codes, TYPE: tl.constexpr):
 @triton.jit
 def _half(packed, zero, scale, x_at, there, IS_FINE: tl.constexpr, TYPE: tl.constexpr):
     """Packed [N, K/2], int16 with a code in the lower four bits, as numbers times the inputs at x_at [K/2, T]."""
+    numbers = (packed & 15) - zero
     if IS_FINE:
-        numbers = (((packed & 15) - zero).to(tl.float32) * scale).to(TYPE)
-    else:
-        numbers = ((packed & 15) - zero).to(TYPE)
+        numbers = numbers.to(tl.float32) * scale
     inputs = tl.load(x_at, mask=there[:, None], other=0.0)
-    return tl.dot(numbers, inputs, input_precision="ieee")
+    return tl.dot(numbers.to(TYPE), inputs, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_experts", "each", "num_groups"])
@@ -158,7 +157,7 @@ def _matmul(
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for start in tl.range(0, stop, BLOCK_K, num_stages=STAGES):
         group = start // GROUP if GROUP else 0
-        if KIND == DENSE or KIND == FP8:
+        if KIND != INT4:
             k = start - offset + tl.arange(0, BLOCK_K)
             there = (k >= 0) & (k < num_inputs) if KIND == FP8 else k < num_inputs
             numbers = tl.load(codes + row[:, None] * num_inputs + k[None], mask=there[None], other=0)
@@ -208,8 +207,8 @@ def routes_triton(experts: torch.Tensor, num_experts: int, first: int) -> Routes
     choices = experts.numel()
     rows = block_rows(choices, num_experts)
     num_blocks = most_blocks(choices, num_experts, rows)
-    numbers = torch.empty(choices + 3 * num_blocks, dtype=torch.int32, device=experts.device)
-    order, blocks = numbers[:choices], numbers[choices:].view(3, num_blocks)
+    order = torch.empty(choices, dtype=torch.int32, device=experts.device)
+    blocks = torch.empty(3, num_blocks, dtype=torch.int32, device=experts.device)
     with torch.cuda.device_of(experts):
         _sort[(num_experts + 1,)](
             *(experts, order, blocks, choices, num_experts, first, num_blocks),
@@ -277,6 +276,4 @@ def _stored(weights: ExpertWeights) -> tuple[tl.constexpr, torch.Tensor, torch.T
             if block & (block - 1) or 0 < block < FINEST:
                 raise ValueError(f"FP8 in blocks of {block} inputs; expected a power of two of {FINEST} or more")
             return FP8, weights.codes.view(torch.uint8), weights.scales, None, block, weights.offset if block else 0
-    raise ValueError(
-        f"{type(weights).__name__} cannot be multiplied with on a GPU; expected weights as `prepare` gives them there"
-    )
+    raise ValueError(f"a GPU multiplies with no {type(weights).__name__}; expected weights as `prepare` gives them there")

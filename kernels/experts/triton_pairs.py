@@ -1,4 +1,4 @@
-"""Products of chosen experts with 4-bit weights in pairs, of which one instruction makes two numbers. Order: int4_pairs/reference.py.
+"""Products of chosen experts with 4-bit weights in pairs, as int4_pairs/reference.py has them: two numbers an instruction.
 
 As `triton._matmul` in all else. From a code of int4 its zero point is taken before the product, in x's type, where the difference
 is exact: so no sums of x are needed. A code of MXFP4 is put at the places of bfloat16's bits, which is the number over 2^126, and
@@ -43,9 +43,7 @@ def _add_mxfp4(total, words, scale_words, x_at, k, left, TYPE: tl.constexpr):
         inputs = tl.load(x_at + 32 * plane, mask=(k + 32 * plane < left)[:, None], other=0.0)
         scale = (scale_words >> 8 * plane) & 255
         if tl.float16 == TYPE:
-            power = tl.where(scale == 0, 0x00400000, scale << 23).to(
-                tl.float32, bitcast=True
-            )  # 2^-127 is none of the normal numbers
+            power = tl.where(scale == 0, 0x00400000, scale << 23).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
             numbers = _e2m1(words, plane, 9, tl.float16) * 16384.0
             total += tl.dot(numbers, inputs) * power[:, None]
         else:

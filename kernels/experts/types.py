@@ -91,8 +91,8 @@ class PackedExperts:
 class PairedExperts:
     """4-bit weights in `int4_pairs`' order, for a GPU. N' and K' are N and K rounded up to 64 and 128; G' the groups of K'.
 
-    words: [E, N'/64, K'/128, 64, 16] int32. Of int4, scales [E, N'/64, G', 64] of 16 bits and zeros as many uint8, as `int4_pairs`
-    orders them. Of MXFP4, scales [E, N'/64, K'/128, 64] int32, the four of a row's 128 inputs in its bytes, and no zeros.
+    words: [E, N'/64, K'/128, 64, 16] int32. Of int4, scales [E, N'/64, G', 64] of 16 bits and zeros, as many, uint8, in
+    `int4_pairs`' order. Of MXFP4, scales [E, N'/64, K'/128, 64] int32, the four of a row's 128 inputs in its bytes, and no zeros.
     """
 
     words: torch.Tensor

@@ -1,4 +1,4 @@
-"""The kernels of chosen experts among the compiled ones: what their machine code may take, by types, kind of weights and block."""
+"""The kernels of chosen experts among the compiled ones: what their machine code may take, by type, kind of weights and block."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def product_case(dtype: str, kind: str, rows: int, arch: int) -> Case:
             "BLOCK_N": tile.outputs,
             "BLOCK_K": tile.inputs,
             "STAGES": tile.stages,
-        },  # fmt: skip
+        },
         multiples=("num_outputs", "num_inputs", "offset"),
         options={"num_warps": tile.warps} | ({"maxnreg": tile.registers} if tile.registers else {}),
         numbers=tile.outputs * tile.inputs,

@@ -1,4 +1,4 @@
-"""Triton's kernels for chosen experts equal their definition in float64: interpreted on the CPU, compiled where there is a GPU."""
+"""Triton's kernels for chosen experts equal their definition in float64: interpreted on a CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tests.kernels.errors import rms_ratio
 from tests.kernels.experts.weights import TOLERANCE, mxfp4, stored
 from tests.kernels.int4.weights import poisoned
 from tests.rehearsal import interpreter
-from vlserve.kernels.experts import ExpertWeights, Int4Experts, Mxfp4Experts
-from vlserve.kernels.experts.launch import most_blocks
+from vlserve.kernels import experts as experts_room
+from vlserve.kernels.experts import ExpertWeights, Int4Experts, Mxfp4Experts, PackedExperts, PairedExperts
+from vlserve.kernels.experts.launch import block_rows, every_size, most_blocks
 from vlserve.kernels.experts.pairs import pack_experts_for_gpu, unpack_experts
 from vlserve.kernels.experts.reference import combine_ref, dequantize_ref, experts_matmul_ref
 from vlserve.kernels.experts.types import ours
@@ -37,8 +38,9 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moved(weights: ExpertWeights) -> ExpertWeights:
+    assert not isinstance(weights, PackedExperts)
     there = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    return replace(weights, **{name: one.to(DEVICE) for name, one in there.items() if isinstance(one, torch.Tensor)})
+    return replace(weights, **{name: one.to(DEVICE) for name, one in there.items() if isinstance(one, torch.Tensor)})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("experts,tokens,each", [(3, 5, 2), (1, 1, 1), (7, 300, 2), (2, 40, 1), (4, 1, 4)])
@@ -176,6 +178,46 @@ def assembled(text: str, given: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ("int4, 32", "int4, 128", "int4, a row", "mxfp4"))
 def test_pairs_are_what_they_were_made_from(name: str) -> None:
     given = stored(torch.float16)[name]
-    back = unpack_experts(pack_experts_for_gpu(given))
+    assert isinstance(given, Int4Experts | Mxfp4Experts)
+    packed = pack_experts_for_gpu(given)
+    assert isinstance(packed, PairedExperts)
+    back = unpack_experts(packed)
     assert type(back) is type(given)
     assert all(torch.equal(getattr(back, field.name), getattr(given, field.name)) for field in fields(given))
+
+
+@pytest.mark.parametrize("experts,each", [(128, 8), (32, 4), (8, 8), (1, 1), (3, 2)])
+def test_every_size_of_blocks_is_warmed_up(experts: int, each: int) -> None:
+    found = every_size(experts, each)
+    assert set(found) == {block_rows(tokens * each, experts) for tokens in range(1, 3000)}
+    for rows, tokens in found.items():
+        assert block_rows(tokens * each, experts) == rows
+
+
+def test_all_is_launched_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights that say they are on a GPU: nothing that a step of any length launches is new."""
+    launched: set[tuple[Any, ...]] = set()
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def note(*args: Any, **sizes: Any) -> None:
+                launched.add((self.name, *(one.dtype for one in args if isinstance(one, torch.Tensor)), *sizes.items()))
+
+            return note
+
+    monkeypatch.setattr(experts_room, "runs_triton", lambda x: True)
+    for name in ("_sort", "_matmul", "_combine"):
+        monkeypatch.setattr(experts_triton, name, Noted(name))
+    weights = stored(torch.float16)["dense"]
+    experts_room.launch_all(weights, top_k=2, dtype=torch.float16)
+    known = set(launched)
+    assert len(known) == 3 + 3 + 1
+    for tokens in range(1, 200):
+        chosen = torch.zeros(tokens, 2, dtype=torch.int32)
+        out = experts_room.experts_matmul(torch.zeros(tokens, 72).half(), weights, experts_room.routes(chosen, 3))
+        experts_room.experts_matmul(torch.zeros(2 * tokens, 72).half(), weights, experts_room.routes(chosen, 3))
+        experts_room.combine(out, torch.zeros(tokens, 2))
+    assert launched == known
