@@ -48,9 +48,16 @@ def wanted(folders: dict[str, Path]) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("form", ("packed", "dense"))
 @pytest.mark.parametrize(
-    "options", [{}, {"tp": 2}, {"tp": 4, "replicate_kv_heads": True}, {"tp": 2, "expert_parallel": True}], ids=str
+    "form,options",
+    [
+        ("dense", {}),
+        ("packed", {}),
+        ("packed", {"tp": 2}),
+        ("packed", {"tp": 4, "replicate_kv_heads": True}),
+        ("dense", {"tp": 2, "expert_parallel": True}),
+    ],
+    ids=str,
 )
 def test_greedy_tokens_equal_transformers(
     form: str, options: dict[str, Any], folders: dict[str, Path], wanted: list[list[int]]
