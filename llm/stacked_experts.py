@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlserve.kernels.experts import experts_matmul, launch_all, prepare
-from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Routes
+from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Mxfp4Experts, Routes
 from vlserve.llm.formats import DenseFormat
 from vlserve.llm.formats_8bit import EightBitFormat, Fp8Format
 from vlserve.llm.formats_int4 import GroupedInt4Format
+from vlserve.llm.formats_mxfp4 import Mxfp4Format
 from vlserve.llm.linear import Linear
 
 FEWEST_INPUTS = 32  # of a block of FP8 that products on a GPU take, a power of two; others are converted
@@ -69,6 +70,8 @@ class StackedExperts(nn.Module):
             return DenseExperts(weight=stacks["format.weight"])
         if isinstance(form, GroupedInt4Format):
             return Int4Experts(codes=stacks["format.codes"], scales=stacks["format.scales"], zeros=stacks["format.zeros"])
+        if isinstance(form, Mxfp4Format):
+            return Mxfp4Experts(codes=stacks["format.codes"], scales=stacks["format.scales"])
         assert isinstance(form, EightBitFormat)
         codes, width = stacks["format.codes"], None if form.block is None else form.block[1]
         is_taken = width is None or (width >= FEWEST_INPUTS and width & (width - 1) == 0)

@@ -19,7 +19,6 @@ from vlserve.llm.kv_cache import block_bytes
 from vlserve.prompt.build import Prompt
 
 SAMPLING = SamplingParams(logprobs=2)
-EXPERTS = {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9}
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 30)) -> Image.Image:
@@ -38,8 +37,8 @@ def folder(checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(params=("an MLP", "experts"))
 def any_folder(request: pytest.FixtureRequest, folder: Path, checkpoint: Callable[..., Path]) -> Path:
-    """Also a mixture of experts with a window."""
-    return folder if request.param == "an MLP" else checkpoint("qwen3_moe", **EXPERTS)
+    """Also a mixture of experts with sinks, and a window in every other layer."""
+    return folder if request.param == "an MLP" else checkpoint("gpt_oss")
 
 
 def test_chunked_equals_whole_whatever_the_chunk_size(any_folder: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from tests.kernels.attention_cases import WINDOW, attention, merge, power_of_2
+from tests.kernels.attention_cases import GPT_OSS, WINDOW, attention, merge, power_of_2
 from tests.kernels.expert_cases import expert_cases
 from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.int4_pairs import launch as launching
@@ -180,6 +180,20 @@ def silu_mul(dtype: str, arch: int, *, groups: int = 0) -> Case:
     )
 
 
+def clamped(dtype: str, arch: int) -> Case:
+    return Case(
+        name="clamped swiglu",
+        dtype=dtype,
+        setting="width 2880",
+        module="vlserve.kernels.gate.triton",
+        kernel="_clamped_kernel",
+        architecture=arch,
+        types=(f"*{dtype}", f"*{dtype}", "fp32", "fp32"),
+        constants={"WIDTH": 2880, "BLOCK": 1024},
+        in_suite=dtype == "bf16" and arch == 80,
+    )
+
+
 def drawing(arch: int) -> Iterator[Case]:
     """Top-k and top-p, and the race; logits' rows are aligned to 4 bytes only, so nothing is read by 16."""
     i32, given = "i32", ("*fp32", "*i64", "*fp64")
@@ -252,11 +266,15 @@ def every_case() -> list[Case]:
             cases += [attention(dtype, codes, 128, n, arch, group=group) for n, group, codes in groups]
             cases += [attention(dtype, codes, 128, n, arch, window=WINDOW) for n, codes in product((1, 512), (None, "int8"))]
             cases += [merge(dtype, 128, arch, window=WINDOW)]
+            cases += [merge(dtype, 64, arch, window=window, sinks=True) for window in (0, 128)]
+        if dtype in HALF:
+            kinds_and_windows = product((1, 512), kinds, (0, 128))
+            cases += [attention(dtype, codes, 64, n, arch, window=window, **GPT_OSS) for n, codes, window in kinds_and_windows]
         cases += [merge(dtype, 128, arch)]
         cases += [rotary_store(dtype, codes, has_norms, arch) for codes, has_norms in product(kinds, (False, True))]
         cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), widths)]
         cases += [norm(kind, dtype, 1024, arch) for kind in ("layer_norm", "add_scaled_layer_norm")]
-        cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch)]
+        cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch), clamped(dtype, arch)]
         cases += summed(dtype, arch) if dtype in HALF else ()
     cases += [case for arch in ARCHITECTURES for case in drawing(arch)]
     cases += expert_cases()
@@ -266,5 +284,6 @@ def every_case() -> list[Case]:
         *(attention("bf16", codes, 128, n, arch) for codes, n, arch in (("int8", 1, 80), ("e4m3", 1, 90), ("int8", 512, 80))),
         attention("fp16", None, 80, 1, 80),
         *(attention("bf16", None, 128, n, 90, window=WINDOW) for n in (1, 512)),
+        *(attention("bf16", None, 64, n, 90, window=128, **GPT_OSS) for n in (1, 512)),
     ]
     return [replace(case, in_suite=True) if case in shown else case for case in cases]

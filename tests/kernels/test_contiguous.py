@@ -34,11 +34,11 @@ HEADS = torch.zeros(2, 2, 64)
 DRAW = Draw(row=0, temperature=1.0, seed=1, number=1)
 
 
-def attention(keys: torch.Tensor) -> None:
+def attention(keys: torch.Tensor, sinks: torch.Tensor | None = None) -> None:
     plan = plan_attention(
         query_lens=(1, 1), context_lens=(1, 1), block_tables=torch.tensor([[0], [1]]), slots=SLOTS, block_size=16
     )
-    paged_attention_triton(HEADS, keys, CACHE, plan, 1.0)
+    paged_attention_triton(HEADS, keys, CACHE, plan, 1.0, sinks=sinks)
 
 
 def rotary(cache: torch.Tensor, slots: torch.Tensor, norm: torch.Tensor) -> None:
@@ -75,6 +75,7 @@ def product() -> None:
         ("bias", lambda: experts(DenseExperts(weight=X[None]), torch.ones(1, 4, dtype=torch.float16)[:, ::2])),
         ("scales", lambda: experts(paired())),
         ("keys", lambda: attention(APART)),
+        ("sinks", lambda: attention(CACHE, torch.zeros(4)[::2])),
         ("values", lambda: rotary(APART, SLOTS, torch.ones(64))),
         ("slots", lambda: rotary(CACHE, torch.arange(4)[::2], torch.ones(64))),
         ("q_norm", lambda: rotary(CACHE, SLOTS, torch.ones(128)[::2])),

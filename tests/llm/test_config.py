@@ -44,7 +44,7 @@ def test_rope_in_both_spellings() -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: internlm2, internlm3, llama"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: gpt_oss, internlm2, internlm3"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, and layer_types has sliding_attention"),
         ({"layer_types": ["sliding_attention"] * BASE["num_hidden_layers"]}, "sliding_window is None"),
         ({"model_type": "mistral", "sliding_window": True}, "sliding_window is True"),

@@ -24,7 +24,7 @@ from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.experts.pairs import unpack_experts
 from vlserve.kernels.experts.reference import combine_ref, experts_matmul_ref
 from vlserve.kernels.experts.types import PairedExperts, ours
-from vlserve.kernels.gate.reference import silu_mul_ref
+from vlserve.kernels.gate.reference import clamped_swiglu_ref, silu_mul_ref
 from vlserve.kernels.group_sums.reference import group_sums_ref
 from vlserve.kernels.head.reference import head_matmul_ref, int8_matmul_ref
 from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
@@ -186,8 +186,8 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 def _attention(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
     query, keys, values, metadata, scale = args
     assert isinstance(metadata, AttentionMetadata)
-    window = kwargs.get("window")
-    return [(result, paged_attention_ref(query.double(), keys, values, metadata, scale, window=window))]
+    options = {name: kwargs.get(name) for name in ("window", "sinks")}
+    return [(result, paged_attention_ref(query.double(), keys, values, metadata, scale, **options))]
 
 
 def _with_sums(result: torch.Tensor, sums: torch.Tensor | None) -> Pairs:
@@ -260,6 +260,7 @@ def _draws(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
 
 DEFINITIONS: dict[str, Callable[[Any, Any, Any, Any], Pairs]] = {
     "paged_attention_triton": _attention,
+    "clamped_swiglu_triton": lambda args, _, changed, result: [(result, clamped_swiglu_ref(args[0].double(), *args[1:]))],
     "silu_mul_triton": lambda args, _, changed, result: [
         (result, silu_mul_ref(args[0].double())),
         *_with_sums(result, changed[1] if len(changed) > 1 else None),
