@@ -19,7 +19,7 @@ from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.process_group import DistributedGroup
 from vlserve.engine.rank_status import RankStatusWriter
 from vlserve.engine.runner import Runner
-from vlserve.models.checkpoint import read_checkpoint
+from vlserve.models.checkpoint import find_checkpoint
 
 
 class SharedPixels(PixelStore):
@@ -66,7 +66,7 @@ def tp_engine(folder: Path, tp: int, *, seated: Seated | None = None, **options:
     def follow(rank: int) -> None:
         try:
             with at_rank(rank) as seat:
-                runner = runners[rank] = build_runner(read_checkpoint(folder), config, seat, lambda name, done, total: None)
+                runner = runners[rank] = build_runner(find_checkpoint(config), config, seat, lambda name, done, total: None)
                 while runner.follow():
                     pass
         except BaseException as error:

@@ -116,7 +116,8 @@ def vision_bytes(shape: ModelShape, config: Mapping[str, Any], itemsize: int) ->
             reason = f"{shape.counted.origin} cannot build it: {type(error).__name__}: {error}"
             shape = replace(shape, reasons=(*shape.reasons, reason))
     if shape.encoder is None:
-        return 0, replace(shape, notes=(*shape.notes, "the vision encoder's weights are not counted"))
+        notes = ("the vision encoder's weights are not counted",) if shape.image_tokens or shape.preprocessor is None else ()
+        return 0, replace(shape, notes=shape.notes + notes)
     return internvit_bytes(shape.encoder, shape.decoder.hidden_size, itemsize), shape
 
 

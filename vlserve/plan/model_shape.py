@@ -84,7 +84,7 @@ class Request:
     tiles_per_image: int | None = None  # thumbnail included; None: of the largest picture that the model cuts
 
 
-def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
+def read_model_shape(config: Mapping[str, Any], *, language_model_only: bool = False) -> ModelShape:
     """Read a whole config.json; raises ModelError naming the size that is missing or wrong."""
     from vlserve.models.registry import find_architecture  # entry points; the command line's flags need none of it
 
@@ -94,7 +94,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     preprocessor: Preprocessor | None = None
     unknown, faulty = tuple[str, ...](), tuple[str, ...]()
     try:
-        architecture = find_architecture(config)
+        architecture = find_architecture(config, language_model_only=language_model_only)
         preprocessor = architecture.preprocessor(config, {})
     except ModelError as error:
         unknown = (str(error),)
@@ -109,11 +109,12 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         notes.append(f"the decoder's linear layers are counted as {decoder.quantisation}")
         if decoder.quantisation.kind == FP8:
             notes.append("on the CPU, FP8 weights are converted to dtype when they are loaded and take its bytes")
-    is_counted = architecture is not None and architecture.encoder is None
-    encoder = _read_encoder(config, architecture)
-    if encoder is None and not (preprocessor is not None and preprocessor.most_features() == 0):
+    sees = preprocessor is None or preprocessor.most_features() > 0
+    is_counted = sees and architecture is not None and architecture.encoder is None
+    encoder = _read_encoder(config, architecture) if sees else None
+    if sees and encoder is None:
         notes.append("config.json does not tell the vision encoder's sizes: its activations are not counted")
-    elif architecture is None and model_type != "internvl_chat":
+    elif sees and architecture is None and model_type != "internvl_chat":
         notes.append("the vision encoder and its projector are counted as InternVL's, from vision_config's sizes")
     return ModelShape(
         decoder=decoder,

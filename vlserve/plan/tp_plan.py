@@ -112,6 +112,7 @@ def make_plan(
     block_size: int = DEFAULTS.block_size,
     enforce_eager: bool = DEFAULTS.enforce_eager,
     vision_cache_gib: float = DEFAULTS.vision_cache_gib,
+    language_model_only: bool = DEFAULTS.language_model_only,
     request: Request = ONE_PICTURE,
 ) -> Plan:
     """Plan for `tp` ranks, or for every degree that works.
@@ -137,6 +138,7 @@ def make_plan(
         block_size=block_size,
         enforce_eager=enforce_eager,
         vision_cache_gib=vision_cache_gib,
+        language_model_only=language_model_only,
         gpu_memory_utilization=gpu_memory_utilization,
     )
     if tp is not None:
@@ -163,7 +165,7 @@ class _Planner:
     ) -> None:
         self.source, self.options, self.device_memory, self.replicate = source, options, device_memory, replicate
         config, refused = _settled(given, stored)
-        self.shape = read_model_shape(config)
+        self.shape = read_model_shape(config, language_model_only=options.language_model_only)
         self.shape = replace(self.shape, reasons=self.shape.reasons + refused + faults)
         if options.dtype == "auto" and config.get("dtype") is None:
             note = "config.json states no dtype, and no weights are beside it: counted in float32; --dtype says another one"
