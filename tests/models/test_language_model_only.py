@@ -75,8 +75,9 @@ def test_texts_are_answered_as_with_the_tower(whole: Path, tmp_path: Path) -> No
         read_checkpoint(folder)
 
 
-def test_pictures_are_refused_by_name_and_prompts_are_the_same(whole: Path) -> None:
+def test_pictures_are_refused_by_name_and_prompts_are_the_same(checkpoint: Make, tmp_path: Path) -> None:
     picture = Image.new("RGB", (30, 30))
+    whole = make_original(checkpoint("qwen3", num_hidden_layers=2), tmp_path / "original")
     with VLPipeline(str(whole), device="cpu", dtype="float32", kv_cache_gib=0.01, **ALONE) as pipe:
         with pytest.raises(RequestError, match="this model takes no pictures"):
             pipe(("What?", picture))
