@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import compatibility
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Engine, Seat, build_runner
 from vlserve.engine.pixel_store import PixelStore
@@ -78,6 +79,7 @@ def tp_engine(folder: Path, tp: int, *, seated: Seated | None = None, **options:
         thread.start()
     with at_rank(0) as first:
         engine = Engine(config, seat=first)
+        compatibility.made(engine, config)
         runners[0] = engine.runner
         while any(runner is None for runner in runners) and not errors:  # they warmed up together, so they are as good as built
             time.sleep(0.001)
