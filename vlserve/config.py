@@ -44,6 +44,9 @@ class EngineConfig:
     replicate_kv_heads: bool = _option(
         False, "allow a tp above the number of KV heads, of which ranks then keep copies, where it is a multiple"
     )
+    expert_parallel: bool = _option(
+        False, "of a mixture of experts, give each rank some experts whole; without it each has a part of every expert"
+    )
     language_model_only: bool = _option(
         False, "serve a vision model's language model alone: its encoder is neither built nor read, and pictures are refused"
     )
@@ -108,7 +111,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of 1 or more")
         if self.lm_head_bits not in LM_HEAD_BITS:
             raise ConfigError(f"lm_head_bits is {self.lm_head_bits!r}; expected {' or '.join(map(str, LM_HEAD_BITS))}")
-        for name in ("replicate_kv_heads", "language_model_only", "enforce_eager", "overlap", "prefix_caching"):
+        for name in ("replicate_kv_heads", "expert_parallel", "language_model_only", "enforce_eager", "overlap", "prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false")
         self._check_machines()
