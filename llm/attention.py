@@ -12,6 +12,7 @@ from vlserve.kernels.attention.types import AttentionMetadata
 from vlserve.kernels.kv_cache.types import Blocks
 from vlserve.kernels.rotary import rotary_store
 from vlserve.llm.config import DecoderConfig
+from vlserve.llm.formats import Slot
 from vlserve.llm.kv_cache import KeysAndValues
 from vlserve.llm.layer import Mixer
 from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
@@ -39,6 +40,8 @@ class Attention(Mixer):
         self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
         self.q_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.empty(config.head_dim), requires_grad=False) if config.qk_norm else None
+        self.heads, self.num_heads = split.query_heads(config.num_attention_heads, 1), config.num_attention_heads
+        self.sinks = nn.Parameter(torch.empty(self.heads.size), requires_grad=False) if config.attention_sinks else None
 
     def forward(
         self,
@@ -54,7 +57,7 @@ class Attention(Mixer):
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         keys, values = cache
         query = rotary_store(query, key, value, cos_sin, (keys, values), metadata.slots, norms, self.eps)
-        out = paged_attention(query, keys, values, metadata, self.scale, window=self.window)
+        out = paged_attention(query, keys, values, metadata, self.scale, window=self.window, sinks=self.sinks)
         return self.o_proj(out.flatten(1))
 
     def empty_sums(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -64,7 +67,14 @@ class Attention(Mixer):
         yield "self_attn.", self.qkv_proj
         yield "self_attn.", self.o_proj
 
-    def others(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def others(self) -> Iterator[tuple[str, torch.Tensor | Slot]]:
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             if norm is not None:
                 yield f"self_attn.{name}.weight", norm.data
+        if self.sinks is not None:
+            yield "self_attn.sinks", Slot(self.sinks.data, (self.num_heads,), {0: self.heads})
+
+    def finish(self) -> None:
+        super().finish()
+        if self.sinks is not None:
+            self.sinks.data = self.sinks.data.float()  # as scores are

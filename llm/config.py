@@ -10,6 +10,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as tra
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedSwiGLU:
+    """GPT-OSS's gate: (up + 1) * gate * sigmoid(alpha * gate), of a gate of at most `limit` and an up within it on both sides."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsConfig:
     """Mixtures of experts that some layers have for their MLP: a router gives each token `top_k` experts, and each of these a
     weight."""
@@ -21,7 +29,8 @@ class ExpertsConfig:
     norm_topk_prob: bool  # a token's weights are softmax over its own experts, and not over all
     router_bias: bool = False
     bias: bool = False  # of each expert's projections
-    activation: str = "silu"
+    gate: ClampedSwiGLU | None = None  # None: silu(gate) * up
+    unit: int = 1  # of the width: ranks share whole ones, as inputs that share a scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,7 @@ class DecoderConfig:
     layer_types: tuple[str, ...]  # a kind for each layer
     experts: ExpertsConfig | None = None
     sliding_window: int | None = None  # tokens that a layer with a window sees
+    attention_sinks: bool = False  # a learned score a head, beside those of a token's context
     mrope_axes: tuple[int, ...] = ()  # of each frequency: the axis of positions that it turns by; () for one axis
     deep_layers: tuple[int, ...] = ()  # after which the second, third, ... level of a picture's features is added
 

@@ -10,11 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vlserve.llm.config import FULL, SLIDING, DecoderConfig, ExpertsConfig
+from vlserve.llm.config import FULL, SLIDING, ClampedSwiGLU, DecoderConfig, ExpertsConfig
 from vlserve.llm.read_rope import read_number, read_rope
 
 Text = Mapping[str, Any]
 MISTRALS_WINDOW = 4096  # where its config does not say
+MXFP4_GROUP = 32  # inputs that share a scale, as kernels/experts/types.py has it, whose package needs torch
+GPT_OSS_ROPE = {  # where its config does not say
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 OF_THE_TEXT = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")  # without effect beside text_config
 NULLS = ("num_key_value_heads", "sliding_window")  # null has a meaning: as many as query heads; no window
 # what transformers' config classes take where a config.json says nothing
@@ -29,6 +38,24 @@ _QWEN = {
 }
 _LLAMA = _QWEN | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gpt_oss": {
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "attention_bias": True,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
     "internlm2": _LLAMA | {"vocab_size": 103168},
     "internlm3": _LLAMA | {"vocab_size": 128512, "max_position_embeddings": 32768},
     "llama": _LLAMA,
@@ -83,6 +110,8 @@ def with_defaults(text: Text) -> dict[str, Any]:
     given = {key: value for key, value in text.items() if value is not None or key in NULLS}
     if text.get("model_type") == "qwen3_moe" and "num_local_experts" in given:  # as transformers 5 writes it
         given.setdefault("num_experts", given["num_local_experts"])
+    if text.get("model_type") == "gpt_oss" and not given.get("rope_scaling") and not given.get("rope_parameters"):
+        given["rope_scaling"] = GPT_OSS_ROPE
     return dict(DEFAULTS.get(str(text.get("model_type")), {})) | given
 
 
@@ -152,6 +181,34 @@ def read_qwen3_moe(text: Text) -> DecoderConfig:
     return replace(read_llama(text), mlp_bias=False, qk_norm=True, experts=_qwen_experts(text), **layers)
 
 
+def read_gpt_oss(text: Text) -> DecoderConfig:
+    """Sinks in all layers, a window in every other one, experts with biases in all; a rank's part of an expert is in whole
+    groups of MXFP4. Source: modeling_gpt_oss.py of transformers."""
+    number, experts, top_k = (_integer(text, key) for key in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok"))
+    if top_k > experts:
+        raise ValueError(f"text_config.num_experts_per_tok {top_k} is more than num_local_experts {experts}")
+    kinds = text.get("layer_types")
+    given = [FULL if layer % 2 else SLIDING for layer in range(number)] if kinds is None else kinds
+    gate = ClampedSwiGLU(alpha=read_number(text, "swiglu_alpha"), limit=read_number(text, "swiglu_limit"))
+    return replace(
+        read_llama(text),
+        mlp_bias=False,
+        attention_sinks=True,
+        experts=ExpertsConfig(
+            layers=tuple(range(number)),
+            num_experts=experts,
+            top_k=top_k,
+            width=_integer(text, "intermediate_size"),
+            norm_topk_prob=True,
+            router_bias=True,
+            bias=True,
+            gate=gate,
+            unit=MXFP4_GROUP,
+        ),
+        **_layers(text, given=given, window=text.get("sliding_window"), first=0),
+    )
+
+
 def read_internlm2(text: Text) -> DecoderConfig:
     """One switch for the biases of attention, none in the MLP."""
     bias = bool(text.get("bias", True))
@@ -172,6 +229,7 @@ def read_phi3(text: Text) -> DecoderConfig:
 
 
 READERS: Mapping[str, Callable[[Text], DecoderConfig]] = {
+    "gpt_oss": read_gpt_oss,
     "internlm2": read_internlm2,
     "internlm3": read_internlm3,
     "llama": read_llama,

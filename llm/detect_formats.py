@@ -16,20 +16,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vlserve.llm import formats_mxfp4
 from vlserve.llm.decoder import LAYERS, Decoder
 from vlserve.llm.formats import Format, ReadSlot, Slot
 from vlserve.llm.formats_8bit import WEIGHT, EightBitFormat, Fp8Format, Int8Format
 from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
+from vlserve.llm.formats_mxfp4 import Mxfp4Format
 from vlserve.llm.int4_packing import AWQ, COMPRESSED, GPTQ, Layout, input_order
 from vlserve.llm.linear import Linear
-from vlserve.llm.quantisation import FP8, INT4, INT8, Quantisation
+from vlserve.llm.quantisation import FP8, INT4, INT8, MXFP4, Quantisation
 from vlserve.llm.stacked_experts import check_experts
 from vlserve.llm.stored_files import checkpoint_files
 from vlserve.llm.stored_names import expanded
 from vlserve.llm.tensor_parallel import Span
 from vlserve.llm.weights import Rename
 
-PACKED = (GPTQ.codes.name, COMPRESSED.codes.name)
+PACKED = (GPTQ.codes.name, COMPRESSED.codes.name, formats_mxfp4.BLOCKS)
 DENSE = ("F32", "BF16", "F16")
 SCALES = ("weight_scale", "weight_scale_inv")
 EIGHT_BITS = {"F8_E4M3": FP8, "I8": INT8}
@@ -110,11 +112,15 @@ class Finder:
         given = self._settings(kind)
         for name in self.outputs:
             given.check_inputs(self.linear.format.in_features, self.prefix + name)
-        self.linear.format = self._int4(given) if kind == INT4 else self._eight_bits(kind, given)
+        self.linear.format = (
+            self._int4(given) if kind == INT4 else self._mxfp4() if kind == MXFP4 else self._eight_bits(kind, given)
+        )
         self.linear.others = dict(self._others())
 
     def _kind(self, name: str) -> str | None:
-        """INT4, FP8, INT8, or None for a dense projection, or one that is missing."""
+        """INT4, FP8, INT8, MXFP4, or None for a dense projection, or one that is missing."""
+        if f"{self.prefix}{name}.{formats_mxfp4.BLOCKS}" in self.tensors:
+            return MXFP4
         if any(f"{self.prefix}{name}.{packed}" in self.tensors for packed in PACKED):
             return INT4
         weight = self.tensors.get(f"{self.prefix}{name}.{WEIGHT}")
@@ -158,6 +164,16 @@ class Finder:
         )
         with torch.device("meta"):
             return GroupedInt4Format(old.in_span, old.in_features, old.outputs, form, self.dtype)
+
+    def _mxfp4(self) -> Format:
+        old = self.linear.format
+        with torch.device("meta"):
+            made = Mxfp4Format(old.in_span, old.in_features, old.outputs)
+        for name, slot in made.targets(self.prefix):
+            found = self.tensors.get(name)
+            if found is None or found.code != "U8" or found.shape != slot.full:
+                raise ValueError(f"{name} is {found or 'missing'}; MXFP4 needs U8 {list(slot.full)}")
+        return made
 
     def _check_tensors(self, name: str, layout: Layout, shapes: dict[str, tuple[int, ...]], given: Quantisation) -> None:
         for key, shape in shapes.items():

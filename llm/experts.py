@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.kernels.gate import silu_mul
+from vlserve.kernels.experts import combine, routes
+from vlserve.kernels.gate import clamped_swiglu, silu_mul
 from vlserve.llm.config import DecoderConfig, ExpertsConfig
-from vlserve.llm.experts_stand_in import combine, routes
 from vlserve.llm.layer import FeedForward
 from vlserve.llm.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from vlserve.llm.stacked_experts import StackedExperts
@@ -28,7 +28,7 @@ class Experts(FeedForward):
         assert config.experts is not None, "only layers of the config's `experts.layers` have experts"
         given, hidden = config.experts, config.hidden_size
         self.config, self.split, self.span = given, split, split.experts(given.num_experts)
-        span = split.expert_width(given.width)
+        span = split.expert_width(given.width, given.unit)
         self.router = nn.Parameter(torch.empty(given.num_experts, hidden), requires_grad=False)
         self.router_bias = nn.Parameter(torch.empty(given.num_experts), requires_grad=False) if given.router_bias else None
         self.gate_up = StackedExperts([_gate_up(given, hidden, span) for _ in range(self.span.size)])
@@ -45,7 +45,8 @@ class Experts(FeedForward):
 
     def activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T*S, 2F] -> [T*S, F]."""
-        return silu_mul(gate_up)
+        gate = self.config.gate
+        return silu_mul(gate_up) if gate is None else clamped_swiglu(gate_up, gate.alpha, gate.limit)
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """While the weights come; afterwards there are none."""

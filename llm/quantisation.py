@@ -6,19 +6,21 @@ Raises ValueError with the key, the value found and what is supported.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-INT4, FP8, INT8 = "int4", "fp8", "int8"
+INT4, FP8, INT8, MXFP4 = "int4", "fp8", "int8", "mxfp4"
 SECTIONS = ("", "text_config", "llm_config")  # of config.json
 FILES = ("quantize_config.json", "quant_config.json")  # what AutoGPTQ and the first AWQ wrote beside config.json
 SUPPORTED = (
     "awq (4 bits, gemm or gemv), gptq (4 bits), compressed-tensors (pack-quantized with 4 bits, float-quantized FP8 E4M3, "
-    "int-quantized with 8 bits), fp8 and fbgemm_fp8 (E4M3)"
+    "int-quantized with 8 bits), fp8 and fbgemm_fp8 (E4M3), mxfp4 (of experts)"
 )
+MXFP4_GROUP = 32  # inputs that share a scale
 SMALLEST_GROUP = 16  # inputs that share a scale; what the kernels take
 
 
@@ -28,7 +30,7 @@ class Quantisation:
 
     where: str  # for messages
     method: str
-    kind: str  # INT4, FP8 or INT8
+    kind: str  # INT4, FP8, INT8 or MXFP4
     group_size: int | None = None  # INT4: inputs that share a scale; None: all of a row
     block: tuple[int, int] | None = None  # FP8: (outputs, inputs) that share a scale; None: rows or all
     version: str = ""  # AutoAWQ's gemm or gemv, GPTQ's checkpoint_format
@@ -51,12 +53,16 @@ class Quantisation:
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer `name`, as in `model.layers.0.mlp.up_proj`, is quantised as far as the config tells."""
+        if self.kind == MXFP4 and ".mlp." not in name:
+            return False
         return not any(_matches(pattern, name) for pattern in self.ignored)
 
     def linear_bytes(self, outputs: int, inputs: int, itemsize: int) -> int:
         """Of a rank's part of a linear layer with codes and scales; `itemsize`: bytes of a number to compute with."""
         if not inputs:  # of an expert that there is not
             return 0
+        if self.kind == MXFP4:
+            return outputs * -(-inputs // MXFP4_GROUP) * (MXFP4_GROUP // 2 + 1)
         if self.kind == INT4:
             size, group = grouped(inputs, self.group_size)
             order = 4 * inputs * self.reordered
@@ -108,6 +114,7 @@ def _read(given: Any, where: str) -> Quantisation:
         raise ValueError(f"{where} is {given!r}; expected an object with quant_method; supported: {SUPPORTED}")
     method = given.get("quant_method") or ("awq" if "w_bit" in given or given.get("version") else "gptq")
     readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "fp8": _fp8, "fbgemm_fp8": _fp8}
+    readers["mxfp4"] = _mxfp4
     if not isinstance(method, str) or method.lower() not in readers:
         raise ValueError(f"{where}.quant_method {method!r} is not supported; supported: {SUPPORTED}")
     try:
@@ -166,6 +173,12 @@ def _fp8(given: Mapping[str, Any], where: str) -> Quantisation:
         symmetric=True,
         ignored=tuple(name for key in names for name in _names(given, where, key)),
     )
+
+
+def _mxfp4(given: Mapping[str, Any], where: str) -> Quantisation:
+    """Of experts alone; names of what is not converted have `*` in them. `dequantize` is transformers' way to read it."""
+    ignored = tuple("re:" + fnmatch.translate(name + "*") for name in _names(given, where, "modules_to_not_convert"))
+    return Quantisation(where=where, method="mxfp4", kind=MXFP4, symmetric=True, ignored=ignored)
 
 
 def _compressed(given: Mapping[str, Any], where: str) -> Quantisation:

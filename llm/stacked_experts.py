@@ -13,10 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.llm.experts_stand_in import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Routes, experts_matmul
+from vlserve.kernels.experts import (
+    DenseExperts,
+    ExpertWeights,
+    Fp8Experts,
+    Int4Experts,
+    Mxfp4Experts,
+    Routes,
+    experts_matmul,
+    prepare,
+)
 from vlserve.llm.formats import DenseFormat
 from vlserve.llm.formats_8bit import EightBitFormat, Fp8Format
 from vlserve.llm.formats_int4 import GroupedInt4Format
+from vlserve.llm.formats_mxfp4 import Mxfp4Format
 from vlserve.llm.linear import Linear
 
 
@@ -45,7 +55,7 @@ class StackedExperts(nn.Module):
     def finish(self) -> None:
         """Called once, when all weights are there and before the first use."""
         form = next(self.each()).format
-        self.weights, self.bias = self._weights(), self._stacks.get("bias")
+        self.weights, self.bias = prepare(self._weights()), self._stacks.get("bias")
         if isinstance(form, GroupedInt4Format) and form.size != form.in_span.size:
             self.padding = form.front, form.size - form.front - form.in_span.size
         self.linears, self._stacks = nn.ModuleList(), {}
@@ -61,6 +71,8 @@ class StackedExperts(nn.Module):
             return DenseExperts(weight=stacks["format.weight"])
         if isinstance(form, GroupedInt4Format):
             return Int4Experts(codes=stacks["format.codes"], scales=stacks["format.scales"], zeros=stacks["format.zeros"])
+        if isinstance(form, Mxfp4Format):
+            return Mxfp4Experts(codes=stacks["format.codes"], scales=stacks["format.scales"])
         assert isinstance(form, EightBitFormat)
         codes = stacks["format.codes"]
         if isinstance(form, Fp8Format) and codes.device.type != "cpu":

@@ -29,8 +29,27 @@ class Part:
     ranges: Ranges
     total: int
 
+    def of(self, stored: Any) -> Any:
+        return PartHandle(stored, self)
 
-Renamed = str | Sequence[Part] | None
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """What of a stored tensor [experts, ...] is `name`: that of one expert of `experts`. Dimension 1 is the outputs, or the last one
+    where it `is_turned`; of these every `step`th from `first` on."""
+
+    name: str
+    expert: int
+    experts: int
+    first: int = 0
+    step: int = 1
+    is_turned: bool = False  # [inputs, outputs], as [outputs, inputs] then
+
+    def of(self, stored: Any) -> Any:
+        return ExpertHandle(stored, self)
+
+
+Renamed = str | Sequence[Part | ExpertPart] | None
 
 
 class PartHandle:
@@ -81,13 +100,40 @@ class PartHandle:
         return [piece if dim == self._dim else span for dim, span in enumerate(spans)]
 
 
+class ExpertHandle:
+    """As PartHandle, of an expert's part."""
+
+    def __init__(self, stored: Any, part: ExpertPart) -> None:
+        number, *shape = stored.get_shape()
+        self._stored, self._part = stored, part
+        self._shape = shape[::-1] if part.is_turned else shape
+        if number != part.experts or self._shape[0] % part.step or len(shape) != 2 and part.is_turned:
+            raise ValueError(f"{part.name}: a tensor of shape {[number, *shape]} is none of {part.experts} experts")
+        self._shape[0] //= part.step
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        return str(self._stored.get_dtype())
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        given = [one for one in (index if isinstance(index, tuple) else (index,)) if one is not ...]
+        part, spans = self._part, [*given, *[slice(None)] * (len(self._shape) - len(given))]
+        start, stop, _ = spans[0].indices(self._shape[0])
+        outputs = slice(start * part.step, max(start, stop) * part.step)
+        spans = [spans[1], outputs] if part.is_turned else [outputs, *spans[1:]]
+        read = self._stored[(slice(part.expert, part.expert + 1), *spans)][0]
+        return (read.T if part.is_turned else read)[part.first :: part.step]
+
+
 def expanded(renamed: Renamed, stored: Any) -> Iterator[tuple[str, Any]]:
     """(name, handle) of what a stored tensor is; nothing where it is passed over."""
     if isinstance(renamed, str):
         yield renamed, stored
     elif renamed is not None:
         for part in renamed:
-            yield part.name, PartHandle(stored, part)
+            yield part.name, part.of(stored)
 
 
 def own_names(config: DecoderConfig) -> Callable[[str], Renamed]:
@@ -168,4 +214,21 @@ def _apart(head: int, dim: int, turned: int) -> Ranges:
     return first, third, second, fourth
 
 
-NAMES: Mapping[str, Callable[[str, DecoderConfig], Renamed]] = {"internlm2": _internlm2, "phi3": _phi3}
+def _gpt_oss(name: str, config: DecoderConfig) -> Renamed:
+    """An expert's gate and up are interleaved, and all experts of a layer are one tensor: in MXFP4 `_blocks` and `_scales`, with
+    outputs before inputs; otherwise with inputs before outputs. Source: GPT-OSS of transformers."""
+    assert config.experts is not None
+    name, number = name.replace(".mlp.router.", ".mlp.gate."), config.experts.num_experts
+    match = re.fullmatch(r"(.+\.mlp\.experts\.)(gate_up|down)_proj(_blocks|_scales|_bias|)", name)
+    if match is None:
+        return name
+    kind = {"_blocks": "mxfp4_blocks", "_scales": "mxfp4_scales", "_bias": "bias", "": "weight"}[match[3]]
+    places = {"gate_proj": 0, "up_proj": 1} if match[2] == "gate_up" else {"down_proj": 0}
+    return [
+        ExpertPart(f"{match[1]}{expert}.{projection}.{kind}", expert, number, first, len(places), kind == "weight")
+        for expert in range(number)
+        for projection, first in places.items()
+    ]
+
+
+NAMES: Mapping[str, Callable[[str, DecoderConfig], Renamed]] = {"gpt_oss": _gpt_oss, "internlm2": _internlm2, "phi3": _phi3}

@@ -67,9 +67,9 @@ class Split:
     def whole(self, size: int) -> Span:
         return Span(0, size, size)
 
-    def padded(self, size: int) -> Span:
-        """An equal share for every rank, the last ones with zeros where `size` does not divide."""
-        share = -(-size // self.group.size)
+    def padded(self, size: int, unit: int = 1) -> Span:
+        """An equal share of whole units for every rank, the last ones with zeros where `size` does not divide."""
+        share = -(-size // (unit * self.group.size)) * unit
         start = min(self.group.rank * share, size)
         return Span(start, min(start + share, size), share)
 
@@ -83,9 +83,9 @@ class Split:
         start, stop = rank * number // size, (rank + 1) * number // size
         return Span(start, stop, stop - start)
 
-    def expert_width(self, width: int) -> Span:
-        """This rank's part of the width of each of its experts."""
-        return self.whole(width) if self.expert_parallel else self.padded(width)
+    def expert_width(self, width: int, unit: int = 1) -> Span:
+        """This rank's part of the width of each of its experts, in whole units."""
+        return self.whole(width) if self.expert_parallel else self.padded(width, unit)
 
     def query_heads(self, num_heads: int, head_dim: int) -> Span:
         return self._heads(self.group.rank, num_heads, self.group.size, head_dim, "num_attention_heads")

@@ -17,6 +17,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 150000,
+}
 TILE, PATCH = 28, 7  # 16 patches and 4 tokens a tile
 
 
@@ -65,6 +74,8 @@ def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+            elif name.endswith("sinks"):  # of some weight, and others of much
+                parameter.normal_(0, 2)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False)
     model.save_pretrained(folder, max_shard_size=max_shard)
     _save_processor(folder, tokenizer)
@@ -72,10 +83,10 @@ def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_
 
 
 def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: dict[str, Any]) -> Any:
-    from transformers import GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+    from transformers import GptOssConfig, GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
-    kinds |= {"granite": GraniteConfig, "phi3": Phi3Config, "qwen3_moe": Qwen3MoeConfig}
+    kinds |= {"gpt_oss": GptOssConfig, "granite": GraniteConfig, "phi3": Phi3Config, "qwen3_moe": Qwen3MoeConfig}
     settings: dict[str, Any] = {
         "vocab_size": tokenizer.get_vocab_size() + 3,
         "hidden_size": 48,
@@ -93,6 +104,9 @@ def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: 
         settings["head_dim"] = 16
     if decoder == "qwen3_moe":
         settings |= {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    if decoder == "gpt_oss":  # experts of three groups of MXFP4
+        settings |= {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 9}
+        settings |= {"hidden_size": 64, "intermediate_size": 96, "rope_parameters": GPT_OSS_ROPE}
     if decoder == "mistral":
         settings["sliding_window"] = None
     return kinds[decoder](**{**settings, **extra})

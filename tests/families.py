@@ -24,6 +24,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
     ("qwen3_moe", {}),
     ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 6}),
+    ("gpt_oss", {}),
     ("phi3", {"rope_parameters": PLAIN}),
     ("phi3", {"rope_parameters": PLAIN, "sliding_window": 7}),
 ]

@@ -63,6 +63,7 @@ def paged_attention(
     scale: float,
     *,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_attention_ref`; raises ValueError when the query heads are no multiple of the KV heads, and for no window."""
     num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
@@ -73,5 +74,5 @@ def paged_attention(
     if runs_triton(query):
         from vlserve.kernels.attention.triton import paged_attention_triton
 
-        return paged_attention_triton(query, key_cache, value_cache, metadata, scale, window=window)
-    return paged_attention_cpu(query, key_cache, value_cache, metadata, scale, window)
+        return paged_attention_triton(query, key_cache, value_cache, metadata, scale, window=window, sinks=sinks)
+    return paged_attention_cpu(query, key_cache, value_cache, metadata, scale, window, sinks)

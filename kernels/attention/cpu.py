@@ -17,6 +17,7 @@ def paged_attention_cpu(
     metadata: AttentionMetadata,
     scale: float,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_attention_ref`; the checks are `paged_attention`'s.
 
@@ -30,23 +31,48 @@ def paged_attention_cpu(
         keys, values = (_gather(cache, group.blocks, len(group.rows), group.context_len, dtype) for cache in caches)
         first, mask = _decode_window(group, window)
         q = query[group.rows].unflatten(1, (num_kv_heads, -1))  # [B', HK, G, D]
-        result = F.scaled_dot_product_attention(q, keys[:, :, first:], values[:, :, first:], attn_mask=mask, scale=scale)
+        keys, values = keys[:, :, first:], values[:, :, first:]
+        if sinks is None:
+            result = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+        else:
+            result = _attend_with_sinks(q, keys, values, mask, scale, sinks.view(num_kv_heads, -1))
         out[group.rows] = result.flatten(1, 2)
     for prefill in metadata.prefills:
         keys, values = (_gather(cache, prefill.blocks, 1, prefill.context_len, dtype) for cache in caches)
         first, mask = _prefill_window(prefill, window)
         q = query[prefill.start : prefill.stop].transpose(0, 1)[None]  # [1, HQ, query_len, D]
-        result = F.scaled_dot_product_attention(
-            q,
-            keys[:, :, first:],
-            values[:, :, first:],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=num_heads != num_kv_heads,
-        )
+        keys, values = keys[:, :, first:], values[:, :, first:]
+        if sinks is None:
+            result = F.scaled_dot_product_attention(
+                *(q, keys, values),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=num_heads != num_kv_heads,
+            )
+        else:
+            keys, values = (part.repeat_interleave(num_heads // num_kv_heads, 1) for part in (keys, values))
+            result = _attend_with_sinks(q, keys, values, mask, scale, sinks[:, None], is_causal=mask is None)
         out[prefill.start : prefill.stop] = result[0].transpose(0, 1)
     return out
+
+
+def _attend_with_sinks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """As torch's attention; `sinks` [heads, queries or 1]. With a sink a head's weights are those without one times
+    sum / (sum + e^sink), where the sum is that of its scores' powers of e."""
+    added = None if mask is None else torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    result, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, is_causal=is_causal, attn_mask=added, scale=scale
+    )
+    return result * torch.sigmoid(log_sums - sinks).to(result.dtype)[..., None]
 
 
 def _decode_window(group: DecodeGroup, window: int | None) -> tuple[int, torch.Tensor | None]:

@@ -40,6 +40,10 @@ class Tiling:
     num_stages: int
     registers: int | None
 
+    def most_registers(self, *, is_coded: bool, has_sinks: bool) -> int | None:
+        """`registers`, and of few rows with codes and sinks as many: the compiler by itself would put some away at the end."""
+        return DECODING_REGISTERS if is_coded and has_sinks and self.rows <= 32 else self.registers
+
 
 def padded(dim: int, *, is_coded: bool) -> int:
     """Numbers of a head as the kernel loads them: tensor cores take 16 at once, and codes are taken apart by two."""

@@ -24,10 +24,14 @@ def paged_attention_ref(
     scale: float,
     *,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query [T, HQ, D], caches [N, S, HK, D] -> [T, HQ, D], sequence by sequence; in float32, or float64 where query is.
 
-    `window`: tokens that a token sees, itself counted; None for all before it.
+    Args:
+        window: tokens that a token sees, itself counted; None for all before it.
+        sinks: [HQ] float32, a score a head that every token has beside its context's and that has no value, so that weights
+            sum to less than one; None for none. Source: GPT-OSS (arXiv 2508.10925), after arXiv 2309.17453.
     """
     out = torch.empty_like(query)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -46,7 +50,10 @@ def paged_attention_ref(
         last = torch.arange(context_len - query_len, context_len, device=query.device)
         places = torch.arange(context_len, device=query.device)[None]
         is_seen = (places <= last[:, None]) & (places > last[:, None] - (window or context_len))
-        weights = scores.masked_fill(~is_seen, float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(~is_seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((sinks.to(dtype)[:, None, None].expand(-1, query_len, 1), scores), dim=-1)
+        weights = scores.softmax(dim=-1)[..., -context_len:]
         out[start : start + query_len] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
         start += query_len
     return out

@@ -2,7 +2,8 @@
 
 A program takes a tile of rows, which are query tokens of one sequence times the G query heads of one KV head, and goes over
 a chunk of the context in tiles of positions: those that all rows see without a mask, then the rest. Scores are in units of
-log2. Keys and values in eight bits become numbers of the query's type, and their scales go to the scores and weights.
+log2. Keys and values in eight bits become numbers of the query's type, and their scales go to the scores and weights. A
+head's sink joins the sum of weights at the end: of a program that sees its Q-block's whole context, or of the merge.
 Which program does what is plan.py's. Shapes: as in reference.py; P items, R rows of a Q-block.
 """
 
@@ -31,6 +32,7 @@ def paged_attention_triton(
     scale: float,
     *,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
     num_sms: int | None = None,
 ) -> torch.Tensor:
     """As `paged_attention_ref` for a `scale` above 0: scores and sums in float32, products of the query's type.
@@ -41,12 +43,19 @@ def paged_attention_triton(
     query = query.contiguous()
     out = torch.empty_like(query)
     for launch in plan_launches(metadata, query, key_cache, num_sms):
-        _run(launch, out, query, key_cache, value_cache, scale, window or 0)
+        _run(launch, out, query, key_cache, value_cache, scale, window or 0, sinks)
     return out
 
 
 def _run(
-    launch: Launch, out: torch.Tensor, query: torch.Tensor, key_cache: Blocks, value_cache: Blocks, scale: float, window: int
+    launch: Launch,
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: Blocks,
+    value_cache: Blocks,
+    scale: float,
+    window: int,
+    sinks: torch.Tensor | None,
 ) -> None:
     tiling = launch.tiling
     (heads, dim), kv_heads = query.shape[1:], key_cache.shape[2]
@@ -57,7 +66,7 @@ def _run(
     codes = [cache.codes.view(torch.int16) if isinstance(cache, QuantizedBlocks) else cache for cache in caches]
     scales = [cache.scales.view(torch.int16) if isinstance(cache, QuantizedBlocks) else None for cache in caches]
     check_contiguous(keys=codes[0], key_scales=scales[0], values=codes[1], value_scales=scales[1])
-    check_contiguous(tables=launch.tables, schedule=launch.schedule)
+    check_contiguous(tables=launch.tables, schedule=launch.schedule, sinks=sinks)
     rows = tiling.tokens * group
     num_parts = launch.num_items * kv_heads * rows if launch.num_merges else 0
     parts = torch.empty(num_parts, dim + 1, dtype=torch.float32, device=query.device)
@@ -72,7 +81,7 @@ def _run(
     }
     with torch.cuda.device_of(query):
         _attention_kernel[(launch.num_items * kv_heads,)](
-            *(out, results, logs, query, codes[0], scales[0], codes[1], scales[1], launch.tables, launch.schedule),
+            *(out, results, logs, query, codes[0], scales[0], codes[1], scales[1], launch.tables, launch.schedule, sinks),
             *(launch.num_sequences, launch.tables.shape[1], launch.chunk_at, scale),
             **sizes,
             PAGE=key_cache.shape[1],
@@ -84,11 +93,11 @@ def _run(
             LIFT=6 if is_coded and query.dtype is torch.float16 else 0,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
-            maxnreg=tiling.registers,
+            maxnreg=tiling.most_registers(is_coded=is_coded, has_sinks=sinks is not None),
         )
         if launch.num_merges:
             _merge_kernel[(launch.num_merges * kv_heads * rows,)](
-                *(out, results, logs, launch.schedule, launch.num_sequences, launch.num_items, launch.chunk_at),
+                *(out, results, logs, launch.schedule, sinks, launch.num_sequences, launch.num_items, launch.chunk_at),
                 **sizes,
                 TILE=tiling.positions,
                 PARTS=MERGED_AT_ONCE,
@@ -188,7 +197,7 @@ def _load_scales(scales, places, is_there, IS_TAIL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_sequences", "table_width", "chunk_at"])
 def _attention_kernel(
-    out, results, logs, query, keys, key_scales, values, value_scales, tables, schedule,
+    out, results, logs, query, keys, key_scales, values, value_scales, tables, schedule, sinks,
     num_sequences, table_width, chunk_at, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOKENS: tl.constexpr,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
@@ -258,6 +267,9 @@ def _attention_kernel(
             KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, WINDOW, True,
         )  # fmt: skip
     is_whole = stop <= chunk * TILE
+    if sinks is not None:
+        if is_whole:
+            total += tl.exp2(_load_sinks(sinks, head * GROUP + row % GROUP) - highest + LIFT)
     total = tl.where(total == 0.0, 1.0, total)  # a row that has seen nothing: its logarithm stays -inf
     shares = 1.0 / total[:, None]
     parts = tl.program_id(0).to(tl.int64) * (TOKENS * GROUP) + row
@@ -270,6 +282,12 @@ def _attention_kernel(
 
 
 @triton.jit
+def _load_sinks(sinks, heads):
+    """In units of log2."""
+    return tl.load(sinks + heads) * 1.4426950408889634
+
+
+@triton.jit
 def _store(out, places, results, part_places, result, is_number, is_whole):
     if is_whole:
         tl.store(out + places, result.to(out.dtype.element_ty), mask=is_number)
@@ -279,7 +297,7 @@ def _store(out, places, results, part_places, result, is_number, is_whole):
 
 @triton.jit(do_not_specialize=["num_sequences", "num_items", "chunk_at"])
 def _merge_kernel(
-    out, results, logs, schedule, num_sequences, num_items, chunk_at,
+    out, results, logs, schedule, sinks, num_sequences, num_items, chunk_at,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, TOKENS: tl.constexpr,
     WINDOW: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -312,5 +330,7 @@ def _merge_kernel(
         total = total * shrunk + tl.sum(weights, 0)
         result = result * shrunk + tl.sum(some * weights[:, None], 0)
         highest = higher
+    if sinks is not None:
+        total += tl.exp2(_load_sinks(sinks, head * GROUP + row % GROUP) - highest)
     place = (start + token).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + row % GROUP
     tl.store(out + place * DIM + d, (result / total).to(out.dtype.element_ty), mask=d < DIM)

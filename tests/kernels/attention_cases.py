@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.attention.launch import choose_tiling
 
@@ -16,6 +18,7 @@ SPILLS = {  # what is left of them, for want of registers: what the loops do not
     ("attention, prefill", "bf16 int8", "dim 128, page 16, group 7, window 4096", 80): 3,
 }
 WINDOW = 4096  # tokens, of Mistral's first models
+GPT_OSS: Any = {"group": 8, "sinks": True}  # with heads of 64, and a window of 128 in every other layer
 
 
 def attention(
@@ -29,9 +32,11 @@ def attention(
     group: int = 7,
     is_native: bool | None = None,
     window: int = 0,
+    sinks: bool = False,
 ) -> Case:
     itemsize = 4 if dtype == "fp32" else 1 if codes else 2
     tiling = choose_tiling(longest_query, group, dim, itemsize, arch)
+    registers = tiling.most_registers(is_coded=bool(codes) and dtype != "fp32", has_sinks=sinks)
     if is_native is None:
         is_native = codes == "e4m3" and arch >= 89 and dtype == "fp16"  # bfloat16 always goes by the bits
     stored, scales = ("*i16", "*i16") if codes else (f"*{dtype}", None)
@@ -50,7 +55,7 @@ def attention(
     about = (
         "attention, decode" if decodes else "attention, prefill",
         f"{dtype}{kinds[codes]}",
-        f"dim {dim}, page {page}, group {group}" + (f", window {window}" if window else ""),
+        f"dim {dim}, page {page}, group {group}" + beside(window, sinks),
     )
     return Case(
         name=about[0],
@@ -60,10 +65,11 @@ def attention(
         kernel="_attention_kernel",
         architecture=arch,
         types=(f"*{dtype}", "*fp32", "*fp32", f"*{dtype}", stored, scales, stored, scales, "*i32", "*i32")
+        + ("*fp32" if sinks else None,)
         + ("i32", "i32", "i32", "fp32"),
         constants=constants,
         options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-        | ({"maxnreg": tiling.registers} if tiling.registers else {}),
+        | ({"maxnreg": registers} if registers else {}),
         numbers=2 * tiling.positions * dim,
         registers=170 if decodes and dtype != "fp32" else ALL,
         shared=160 * 1024,
@@ -74,7 +80,7 @@ def attention(
     )
 
 
-def merge(dtype: str, dim: int, arch: int, window: int = 0) -> Case:
+def merge(dtype: str, dim: int, arch: int, window: int = 0, *, sinks: bool = False) -> Case:
     constants = {
         "KV_HEADS": 4, "GROUP": 7, "DIM": dim, "DIM_PADDED": power_of_2(dim), "TOKENS": 1, "WINDOW": window,
         "TILE": 64, "PARTS": 16,
@@ -82,14 +88,18 @@ def merge(dtype: str, dim: int, arch: int, window: int = 0) -> Case:
     return Case(
         name="attention, merge",
         dtype=dtype,
-        setting=f"dim {dim}" + (f", window {window}" if window else ""),
+        setting=f"dim {dim}" + beside(window, sinks),
         module="vlserve.kernels.attention.triton",
         kernel="_merge_kernel",
         architecture=arch,
-        types=(f"*{dtype}", "*fp32", "*fp32", "*i32", *["i32"] * 3),
+        types=(f"*{dtype}", "*fp32", "*fp32", "*i32", "*fp32" if sinks else None, *["i32"] * 3),
         constants=constants,
         in_suite=dtype == "bf16" and arch == 90,
     )
+
+
+def beside(window: int, sinks: bool) -> str:
+    return (f", window {window}" if window else "") + (", sinks" if sinks else "")
 
 
 def power_of_2(number: int) -> int:

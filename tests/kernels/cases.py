@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from tests.kernels.attention_cases import WINDOW, attention, merge, power_of_2
+from tests.kernels.attention_cases import GPT_OSS, WINDOW, attention, merge, power_of_2
 from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.int4_pairs import launch as launching
 from vlserve.kernels.int4_pairs.launch import CARD, Launch, fitted, launches
@@ -251,6 +251,10 @@ def every_case() -> list[Case]:
             cases += [attention(dtype, codes, 128, n, arch, group=group) for n, group, codes in groups]
             cases += [attention(dtype, codes, 128, n, arch, window=WINDOW) for n, codes in product((1, 512), (None, "int8"))]
             cases += [merge(dtype, 128, arch, window=WINDOW)]
+            cases += [merge(dtype, 64, arch, window=window, sinks=True) for window in (0, 128)]
+        if dtype in HALF:
+            kinds_and_windows = product((1, 512), kinds, (0, 128))
+            cases += [attention(dtype, codes, 64, n, arch, window=window, **GPT_OSS) for n, codes, window in kinds_and_windows]
         cases += [merge(dtype, 128, arch)]
         cases += [rotary_store(dtype, codes, has_norms, arch) for codes, has_norms in product(kinds, (False, True))]
         cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), widths)]
@@ -264,5 +268,6 @@ def every_case() -> list[Case]:
         *(attention("bf16", codes, 128, n, arch) for codes, n, arch in (("int8", 1, 80), ("e4m3", 1, 90), ("int8", 512, 80))),
         attention("fp16", None, 80, 1, 80),
         *(attention("bf16", None, 128, n, 90, window=WINDOW) for n in (1, 512)),
+        *(attention("bf16", None, 64, n, 90, window=128, **GPT_OSS) for n in (1, 512)),
     ]
     return [replace(case, in_suite=True) if case in shown else case for case in cases]

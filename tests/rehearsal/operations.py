@@ -183,8 +183,8 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 def _attention(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
     query, keys, values, metadata, scale = args
     assert isinstance(metadata, AttentionMetadata)
-    window = kwargs.get("window")
-    return [(result, paged_attention_ref(query.double(), keys, values, metadata, scale, window=window))]
+    options = {name: kwargs.get(name) for name in ("window", "sinks")}
+    return [(result, paged_attention_ref(query.double(), keys, values, metadata, scale, **options))]
 
 
 def _with_sums(result: torch.Tensor, sums: torch.Tensor | None) -> Pairs:

@@ -58,12 +58,9 @@ class Model(nn.Module):
         if name.startswith(self.prefix):
             own = own_names(self.decoder.config)(name.removeprefix(self.prefix))
             if not isinstance(own, str):
-                return [replace(part, name=self.prefix + part.name) for part in own or ()]
+                return [replace(part, name=_as_saved(self.prefix + part.name)) for part in own or ()]
             name = self.prefix + own
-        if name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head.")):
-            name = "language_model.model." + name.removeprefix("language_model.")
-        elif name.startswith("lm_head."):
-            name = "language_model." + name
+        name = _as_saved(name)
         is_embedding = self.decoder.lm_head is None and name == "language_model.lm_head.weight"
         return None if is_embedding or (self.is_alone and not name.startswith(self.prefix)) else name
 
@@ -99,6 +96,13 @@ class Model(nn.Module):
             return  # only dense checkpoints are sharded
         with StoredTensors(folder, self._own) as tensors:
             use_stored_formats(self.decoder, self.prefix, tensors, quantisation, dtype)
+
+
+def _as_saved(name: str) -> str:
+    """A decoder's name within a model of several parts, as transformers saves it."""
+    if name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head.")):
+        return "language_model.model." + name.removeprefix("language_model.")
+    return "language_model." + name if name.startswith("lm_head.") else name
 
 
 def build_decoder(config: Mapping[str, Any], split: Split) -> Decoder:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 DECODERS = {
+    "GptOssForCausalLM": "gpt_oss",
     "InternLM2ForCausalLM": "internlm2",
     "InternLM3ForCausalLM": "internlm3",
     "LlamaForCausalLM": "llama",

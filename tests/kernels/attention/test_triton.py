@@ -48,11 +48,13 @@ def attend(
     *,
     num_sms: int = 16,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, AttentionMetadata]:
     """The result, and the metadata with its launches."""
     there = replace(metadata, block_tables=metadata.block_tables.to(DEVICE), launches={})
     caches = moved(keys), moved(values)
-    options = {"num_sms": num_sms, "window": window}
+    sinks = None if sinks is None else sinks.to(DEVICE)
+    options = {"num_sms": num_sms, "window": window, "sinks": sinks}
     got = attention_triton.paged_attention_triton(query.to(DEVICE), *caches, there, query.shape[-1] ** -0.5, **options)
     return got.cpu(), there
 

@@ -1,0 +1,98 @@
+"""GPT-OSS alone and under InternVL, in each form that it is published in, on ranks that share experts in either way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.engine.ranks import tp_engine
+from tests.engine.reference import ask, engine, prompt
+from tests.original_format import make_original, make_text
+from vlserve.errors import ModelError
+from vlserve.kernels.experts.reference import E2M1
+from vlserve.models.checkpoint import read_checkpoint
+
+Make = Callable[..., Path]
+QUESTIONS = ("What shape is it?", "Describe it, please: é 漢字 🙂", "word " * 20)
+RANKS = {"num_attention_heads": 8, "num_key_value_heads": 2}
+NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+
+
+def to_mxfp4(folder: Path, out: Path, *, dense: bool) -> Path:
+    """Experts in MXFP4 as published, or with transformers' numbers for that."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    shutil.copytree(folder, out)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = tensor
+            continue
+        blocks, scales = pack(tensor.transpose(1, 2))
+        if dense:
+            stored[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        else:
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    if not dense:
+        config = json.loads((out / "config.json").read_text())
+        config["quantization_config"] = {"modules_to_not_convert": NOT_CONVERTED, "quant_method": "mxfp4"}
+        (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [E, N, K] -> blocks [E, N, K/32, 16], scales [E, N, K/32]: the nearest numbers, of a power of two that fits the
+    largest."""
+    groups = weight.unflatten(-1, (-1, 32))
+    scales = (groups.abs().amax(-1) / 6).log2().ceil().clamp(-127, 127)
+    numbers = groups / scales.exp2()[..., None]
+    codes = (numbers[..., None] - torch.tensor(E2M1)).abs().argmin(-1)
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8), (scales + 127).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model: as published with MXFP4, and with the numbers that this stands for; alone."""
+    base = tmp_path_factory.mktemp("gpt-oss")
+    text = make_text(checkpoint("gpt_oss", **RANKS), base / "text")
+    return {"packed": to_mxfp4(text, base / "packed", dense=False), "dense": to_mxfp4(text, base / "dense", dense=True)}
+
+
+@pytest.fixture(scope="module")
+def wanted(folders: dict[str, Path]) -> list[list[int]]:
+    """By transformers."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folders["dense"], dtype=torch.float32)
+    assert type(theirs).__name__ == "GptOssForCausalLM"
+    return [
+        theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        for ids in (prompt(folders["dense"], question).token_ids for question in QUESTIONS)
+    ]
+
+
+@pytest.mark.parametrize("form", ("packed", "dense"))
+@pytest.mark.parametrize("options", [{}, {"tp": 2}, {"tp": 4, "replicate_kv_heads": True}, {"tp": 2, "expert_parallel": True}], ids=str)
+def test_greedy_tokens_equal_transformers(
+    form: str, options: dict[str, Any], folders: dict[str, Path], wanted: list[list[int]]
+) -> None:
+    """Experts have three groups of MXFP4: two ranks have two and one, four have one each but the last."""
+    prompts = [prompt(folders[form], question) for question in QUESTIONS]
+    if not options:
+        assert ask(engine(folders[form]), prompts) == wanted
+        return
+    with tp_engine(folders[form], **options) as (ours, _):
+        assert ask(ours, prompts) == wanted
+
+
+def test_opengvlabs_format(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("gpt_oss")
+    folder = make_original(source, tmp_path / "model", template="internvl3_5_gpt_oss")
