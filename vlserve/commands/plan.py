@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ ENGINE_FLAGS = (
     *("dtype", "lm_head_bits", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("gpu_memory_utilization", "vision_cache_gib"),
 )
-SWITCHES = ("enforce_eager", "language_model_only")
+SWITCHES = ("enforce_eager", "language_model_only", "expert_parallel")
 MIB, GIB = 2**20, 2**30
 MAX_CONFIG_BYTES = 2**24
 
@@ -272,11 +272,16 @@ def _memory(plan: Plan, plans: Sequence[Plan]) -> str:
 
 
 def _groups(plan: Plan) -> list[tuple[str, RankPlan]]:
-    """Ranks that hold the same amount together: the first one gathers the logits, the others are alike."""
-    groups = [("0", plan.ranks[0])]
-    if len(plan.ranks) > 1:
-        groups.append(("1" if len(plan.ranks) == 2 else f"1-{len(plan.ranks) - 1}", plan.ranks[1]))
-    return groups
+    """Ranks that hold the same amount together: the first one gathers the logits, the others are alike but for whole experts."""
+    found: dict[RankPlan, list[int]] = {}
+    for rank in plan.ranks:
+        found.setdefault(replace(rank, rank=0), []).append(rank.rank)
+    return [(_numbers(ranks), of_all) for of_all, ranks in found.items()]
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    is_row = len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1
+    return f"{ranks[0]}-{ranks[-1]}" if is_row else ", ".join(map(str, ranks))
 
 
 def _bytes(rank: RankPlan) -> list[str]:
