@@ -87,7 +87,7 @@ def answered(engine: Engine) -> None:
 
 
 def _weights(quantisation: Quantisation | None) -> str:
-    return "dense" if quantisation is None else f"{quantisation.method} {quantisation.kind}"
+    return "dense" if quantisation is None else quantisation.name
 
 
 class Recorder:

@@ -280,7 +280,7 @@ def _groups(plan: Plan) -> list[tuple[str, RankPlan]]:
 
 
 def _numbers(ranks: Sequence[int]) -> str:
-    is_row = len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1
+    is_row = len(ranks) > 1 and ranks[-1] - ranks[0] == len(ranks) - 1
     return f"{ranks[0]}-{ranks[-1]}" if is_row else ", ".join(map(str, ranks))
 
 
