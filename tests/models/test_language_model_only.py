@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,16 +20,20 @@ from tests.models.toy_family import TOY, make_toy
 from tests.original_format import make_original, make_text
 from tests.prompt.test_build import copy_of
 from tests.test_structure import loaded_by
-from vlserve import ConfigError, ModelError, RequestError, VLPipeline
+from vlserve import ConfigError, ModelError, RequestError
 from vlserve.commands.main import main
 from vlserve.commands.shard import shard
-from vlserve.config import EngineConfig
+from vlserve.config import EngineConfig, MediaConfig
 from vlserve.engine import rendezvous
 from vlserve.engine.memory import weight_bytes
+from vlserve.media.loader import PictureLoader
 from vlserve.models import registry
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.models.registry import BUILT_IN, find_architecture
 from vlserve.plan.tp_plan import make_plan
+from vlserve.prompt.build import PromptBuilder
+from vlserve.prompt.chat_messages import ImagePart
+from vlserve.prompt.conversation import Message, Text
 
 Make = Callable[..., Path]
 ALONE: dict[str, Any] = {"language_model_only": True}
@@ -77,12 +82,15 @@ def test_texts_are_answered_as_with_the_tower(whole: Path, tmp_path: Path) -> No
 
 def test_pictures_are_refused_by_name_and_prompts_are_the_same(checkpoint: Make, tmp_path: Path) -> None:
     picture = Image.new("RGB", (30, 30))
-    whole = make_original(checkpoint("qwen3", num_hidden_layers=2), tmp_path / "original")
-    with VLPipeline(str(whole), device="cpu", dtype="float32", kv_cache_gib=0.01, **ALONE) as pipe:
+    for whole in (checkpoint("qwen3"), make_original(checkpoint("qwen3"), tmp_path / "original")):
+        alone = read_checkpoint(whole, **ALONE)
+        loader = PictureLoader(MediaConfig())
         with pytest.raises(RequestError, match="this model takes no pictures"):
-            pipe(("What?", picture))
-        answer = pipe(QUESTIONS[1], max_tokens=3, ignore_eos=True)
-    assert answer.usage.prompt_tokens == len(prompt(whole, QUESTIONS[1]).token_ids) and len(answer.token_ids) == 3
+            asyncio.run(loader.load([ImagePart(source=picture, param="messages[0]", local=True)], alone.preprocessor))
+        loader.close()
+        for question in QUESTIONS:
+            built = PromptBuilder(alone).build([Message("user", [Text(question)])])
+            assert built.token_ids == prompt(whole, question).token_ids
 
 
 def test_shards_are_served_without_the_tower_in_them(checkpoint: Make, tmp_path: Path) -> None:
