@@ -21,7 +21,8 @@ _REQUIRED = {
     "longrope": ("short_factor", "long_factor"),
 }
 LONG = {"su": "longrope"}  # the older name
-_FROM_PRETRAINING = ("yarn", "llama3", "longrope")  # scale from original_max_position_embeddings, not from max_position_embeddings
+# scale from original_max_position_embeddings, not from max_position_embeddings
+_FROM_PRETRAINING = ("yarn", "llama3", "longrope")
 
 
 def read_rope(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class ExpertHandle:
         number, *shape = stored.get_shape()
         self._stored, self._part = stored, part
         self._shape = shape[::-1] if part.is_turned else shape
-        if number != part.experts or self._shape[0] % part.step or len(shape) != 2 and part.is_turned:
+        if number != part.experts or self._shape[0] % part.step or (len(shape) != 2 and part.is_turned):
             raise ValueError(f"{part.name}: a tensor of shape {[number, *shape]} is none of {part.experts} experts")
         self._shape[0] //= part.step
 
@@ -210,7 +211,7 @@ def _phi3(name: str, config: DecoderConfig) -> Renamed:
 def _apart(head: int, dim: int, turned: int) -> Ranges:
     """Of a head that begins at output `head`: half of what is turned, half of what is not, and the other halves."""
     edges = (0, turned // 2, turned, (turned + dim) // 2, dim)
-    first, second, third, fourth = ((head + start, head + stop) for start, stop in zip(edges, edges[1:], strict=False))
+    first, second, third, fourth = ((head + start, head + stop) for start, stop in pairwise(edges))
     return first, third, second, fourth
 
 

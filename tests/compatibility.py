@@ -1,8 +1,8 @@
 """What was seen to work: every engine that answered in a test that passed, as rows of docs/models.md.
 
-`python -m tests.compatibility > docs/models.md` runs the tests of SHOWING and writes the page; so does `pytest --models-page PATH`
-with whatever it runs. A whole run of the suite fails where it showed other rows than the page has, and any run where it showed
-more. (The rows of a test travel with its report, so that several workers of pytest may run the tests.)
+`python -m tests.compatibility > docs/models.md` runs the tests of SHOWING and writes the page; so does `pytest --models-page
+PATH` with what it runs. A whole run of the suite fails where it showed other rows than the page has, and any run where it showed
+more. The rows of a test travel with its report, so that several workers of pytest may run the tests.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ answers. `--language-model-only` serves each model with pictures as a text model
 
 {{rows}}
 
-* **Format**: `{FORMATS["internvl"]}` is `model_type: internvl`, `{FORMATS["internvl_chat"]}` is `internvl_chat`, whose code is never
-  run; a {ALONE} has its decoder's own `model_type`.
+* **Format**: `{FORMATS["internvl"]}` is `model_type: internvl`, `{FORMATS["internvl_chat"]}` is `internvl_chat`, whose code is
+  never run; a {ALONE} has its decoder's own `model_type`.
 * **Weights**: `dense`, or what the checkpoint's `quantization_config` says and how wide the codes are.
 * **Ranks**: degrees of `--tp` that were tried; `--expert-parallel` where it stands beside one. Which degrees a model allows
   follows from its heads, and `vlserve plan MODEL` tells it.

@@ -1,7 +1,7 @@
 """The config.json of published models, written anew with their shapes: the names that people type, and what is known of each.
 
-Sizes, keys and values are those of the published files, as far as anything here depends on them. `billions`: of parameters, as the
-model cards and the Hub say.
+Sizes, keys and values are those of the published files, as far as anything here depends on them. `billions`: of parameters, as
+the model cards and the Hub say.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ VIT_300M: Config = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_
 VIT_6B: Config = {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25}
 DYNAMIC: Config = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
 SU: Config = {"type": "su", "short_factor": [1.0 + i / 64 for i in range(48)], "long_factor": [1.0 + i for i in range(48)]}
-YARN: Config = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN: Config = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 YARN |= {"truncate": False}
 CLASSES = {
     "gpt_oss": "GptOssForCausalLM",
@@ -183,7 +189,9 @@ QWEN3 = {
 
 
 def _degrees(llm: Config) -> tuple[int, ...]:
-    return {2: (1, 2), 4: UP_TO_4, 8: UP_TO_8, 32: (*UP_TO_8, 16, 32), 40: (1, 2, 4, 5, 8, 10, 20, 40)}[llm["num_key_value_heads"]]
+    return {2: (1, 2), 4: UP_TO_4, 8: UP_TO_8, 32: (*UP_TO_8, 16, 32), 40: (1, 2, 4, 5, 8, 10, 20, 40)}[
+        llm["num_key_value_heads"]
+    ]
 
 
 def _vision(name: str, llm: Config, vision: Config, billions: float, template: str, **more: Any) -> Published:
@@ -254,8 +262,16 @@ _PUBLISHED: list[Published] = [
     _text("Qwen/Qwen3-4B", text("qwen3", 2560, 32, 8, 9728, 36, 151936, tie_word_embeddings=True), 4.02),
     _text("Qwen/Qwen3-30B-A3B", text("qwen3_moe", 2048, 32, 4, 6144, 48, 151936, moe_intermediate_size=768), 30.5),
     _text("openai/gpt-oss-20b", text("gpt_oss", 2880, 64, 8, 2880, 24, 201088, quantization_config=MXFP4), 20.9),
-    _text("meta-llama/Llama-2-13b-chat-hf", text("llama", 5120, 40, 40, 13824, 40, 32000, max_position_embeddings=4096, torch_dtype="float16"), 13.0),
-    _text("meta-llama/Meta-Llama-3-70B-Instruct", text("llama", 8192, 64, 8, 28672, 80, 128256, max_position_embeddings=8192, rope_theta=5e5), 70.6),
+    _text(
+        "meta-llama/Llama-2-13b-chat-hf",
+        text("llama", 5120, 40, 40, 13824, 40, 32000, max_position_embeddings=4096, torch_dtype="float16"),
+        13.0,
+    ),
+    _text(
+        "meta-llama/Meta-Llama-3-70B-Instruct",
+        text("llama", 8192, 64, 8, 28672, 80, 128256, max_position_embeddings=8192, rope_theta=5e5),
+        70.6,
+    ),
     _text("mistralai/Mistral-7B-v0.1", text("mistral", 4096, 32, 8, 14336, 32, 32000), 7.24),
     _text("internlm/internlm2_5-7b-chat", text("internlm2", 4096, 32, 8, 14336, 32, 92544), 7.74),
     _text("internlm/internlm3-8b-instruct", text("internlm3", 4096, 32, 2, 10240, 48, 128512), 8.80),

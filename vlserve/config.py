@@ -21,6 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LM_HEAD_BITS = (16, 8)
 KV_DTYPES = ("auto", "int8", "fp8")
 DEVICES = ("auto", "cpu", "cuda")
+SWITCHES = ("replicate_kv_heads", "expert_parallel", "language_model_only", "enforce_eager", "overlap", "prefix_caching")
 FAILURE_POLICIES = ("exit", "restart")
 LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
 
@@ -111,7 +112,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of 1 or more")
         if self.lm_head_bits not in LM_HEAD_BITS:
             raise ConfigError(f"lm_head_bits is {self.lm_head_bits!r}; expected {' or '.join(map(str, LM_HEAD_BITS))}")
-        for name in ("replicate_kv_heads", "expert_parallel", "language_model_only", "enforce_eager", "overlap", "prefix_caching"):
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false")
         self._check_machines()

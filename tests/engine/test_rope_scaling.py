@@ -173,7 +173,10 @@ def test_parts_of_heads_are_quantised_as_their_dequantised_weights(checkpoint: C
         ({"rope_scaling": LONG | {"long_factor": None}}, "rope_scaling has no long_factor"),
         ({"rope_scaling": LONG | {"long_factor": "4"}}, "long_factor is '4'; expected 4"),
         ({"rope_scaling": LONG | {"long_factor": [1, 2, 3, -4]}}, "long_factor is -4; expected a number above 0"),
-        ({"rope_scaling": {"type": "su2"}}, "'su2' is not supported; supported: default, linear, dynamic, yarn, llama3, longrope"),
+        (
+            {"rope_scaling": {"type": "su2"}},
+            "'su2' is not supported; supported: default, linear, dynamic, yarn, llama3, longrope",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported: 1"),
         ({"rope_theta": "x"}, "text_config.rope_theta is 'x'; expected a number above 0"),
         ({"rope_parameters": {"rope_theta": 0}}, "text_config.rope_theta is 0; expected"),

@@ -21,7 +21,15 @@ from vlserve.models.checkpoint import read_checkpoint
 
 Make = Callable[..., Path]
 POISON = "import os\n\nos._exit(77)  # whoever runs this is gone\n"
-MODULES = ("configuration_x", "modeling_x", "tokenization_x", "processing_x", "conversation", "custom_generate/generate", "__init__")
+MODULES = (
+    "configuration_x",
+    "modeling_x",
+    "tokenization_x",
+    "processing_x",
+    "conversation",
+    "custom_generate/generate",
+    "__init__",
+)
 OURS = ("torch", "numpy", "json", "tokenizers", "safetensors", "jinja2", "PIL", "triton", "timm", "vlserve", "sitecustomize")
 CONFIG = {"AutoConfig": "configuration_x.C", "AutoModel": "modeling_x.M", "AutoModelForCausalLM": "modeling_x.M"}
 TOKENIZER = {"auto_map": {"AutoTokenizer": ["tokenization_x.T", "tokenization_x.F"], "AutoProcessor": "processing_x.P"}}
@@ -45,7 +53,11 @@ def poison(folder: Path) -> Path:
 @pytest.mark.parametrize("form", ("internvl", "internvl_chat", "text"))
 def test_a_checkpoint_with_code_is_served_without_it(form: str, checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("qwen2", num_hidden_layers=2)
-    makers = {"internvl": copy_of, "internvl_chat": lambda s, t: make_original(s, t / "m"), "text": lambda s, t: make_text(s, t / "m")}
+    makers = {
+        "internvl": copy_of,
+        "internvl_chat": lambda s, t: make_original(s, t / "m"),
+        "text": lambda s, t: make_text(s, t / "m"),
+    }
     folder = makers[form](source, tmp_path)
     wanted = ask(engine(folder), [prompt(folder, "What shape is it?")])
     poison(folder)
@@ -58,7 +70,10 @@ def test_a_checkpoint_with_code_is_served_without_it(form: str, checkpoint: Make
     [
         ({"model_type": "deepseek_vl_x", "architectures": ["X"]}, r"model_type 'deepseek_vl_x' \(architectures \['X'\]\) is not"),
         ({"model_type": "qwen", "architectures": ["QWenLMHeadModel"]}, "model_type 'qwen'"),  # the first Qwen's
-        (OUTER | {"llm_config": {"architectures": ["XForCausalLM"]}}, r"llm_config.architectures \['XForCausalLM'\] is not supported"),
+        (
+            OUTER | {"llm_config": {"architectures": ["XForCausalLM"]}},
+            r"llm_config.architectures \['XForCausalLM'\] is not supported",
+        ),
     ],
     ids=lambda given: given.get("model_type") if isinstance(given, dict) else None,
 )

@@ -13,8 +13,8 @@ import torch
 from tests.rehearsal.cuda import H100
 from tests.rehearsal.memory import rehearsed
 from vlserve.config import KV_DTYPES
-from vlserve.errors import ConfigError
 from vlserve.engine.memory import weight_bytes
+from vlserve.errors import ConfigError
 from vlserve.kernels.attention import plan_attention
 from vlserve.llm.decoder import Decoder
 from vlserve.llm.kv_cache import KVCache, block_bytes
