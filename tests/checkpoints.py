@@ -83,7 +83,16 @@ def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_
 
 
 def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: dict[str, Any]) -> Any:
-    from transformers import GptOssConfig, GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        GptOssConfig,
+        GraniteConfig,
+        LlamaConfig,
+        MistralConfig,
+        Phi3Config,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
     kinds |= {"gpt_oss": GptOssConfig, "granite": GraniteConfig, "phi3": Phi3Config, "qwen3_moe": Qwen3MoeConfig}

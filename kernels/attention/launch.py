@@ -16,7 +16,7 @@ IN_FLIGHT = 48 * 1024  # bytes of keys and values that a program asks for ahead;
 ROOMY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # KiB of shared memory for a program, by compute capability
 ROOM = 99  # of others, such as 86, 89 and 120
 DECODING_REGISTERS = 168  # with 16-bit caches: three programs a multiprocessor, as many as the tiles in flight leave room for
-WIDE_REGISTERS = 208  # of short prompts in wide heads: with fewer, they spill in loops on sm_100 and sm_120
+WIDE_REGISTERS = 208  # of short prompts in wide heads: with fewer, they spill in loops on sm_100 and sm_120; see most_registers
 # in bytes of keys and values that a multiprocessor reads meanwhile, by the bandwidth and latencies of an H100:
 PROGRAM_BYTES = 24 * 1024  # a program's start and end
 PART_BYTES = 8 * 1024  # a part's result, written and read
@@ -40,9 +40,11 @@ class Tiling:
     num_stages: int
     registers: int | None
 
-    def most_registers(self, *, is_coded: bool, has_sinks: bool) -> int | None:
-        """`registers`, and of few rows with codes and sinks as many: the compiler by itself would put some away at the end."""
-        return DECODING_REGISTERS if is_coded and has_sinks and self.rows <= 32 else self.registers
+    def most_registers(self, *, is_coded: bool, has_sinks: bool, window: int) -> int | None:
+        """`registers`; and of few rows with codes and sinks so many that none spill: with a window, whose programs are short, more."""
+        if not (is_coded and has_sinks and self.rows <= 32):
+            return self.registers
+        return WIDE_REGISTERS if window else DECODING_REGISTERS
 
 
 def padded(dim: int, *, is_coded: bool) -> int:

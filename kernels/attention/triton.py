@@ -93,7 +93,7 @@ def _run(
             LIFT=6 if is_coded and query.dtype is torch.float16 else 0,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
-            maxnreg=tiling.most_registers(is_coded=is_coded, has_sinks=sinks is not None),
+            maxnreg=tiling.most_registers(is_coded=is_coded, has_sinks=sinks is not None, window=window),
         )
         if launch.num_merges:
             _merge_kernel[(launch.num_merges * kv_heads * rows,)](

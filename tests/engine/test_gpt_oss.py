@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import ask, engine, prompt
 from tests.original_format import make_original, make_text
+from tests.vision.test_preprocess import noise
 from vlserve.errors import ModelError
 from vlserve.kernels.experts.reference import E2M1
-from vlserve.models.checkpoint import read_checkpoint
+from vlserve.kernels.experts.types import Mxfp4Experts
+from vlserve.llm.experts import Experts
 
 Make = Callable[..., Path]
 QUESTIONS = ("What shape is it?", "Describe it, please: é 漢字 🙂", "word " * 20)
@@ -80,7 +83,9 @@ def wanted(folders: dict[str, Path]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("form", ("packed", "dense"))
-@pytest.mark.parametrize("options", [{}, {"tp": 2}, {"tp": 4, "replicate_kv_heads": True}, {"tp": 2, "expert_parallel": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"tp": 2}, {"tp": 4, "replicate_kv_heads": True}, {"tp": 2, "expert_parallel": True}], ids=str
+)
 def test_greedy_tokens_equal_transformers(
     form: str, options: dict[str, Any], folders: dict[str, Path], wanted: list[list[int]]
 ) -> None:
@@ -94,5 +99,34 @@ def test_greedy_tokens_equal_transformers(
 
 
 def test_opengvlabs_format(checkpoint: Make, tmp_path: Path) -> None:
+    """The same weights under other names: the same tokens."""
     source = checkpoint("gpt_oss")
     folder = make_original(source, tmp_path / "model", template="internvl3_5_gpt_oss")
+    template = json.loads((source / "processor_config.json").read_text()).get("chat_template")
+    (folder / "chat_template.jinja").write_text(template or (source / "chat_template.jinja").read_text())
+    picture = Image.fromarray(noise(40, 30))
+    wanted, got = (
+        ask(engine(where), [prompt(where, QUESTIONS[0], images) for images in ([], [picture])]) for where in (source, folder)
+    )
+    assert got[0] == wanted[0]  # pictures are resized in another way
+    assert len(got[1]) == len(wanted[1])
+
+
+def test_mxfp4_is_kept_in_four_bits_and_read_strictly(folders: dict[str, Path], tmp_path: Path) -> None:
+    ours = engine(folders["packed"])
+    experts = ours.runner.model.decoder.decoder_layers[0].feed_forward
+    assert isinstance(experts, Experts) and isinstance(experts.down.weights, Mxfp4Experts)
+    assert experts.down.packed_bytes == 8 * 64 * 3 * (16 + 1) + 8 * 64 * 4, "codes, scales and float32 biases"
+    stored = load_file(folders["packed"] / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    for tensor, message in (
+        (stored[name][:7], "none of 8 experts"),
+        (stored[name][:, :, :2], "MXFP4 needs U8"),
+        (None, "missing"),
+    ):
+        folder = tmp_path / message.split()[0]
+        shutil.copytree(folders["packed"], folder)
+        changed = {**stored, name: tensor} if tensor is not None else {n: t for n, t in stored.items() if n != name}
+        save_file({n: t.contiguous() for n, t in changed.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=message):
+            engine(folder)

@@ -36,7 +36,7 @@ def attention(
 ) -> Case:
     itemsize = 4 if dtype == "fp32" else 1 if codes else 2
     tiling = choose_tiling(longest_query, group, dim, itemsize, arch)
-    registers = tiling.most_registers(is_coded=bool(codes) and dtype != "fp32", has_sinks=sinks)
+    registers = tiling.most_registers(is_coded=bool(codes), has_sinks=sinks, window=window)
     if is_native is None:
         is_native = codes == "e4m3" and arch >= 89 and dtype == "fp16"  # bfloat16 always goes by the bits
     stored, scales = ("*i16", "*i16") if codes else (f"*{dtype}", None)
@@ -71,7 +71,7 @@ def attention(
         options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
         | ({"maxnreg": registers} if registers else {}),
         numbers=2 * tiling.positions * dim,
-        registers=170 if decodes and dtype != "fp32" else ALL,
+        registers=170 if decodes and dtype != "fp32" and not (codes and sinks and window) else ALL,
         shared=160 * 1024,
         spills=SPILLS.get((*about, arch), 0),
         per_number=None if dtype == "fp32" else round(most, 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 from tests.llm.parts import Part
-from tests.llm.quantised import Recipe, Tensors, gptq
+from tests.llm.quantised import Recipe, Tensors
 from tests.llm.test_detect_formats import FORMATS, load, prepare, save
 from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.decoder import Decoder
-from vlserve.llm.experts import Experts, choose
-from vlserve.llm.stacked_experts import StackedExperts
+from vlserve.llm.experts import Experts
 from vlserve.llm.tensor_parallel import Split
-from vlserve.llm.weights import load_weights
 
 TEXT: dict[str, Any] = {
     "model_type": "qwen3_moe",

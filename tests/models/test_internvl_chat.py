@@ -242,6 +242,16 @@ def test_the_tokenizer_without_its_file_equals_transformers(original: Made) -> N
 
 ROLES = {"user": "<|im_start|>user\n", "assistant": "<|im_start|>assistant\n"}
 PHI_ROLES = {"user": "<|user|>\n", "assistant": "<|assistant|>\n"}
+OSS_ROLES = {"user": "<|start|>user<|message|>", "assistant": "<|start|>assistant"}
+# opening of the system's turn, the others', and the end of each
+SPOKEN: dict[str, tuple[str, dict[str, str], str]] = {
+    "Hermes-2": ("<|im_start|>system\n", ROLES, "<|im_end|>"),
+    "internlm2-chat": ("<|im_start|>system\n", ROLES, "<|im_end|>"),
+    "phi3-chat": ("<|system|>\n", PHI_ROLES, "<|end|>"),
+    "internvl2_5": ("<|im_start|>system\n", ROLES, "<|im_end|>\n"),
+    "internvl3_5": ("<|im_start|>system\n", ROLES, "<|im_end|>\n"),
+    "internvl3_5_gpt_oss": ("<|start|>system<|message|>", OSS_ROLES, "<|end|>"),
+}
 TURNS = [("user", "<image>\n<image>\nWhat is it?"), ("assistant", "A circle."), ("user", "Which color?")]
 
 
@@ -250,12 +260,12 @@ TURNS = [("user", "<image>\n<image>\nWhat is it?"), ("assistant", "A circle."), 
 def test_prompts_of_the_published_conversations(name: str, system: str, original: Made) -> None:
     """System, turns and separators by the published description of `get_prompt`; pictures where users write <image>."""
     checkpoint = read_checkpoint(original(outer={"template": name}))
-    roles, end = (PHI_ROLES, "<|end|>") if name == "phi3-chat" else (ROLES, "<|im_end|>" + "\n" * name.startswith("internvl"))
-    opening = "<|system|>\n" if name == "phi3-chat" else "<|im_start|>system\n"
+    opening, roles, end = SPOKEN[name]
     system_message = system or CONVERSATIONS[name].message
     wanted = opening + system_message + end if system_message else ""
     for role, text in TURNS:
-        wanted += roles[role] + text + end
+        answered = "<|channel|>final<|message|>" * (name.endswith("gpt_oss") and role == "assistant")
+        wanted += roles[role] + answered + text + end
     wanted += roles["assistant"]
     picture = Image.fromarray(noise(TILE, TILE))
     parts: dict[int, list[Any]] = {0: [Picture(checkpoint.preprocessor.prepare(picture, "auto"))] * 2 + [Text("What is it?")]}
@@ -272,6 +282,7 @@ def test_turns_end_where_the_conversation_ends_them(original: Made) -> None:
     folder = original()
     names = Tokenizer(folder).token_id
     assert read_checkpoint(folder).end_token_ids == {names("<|endoftext|>"), names("<|im_end|>")}
+    assert CONVERSATIONS["internvl3_5_gpt_oss"].end_tokens == ("<|return|>", "<|call|>"), "<|end|> ends its thoughts"
 
 
 def test_the_placeholder_is_read_from_the_tokenizer(original: Made, tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ DECODERS = {
 # the published code's own words
 _BEFORE = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SINCE_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+_OF_GPT_OSS = (
+    "You are InternVL, a large language model trained by Shanghai AI Laboratory.\nKnowledge cutoff: 2024-06\n"
+    "Current date: 2025-08-06\n\nReasoning: low\n\n# Valid channels: final. Channel must be included for every message."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +55,16 @@ class Conversation:
     end: str = "<|im_end|>"
     message: str = _BEFORE
     also_ends: tuple[str, ...] = ()
+    channel: str = ""  # what stands between an assistant's opening and an earlier answer; a new one is opened without
+    ends_answers: bool = True  # `end`; with channels it ends a message, of which an answer may have several
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
-        return (self.end.strip(), *self.also_ends)
+        return (self.end.strip(), *self.also_ends) if self.ends_answers else self.also_ends
 
     def template(self) -> str:
         """As Jinja; a picture is its placeholder and a line break."""
-        turn, end = {"system": self.system, "user": self.user, "assistant": self.assistant}, _quoted(self.end)
+        turn, end = {"system": self.system, "user": self.user, "assistant": self.assistant + self.channel}, _quoted(self.end)
         openings = "".join(f"{{% elif message['role'] == '{role}' %}}{{{{ {_quoted(text)} }}}}" for role, text in turn.items())
         system = (
             f"{{% if messages[0]['role'] != 'system' %}}{{{{ {_quoted(self.system + self.message + self.end)} }}}}{{% endif %}}"
@@ -82,6 +88,16 @@ CONVERSATIONS = {
     "phi3-chat": Conversation(system="<|system|>\n", user="<|user|>\n", assistant="<|assistant|>\n", end="<|end|>"),
     "internvl2_5": Conversation(end="<|im_end|>\n", message=_SINCE_2_5),
     "internvl3_5": Conversation(end="<|im_end|>\n", message=""),  # as its chat_template.jinja
+    "internvl3_5_gpt_oss": Conversation(
+        system="<|start|>system<|message|>",
+        user="<|start|>user<|message|>",
+        assistant="<|start|>assistant",
+        channel="<|channel|>final<|message|>",
+        end="<|end|>",
+        ends_answers=False,
+        also_ends=("<|return|>", "<|call|>"),
+        message=_OF_GPT_OSS,
+    ),
 }
 
 

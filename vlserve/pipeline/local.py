@@ -20,6 +20,7 @@ from vlserve.errors import ConfigError, DeadlineError, EngineError, RequestError
 from vlserve.media.loader import PictureLoader
 from vlserve.models.checkpoint import check_shards, find_checkpoint
 from vlserve.pipeline.calls import PipelineCalls
+from vlserve.pipeline.harmony import HarmonyParser
 from vlserve.pipeline.observer import AnswerClock, Observer
 from vlserve.pipeline.outputs import Delta
 from vlserve.pipeline.stop_strings import AnswerText, with_stop_tokens
@@ -27,6 +28,7 @@ from vlserve.plan.tp_plan import check_tp, choose_dtype
 from vlserve.prompt.build import Prompt, PromptBuilder
 from vlserve.prompt.chat_messages import ImagePart, Turn
 from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
+from vlserve.prompt.harmony import opened
 from vlserve.ranks.client import EngineClient
 from vlserve.structured import grammar as structured
 from vlserve.timing import PreparationClock
@@ -91,8 +93,16 @@ class LocalPipeline(PipelineCalls):
 
     async def answers(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncIterator[Delta]:
         await self.check_structured(params)
-        async for delta in self.answer(await self.prepare(turns), params):
-            yield delta
+        prompt = await self.prepare(turns, PromptOptions(only_final=params.structured is not None))
+        behind = opened(prompt.token_ids, self.tokenizer) if params.skip_special_tokens else None
+        if behind is None:
+            async for delta in self.answer(prompt, params):
+                yield delta
+            return
+        parser = HarmonyParser(behind, calls=False, reasoning=False)
+        async for delta in self.answer(prompt, replace(params, skip_special_tokens=False)):
+            pieces = parser.add(delta.text) + (parser.finish() if delta.finish_reason is not None else [])
+            yield replace(delta, text="".join(piece.text for piece in pieces))
 
     async def prepare(self, turns: Sequence[Turn], options: PromptOptions | None = None) -> Prompt:
         """Load and preprocess the pictures, apply the chat template; off the event loop. Raises RequestError."""

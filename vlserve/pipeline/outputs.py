@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vlserve.engine.messages import FinishReason, TokenLogprob
 
@@ -39,6 +40,16 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     usage: Usage | None = None
     timing: Timing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next bit of an answer that is told apart. `call` counts function calls from 0; the first piece of each has its `name`."""
+
+    kind: Literal["reasoning", "content", "call"]
+    text: str
+    call: int = 0
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from vlserve.models.architecture import Placeholder, Positions, Preprocessor, Sp
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.prompt.chat_template import ChatTemplate
 from vlserve.prompt.conversation import Message, Picture, PromptOptions
+from vlserve.prompt.harmony import final_opening
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.timing import Preparation
 from vlserve.vision.pixels import Pixels
@@ -45,7 +46,8 @@ class PromptBuilder:
                 raise ModelError(f"config.json's {kind}_token_id {placeholder.id} is not the id of {placeholder.token}")
         self._places = {placeholder.id for placeholder in placeholders.values()}
         self._num_axes = _num_axes(checkpoint)
-        self.template = ChatTemplate(checkpoint.folder, self.tokenizer, self._preprocessor.chat_template())
+        tokens_of = {kind: placeholder.token for kind, placeholder in placeholders.items()}
+        self.template = ChatTemplate(checkpoint.folder, self.tokenizer, self._preprocessor.chat_template(), tokens_of)
 
     def build(self, messages: Sequence[Message], options: PromptOptions | None = None) -> Prompt:
         """Token ids of a conversation, with the answer's opening; raises RequestError when the template refuses it."""
@@ -72,6 +74,8 @@ class PromptBuilder:
         if beginning and not self.tokenizer.has_beginning(ids):
             ids = beginning + ids
             spans = [replace(span, start=span.start + len(beginning)) for span in spans]
+        if options.only_final:
+            ids += final_opening(ids, self.tokenizer)
         if not ids:
             raise RequestError("the prompt is empty", param="messages")
         return Prompt(ids, spans, options.cache_salt, positions=self._positions(preprocessor, ids, spans))

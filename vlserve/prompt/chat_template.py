@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from vlserve.errors import ModelError, RequestError
 from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
 from vlserve.prompt.template_files import read_templates
+from vlserve.prompt.template_wants import Wants
 from vlserve.prompt.tokenizer import Tokenizer, token_text
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 GUARD = "\u205f"  # white space that templates strip but never write
 _NAME = "\ue000[0-9a-f]{16}:[0-9]+"
 _MARK = re.compile(f"({GUARD}?)({_NAME})([aj]*)\ue001({GUARD}?)")
+_SHOWN_LIST = re.compile(r"\[\{'type': '(text|image|video)'")  # a list as Python writes it: the template expects texts
 _IN_JSON = re.compile(f"({_NAME}[aj]*)\ue001")
 _IN_ASCII = re.compile(r"\\ue000([0-9a-f]{16}:[0-9]+[aj]*)\\ue001")
 
@@ -42,8 +44,11 @@ _IN_ASCII = re.compile(r"\\ue000([0-9a-f]{16}:[0-9]+[aj]*)\\ue001")
 class ChatTemplate:
     """Read and compiled once; raises ModelError when there is none or it is no Jinja."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, own: str | None = None) -> None:
-        """`own`: the family's template, as `read_templates`."""
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, own: str | None = None, placeholders: Mapping[str, str] | None = None
+    ) -> None:
+        """`own`: the family's template, as `read_templates`. `placeholders`: the token for each kind of media."""
+        self._placeholders = placeholders or {}
         templates = {name: _Template(source) for name, source in read_templates(folder, tokenizer.settings, own).items()}
         self._default = templates["default"]
         self._with_tools = templates.get("tool_use", self._default)
@@ -62,17 +67,18 @@ class ChatTemplate:
     def pieces(self, messages: Sequence[Message], options: PromptOptions) -> list[Text | str]:
         """What it writes: ordinary text as Text, its special tokens as str; raises RequestError when it refuses the messages."""
         self._check(options, messages)
-        variables = self._read_variables(options)
-        marks: dict[str, Text] = {}
-        try:
-            rendered = self._render(messages, options, variables, marks)
-        except RequestError:
-            others = [_with_mappings(message) for message in messages]
-            if others == list(messages):
-                raise
-            marks = {}
-            rendered = self._render(others, options, variables, marks)
-        return self._split(rendered, marks)
+        variables, messages = self._read_variables(options), self._template(options).wants.messages(messages)
+        failure: RequestError | None = None
+        for others, as_texts in _alternatives(messages):
+            marks: dict[str, Text] = {}
+            try:
+                rendered = self._render(others, options, variables, marks, as_texts=as_texts)
+            except RequestError as error:
+                failure = failure or error
+                continue
+            if _SHOWN_LIST.search(rendered) is None:
+                return self._split(rendered, marks)
+        raise failure or RequestError("the model's chat template takes texts only", param="messages")
 
     def _template(self, options: PromptOptions) -> _Template:
         """The one called tool_use for requests with tools, where there is one."""
@@ -109,10 +115,14 @@ class ChatTemplate:
                 names = ", ".join(sorted(self._settable(template))) or "none"
                 message = f"{place}: the model's chat template has no such variable; those that can be set: {names}"
                 raise RequestError(message, param=place)
-            if not isinstance(value, (bool, int, float, str)) or self._special.search(str(value)) or len(str(value)) > 1024:
-                raise RequestError(f"{place} must be a number, true, false or a short plain text", param=place)
+            plain = value if isinstance(value, list) else [value]
+            is_plain = all(isinstance(one, (bool, int, float, str)) for one in plain)
+            if not is_plain or self._special.search(str(value)) or len(str(value)) > 1024:
+                raise RequestError(f"{place} must be a number, true, false or a short plain text, or a list of them", param=place)
             found[name] = value
-        wishes = {name: value for name, value in options.wishes.items() if name in template.variables}
+        wishes = {
+            name: template.wants.wish(name, value) for name, value in options.wishes.items() if name in template.variables
+        }
         unheard = options.wishes.keys() - wishes.keys()
         for name in sorted(unheard - (EFFORT if wishes.keys() & EFFORT else {"enable_thinking"})):
             self._say_once(name)
@@ -124,7 +134,13 @@ class ChatTemplate:
             log.info("%s makes no difference: the model's chat template has no such variable", name)
 
     def _render(
-        self, messages: Sequence[Message], options: PromptOptions, variables: Mapping[str, Any], marks: dict[str, Text]
+        self,
+        messages: Sequence[Message],
+        options: PromptOptions,
+        variables: Mapping[str, Any],
+        marks: dict[str, Text],
+        *,
+        as_texts: bool,
     ) -> str:
         """The template's output, with a mark for each text; a blank on either side shows whether it was stripped."""
         key = secrets.token_hex(8)
@@ -148,6 +164,12 @@ class ChatTemplate:
                 for p in message.parts
             ]
 
+        def joined(message: Message) -> str:
+            """Parts as one text, with a picture's placeholder in its place."""
+            return "\n".join(
+                self._placeholders[p.pixels.kind] if isinstance(p, Picture) else mark(p.text) for p in message.parts
+            )
+
         def guarded(value: Any) -> Any:
             """JSON from outside with marks for texts that hold a special token."""
             if isinstance(value, Mapping):
@@ -159,11 +181,14 @@ class ChatTemplate:
             return value
 
         try:
-            conversation = [{"role": m.role, **guarded(m.fields), "content": content(m)} for m in messages]
+            shown = [joined(m) if as_texts and not m.is_string else content(m) for m in messages]
+            conversation = [
+                {"role": m.role, **guarded(m.fields), "content": text} for m, text in zip(messages, shown, strict=True)
+            ]
             last = f"\ue000{key}:{len(marks) - 1}\ue001"  # of the last text of the last message
             rendered = self._template(options).jinja.render(
                 messages=conversation,
-                tools=guarded(options.tools) or None,
+                tools=guarded(self._template(options).wants.tools(options.tools)) or None,
                 documents=None,
                 add_generation_prompt=options.add_generation_prompt and not options.continue_final,
                 **self._variables,
@@ -205,6 +230,16 @@ class ChatTemplate:
         return pieces
 
 
+def _alternatives(messages: Sequence[Message]) -> Iterator[tuple[Sequence[Message], bool]]:
+    """What to render, one after another, until the template takes it; and whether parts are one text, for one that knows no
+    lists of parts."""
+    mapped = [_with_mappings(message) for message in messages]
+    for as_texts in (False, True) if any(not message.is_string for message in messages) else (False,):
+        yield messages, as_texts
+        if mapped != list(messages):
+            yield mapped, as_texts
+
+
 def _with_mappings(message: Message) -> Message:
     """Arguments of calls that are text, since they are no JSON, as a mapping: some templates walk through the arguments only."""
     calls = [
@@ -234,6 +269,7 @@ class _Template:
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template is not valid Jinja: {error}") from error
         self.shows_calls = "tool_calls" in source
+        self.wants = Wants.of(source)
 
 
 class _Generation(Extension):

@@ -12,12 +12,15 @@ from pydantic import ConfigDict, Field
 from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import ModelError, RequestError
+from vlserve.pipeline.harmony import HarmonyParser
 from vlserve.pipeline.outputs import Delta, Timing, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.conversation import PromptOptions
+from vlserve.prompt.harmony import MESSAGE, opened
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import neutral, protocol
 from vlserve.server.constraints import ConstrainedBody, after, as_format
+from vlserve.server.logs import say_once
 from vlserve.server.output_parser import CALL, END_CALL, END_THINK, THINK, Piece, ReplyParser
 from vlserve.server.protocol import Chunks, Strict
 
@@ -131,10 +134,13 @@ class ChatRequest(ConstrainedBody):
             add_generation_prompt=self.add_generation_prompt is not False,
             cache_salt=self.cache_salt or "",
             mm_processor_kwargs=self.mm_processor_kwargs or {},
+            only_final=self._holds_all,
         )
 
     def for_prompt(self, params: Sequence[SamplingParams], prompt: Prompt, tokenizer: Tokenizer) -> list[SamplingParams]:
         """The parameters with room for reasoning before what the answer must look like."""
+        if opened(prompt.token_ids, tokenizer) is not None:
+            return self._for_harmony(params)
         if self.separate_reasoning is False:
             return list(params)
         thinking = is_thinking(prompt, tokenizer)
@@ -143,6 +149,24 @@ class ChatRequest(ConstrainedBody):
         thought = {"type": "tag", "begin": "" if thinking else THINK, "content": {"type": "any_text"}, "end": END_THINK}
         formed = [p.structured and after(thought, p.structured, optional=not thinking) for p in params]
         return [replace(p, structured=form) for p, form in zip(params, formed, strict=True)]
+
+    def _for_harmony(self, params: Sequence[SamplingParams]) -> list[SamplingParams]:
+        """With the tokens that part its channels. What holds for all of an answer holds in the final channel (`prompt_options`);
+        calls that may come are in another one, where no grammar reaches."""
+        if any(p.structured for p in params) and not self._holds_all:
+            say_once("functions are not held to their schemas (strict), but with tool_choice required: the model calls in a channel")
+            params = [replace(p, structured=None) for p in params]
+        return [replace(p, skip_special_tokens=False) for p in params]
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the answer is wanted as the model writes it."""
+        return self.separate_reasoning is False and self.skip_special_tokens is False
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether something holds for an answer as a whole."""
+        return self.must_call or self.wanted() is not None
 
     def _structured(self) -> StructuredOutput | None:
         """What the answer must look like: calls that must come win, and a format holds for text beside calls that may."""
@@ -193,6 +217,19 @@ class ChatRequest(ConstrainedBody):
         return {**shape, "tags": tags, "stop_after_first": one}
 
 
+def reply_parser(
+    prompt: Prompt, tokenizer: Tokenizer, *, calls: bool, only_calls: bool, separate: bool = True, is_raw: bool = False
+) -> ReplyParser | HarmonyParser:
+    """What tells an answer to this prompt apart; `separate`: its reasoning from the rest."""
+    behind = None if is_raw else opened(prompt.token_ids, tokenizer)
+    if behind is None:
+        thinking = separate and is_thinking(prompt, tokenizer)
+        return ReplyParser(calls=calls, reasoning=separate, thinking=thinking, only_calls=only_calls)
+    is_held = behind.endswith(MESSAGE)  # a grammar's calls are as Hermes models write them
+    inner = ReplyParser(calls=calls, reasoning=False, only_calls=only_calls) if is_held else None
+    return HarmonyParser(behind, calls=calls, reasoning=separate, inner=inner)
+
+
 def is_thinking(prompt: Prompt, tokenizer: Tokenizer) -> bool:
     """Whether the prompt ends inside an opened <think>, as some chat templates leave it."""
     return tokenizer.decode(prompt.token_ids[-8:], skip_special_tokens=False).rstrip("\n").endswith(THINK)
@@ -216,7 +253,7 @@ def reasoning_fields(text: str) -> dict[str, str]:
 class Choice:
     """One answer as it grows."""
 
-    parser: ReplyParser
+    parser: ReplyParser | HarmonyParser
     usage: Usage
     content: str = ""
     reasoning: str = ""
@@ -249,14 +286,10 @@ class ChatAnswer(Chunks):
     def __init__(self, asked: ChatRequest, prompt: Prompt, tokenizer: Tokenizer, model: str) -> None:
         self._asked, self._prompt, self._tokenizer, self._model = asked, prompt, tokenizer, model
         self._id, self._created = protocol.new_id("chatcmpl-"), protocol.now()
-        thinking = is_thinking(prompt, tokenizer)
         separate = asked.separate_reasoning is not False
+        how = {"calls": asked.calls, "only_calls": asked.must_call, "separate": separate, "is_raw": asked.is_raw}
         self._choices = [
-            Choice(
-                ReplyParser(calls=asked.calls, reasoning=separate, thinking=thinking and separate, only_calls=asked.must_call),
-                protocol.first_usage(prompt),
-            )
-            for _ in range(asked.num_choices)
+            Choice(reply_parser(prompt, tokenizer, **how), protocol.first_usage(prompt)) for _ in range(asked.num_choices)
         ]
 
     def whole(self) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from vlserve.config import ServerConfig
 from vlserve.engine.messages import FinishReason
 from vlserve.pipeline.outputs import Usage
 
+log = logging.getLogger(__name__)
+
 
 def configure_logging(config: ServerConfig) -> None:
     """For a process that is a server: a library's user owns logging otherwise.
@@ -80,3 +82,13 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 def _time(record: logging.LogRecord) -> datetime:
     return datetime.fromtimestamp(record.created).astimezone()
+
+
+_said: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """A line for what is taken and has no effect; once, since clients send it with every request."""
+    if text not in _said:
+        _said.add(text)
+        log.warning("%s (said once)", text)

@@ -8,23 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Literal
+
+from vlserve.pipeline.outputs import Piece
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
 # the usual order, which lets arguments be passed on while they come
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The next bit of an answer. `call` counts function calls from 0; the first piece of each has its `name`."""
-
-    kind: Literal["reasoning", "content", "call"]
-    text: str
-    call: int = 0
-    name: str | None = None
 
 
 class ReplyParser:

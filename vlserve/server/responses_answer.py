@@ -12,8 +12,8 @@ from vlserve.pipeline.outputs import Delta, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
-from vlserve.server.chat import is_thinking
-from vlserve.server.output_parser import Piece, ReplyParser
+from vlserve.server.chat import reply_parser
+from vlserve.server.output_parser import Piece
 from vlserve.server.responses_request import ResponsesRequest
 
 DONE = ("completed", "incomplete", "failed", "cancelled")
@@ -42,7 +42,7 @@ class ResponsesAnswer:
     ) -> None:
         self._asked, self._effort, self._params, self._tokenizer, self._model = asked, effort, params, tokenizer, model
         self._keep = keep
-        self._parser = ReplyParser(calls=calls, thinking=is_thinking(prompt, tokenizer), only_calls=only_calls)
+        self._parser = reply_parser(prompt, tokenizer, calls=calls, only_calls=only_calls)
         self.id, self._created = protocol.new_id("resp_"), protocol.now()
         self._completed: int | None = None
         self.status = "queued" if asked.background else "in_progress"

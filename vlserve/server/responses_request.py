@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,11 +12,11 @@ from vlserve.errors import RequestError
 from vlserve.server import neutral
 from vlserve.server.chat import ChatRequest, Function, FunctionName
 from vlserve.server.constraints import FIELDS, StructuredBody
+from vlserve.server.logs import say_once
 from vlserve.server.protocol import AnswerBody, SamplingBody, Strict, event
 from vlserve.server.responses_input import Conversation, Item
 from vlserve.server.validation import explain
 
-log = logging.getLogger(__name__)
 LOGPROBS = "message.output_text.logprobs"
 # kinds of tools that OpenAI runs, or whose calls have a form of their own
 HOSTED = (
@@ -296,15 +295,6 @@ class ResponsesRequest(SamplingBody):
 SHARED = {*SamplingBody.model_fields, "top_logprobs", "structured_outputs", "parallel_tool_calls"}
 SHARED |= {"chat_template_kwargs", "mm_processor_kwargs"}
 SHARED -= {*AnswerBody.model_fields, "stream_options", "n", *REFUSED}
-_said: set[str] = set()
-
-
-def say_once(text: str) -> None:
-    """A line in the log for what is taken and has no effect; once, since clients send it with every request."""
-    if text not in _said:
-        _said.add(text)
-        log.warning("%s (said once)", text)
-
 
 def _chat_tool(tool: FlatTool) -> Mapping[str, Any]:
     return {"type": "function", "function": tool.model_dump(include=set(Function.model_fields), exclude_none=True)}
