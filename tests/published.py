@@ -240,7 +240,7 @@ _PUBLISHED: list[Published] = [
     *(_vision(f"InternVL2_5-{size}{edition}", *of, "internvl2_5") for edition in ("", "-MPO") for size, of in _2_5.items()),
     *(_vision(f"InternVL3-{size}", *of, "internvl2_5") for size, of in _3.items()),
     *(_hf(f"InternVL3-{size}-hf", *of, 92546 if size == "9B" else 151667) for size, of in _3.items()),
-    *(_vision(f"InternVL3_5-{size}", *of, "internvl3_5") for size, of in QWEN3.items()),
+    *(_vision(f"InternVL3_5-{size}", *of, "internvl3_5" + "_gpt_oss" * ("OSS" in size)) for size, of in QWEN3.items()),
     *(_hf(f"InternVL3_5-{size}-HF", *of, 200021 if "OSS" in size else 151671) for size, of in QWEN3.items()),
     *(
         _vision(f"InternVL2-{size}-AWQ", llm | {"quantization_config": AWQ, "torch_dtype": "float16"}, vision, billions, template)

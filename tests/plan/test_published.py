@@ -23,8 +23,9 @@ def test_a_published_config_is_served_at_its_degrees(model: Published) -> None:
         if tp in model.degrees:
             check_tp(config, tp)
         else:
-            with pytest.raises(ConfigError, match=f"is not divisible by {tp}"):
+            with pytest.raises(ConfigError, match=f"is not divisible by {tp}") as refused:
                 check_tp(config, tp)
+            assert ("The vision encoder" in str(refused.value)) == ("vision_config" in config)
 
 
 @MODELS

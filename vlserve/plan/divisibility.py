@@ -95,7 +95,7 @@ def refusal_text(decoder: DecoderShape, problems: tuple[Problem, ...], replicate
     text += f"Degrees that work: {_listed(plain)}"
     if replicated:
         text += f"; {'also' if replicate else 'with --replicate-kv-heads also'} {_listed(replicated)}"
-    return f"{text}. {ENCODER_IS_FREE}"
+    return f"{text}. {ENCODER_IS_FREE}" if decoder.section else text
 
 
 def check_experts(number: int, source: str) -> None:
