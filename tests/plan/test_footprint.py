@@ -31,7 +31,7 @@ ENCODERS = {
     "layer_norm": {"norm_type": "layer_norm", "attention_bias": True, "use_qk_norm": False},
     "rms_norm": {"norm_type": "rms_norm", "attention_bias": False, "use_qk_norm": True},
 }
-MIXTURE = {"head_dim": 24, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 50}
+MIXTURE = {"head_dim": 24, "num_experts": 7, "num_experts_per_tok": 6, "moe_intermediate_size": 250}  # the fullest moment
 DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -187,6 +187,7 @@ def test_a_decoders_peak(decoder: str, length: int, kv_dtype: str) -> None:
     with rehearsed(H100) as card, torch.inference_mode():
         device = torch.device("cuda", 0)
         model.to_empty(device=device)
+        model.finish()
         model.prepare(length, device)
         cache = kv_cache(model, length // 16, kv_dtype, torch.bfloat16, "cuda:0")
         memory = card.memory()
@@ -203,7 +204,7 @@ def test_a_decoders_peak(decoder: str, length: int, kv_dtype: str) -> None:
     options = {"dtype": "bfloat16", "kv_cache_dtype": kv_dtype, "max_num_batched_tokens": tokens, "max_model_len": length}
     plan = planned(no_pictures, **options, max_num_seqs=1)
     parts = _part_bytes(read_decoder_shape(settings), shard(read_decoder_shape(settings), 1), step(tokens, length))
-    assert peak <= plan + ROUNDING and plan - parts <= 1.02 * peak
+    assert peak <= plan + ROUNDING and plan - parts <= 1.02 * peak, (peak, plan, parts)
 
 
 def step(tokens: int, length: int) -> Step:
