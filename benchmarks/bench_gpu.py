@@ -28,6 +28,7 @@ from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, SOURCES
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.elementwise import gate, norm, rotary
+from benchmarks.gpu.experts import TINY_MIXTURE, expert_product
 from benchmarks.gpu.heads import head, int8_head
 from benchmarks.gpu.kernels import ERRORS, Rates, Report, all_cases, first_line, measure_rates, plan_cases, run_cases
 from benchmarks.gpu.predict import ASSUMED
@@ -55,6 +56,7 @@ def small_cases() -> list[Case]:
     """One of each kind, small enough for the CPU's own implementations."""
     cases = [product("tiny", "256 x 256", 256, 256, rows) for rows in (3, 40, 200)]
     cases += [spread_out("tiny", "256 x 256", 256, 256), int8_head("tiny", 300, 64, 3), head("tiny", 300, 64, 3)]
+    cases += [expert_product(TINY_MIXTURE, form, 5) for form in TINY_MIXTURE.forms]
     cases += [greedy("tiny", 300, 3), drawing("tiny", 300, 3), encoder_norm(TINY, 2)]
     for kind in KINDS:
         cases += [attention(TINY, 2, 1, 70, kind), attention(TINY, 1, 20, 50, kind), rotary(TINY, 5, kind)]

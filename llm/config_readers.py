@@ -110,6 +110,8 @@ def with_defaults(text: Text) -> dict[str, Any]:
     given = {key: value for key, value in text.items() if value is not None or key in NULLS}
     if text.get("model_type") == "qwen3_moe" and "num_local_experts" in given:  # as transformers 5 writes it
         given.setdefault("num_experts", given["num_local_experts"])
+    if text.get("model_type") == "gpt_oss" and "num_experts" in given:  # transformers' other name of it
+        given.setdefault("num_local_experts", given["num_experts"])
     if text.get("model_type") == "gpt_oss" and not given.get("rope_scaling") and not given.get("rope_parameters"):
         given["rope_scaling"] = GPT_OSS_ROPE
     return dict(DEFAULTS.get(str(text.get("model_type")), {})) | given

@@ -1,6 +1,8 @@
-"""A linear layer's weights in MXFP4: 4-bit floating-point codes (E2M1), of which 32 neighbouring inputs share a power of two (E8M0).
+"""A linear layer's weights in MXFP4: 4-bit floating-point codes (E2M1), of which 32 inputs share a power of two (E8M0).
 
-Source: OCP Microscaling Formats (MX) Specification v1.0. Kept as they are stored; codes and scales of zero are zeros, so padding is.
+They are kept as they are stored; codes and scales of zero are zeros, so padding is.
+
+Source: OCP Microscaling Formats (MX) Specification v1.0.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class Mxfp4Format(nn.Module):
         super().__init__()
         self.in_span, self.in_features, self.outputs = in_span, in_features, outputs
         if any(place % MXFP4_GROUP for place in (in_features, in_span.start, in_span.size)):
-            raise ValueError(f"{', '.join(outputs)}: MXFP4 has groups of {MXFP4_GROUP} inputs, and these are {in_span} of {in_features}")
+            raise ValueError(
+                f"{', '.join(outputs)}: MXFP4 has groups of {MXFP4_GROUP} inputs, and these are {in_span} of {in_features}"
+            )
         size, groups = sum(span.size for span, _ in outputs.values()), in_span.size // MXFP4_GROUP
         self.codes = nn.Parameter(torch.empty(size, groups, MXFP4_GROUP // 2, dtype=torch.uint8), requires_grad=False)
         self.scales = nn.Parameter(torch.empty(size, groups, dtype=torch.uint8), requires_grad=False)

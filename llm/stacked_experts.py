@@ -13,16 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.kernels.experts import (
-    DenseExperts,
-    ExpertWeights,
-    Fp8Experts,
-    Int4Experts,
-    Mxfp4Experts,
-    Routes,
-    experts_matmul,
-    prepare,
-)
+from vlserve.kernels.experts import experts_matmul, prepare
+from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Mxfp4Experts, Routes
 from vlserve.llm.formats import DenseFormat
 from vlserve.llm.formats_8bit import EightBitFormat, Fp8Format
 from vlserve.llm.formats_int4 import GroupedInt4Format

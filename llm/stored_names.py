@@ -36,8 +36,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ExpertPart:
-    """What of a stored tensor [experts, ...] is `name`: that of one expert of `experts`. Dimension 1 is the outputs, or the last one
-    where it `is_turned`; of these every `step`th from `first` on."""
+    """What of a stored tensor [experts, ...] is `name`: that of one expert of `experts`. Dimension 1 is the outputs, or the last
+    one where it `is_turned`; of these every `step`th from `first` on."""
 
     name: str
     expert: int

@@ -112,7 +112,7 @@ def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: 
     if decoder.startswith("qwen3"):
         settings["head_dim"] = 16
     if decoder == "qwen3_moe":
-        settings |= {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+        settings |= {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
     if decoder == "gpt_oss":  # experts of three groups of MXFP4
         settings |= {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 9}
         settings |= {"hidden_size": 64, "intermediate_size": 96, "rope_parameters": GPT_OSS_ROPE}

@@ -27,6 +27,7 @@ CLASSES = {
     "gpt_oss": "GptOssForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "internlm2": "InternLM2ForCausalLM",

@@ -26,6 +26,7 @@ OPERATIONS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__in
 OPERATION_FILES = {"__init__", "reference", "types", "cpu", "triton"}
 BESIDE = {  # what else an operation has files for
     "attention": {"launch", "plan"},
+    "experts": {"launch", "pairs", "triton_pairs"},
     "int4_pairs": {"launch"},
     "rotary": {"table"},
     "sampling": {"noise", "triton_filter"},

@@ -13,6 +13,7 @@ from benchmarks.contact.setting import Setting
 from benchmarks.gpu.attention import attention
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.elementwise import gate, gate_with_sums, norm, norm_with_sums, rotary
+from benchmarks.gpu.experts import GPT_OSS_20B, QWEN3_30B, TINY_MIXTURE, expert_product
 from benchmarks.gpu.heads import head, int8_head
 from benchmarks.gpu.products import product, spread_out
 from benchmarks.gpu.sampling import drawing, greedy
@@ -70,6 +71,8 @@ def real_cases() -> Iterator[Case]:
     yield from (encoder_norm(sizes, 1) for sizes in (eight, large))
     yield from (_product(eight, "o_proj", 16), _product(one, "qkv_proj", 1), _product(one, "down_proj", 64))
     yield from (_product(eight, "qkv_proj", rows, torch.float16) for rows in (16, 64))
+    for mixture in (QWEN3_30B, GPT_OSS_20B):
+        yield from (expert_product(mixture, form, tokens) for form in mixture.forms for tokens in (1, 64, 1024))
     outputs, inputs = eight.linears["qkv_proj"]
     yield spread_out("8b", f"qkv_proj {outputs} x {inputs}", outputs, inputs)
 
@@ -82,5 +85,6 @@ def _product(sizes: Sizes, name: str, rows: int, dtype: torch.dtype = torch.bflo
 def tiny_cases() -> Iterator[Case]:
     """One of each kind, for the interpreter."""
     yield from (product("tiny", "64 x 256", 64, 256, 3), head("tiny", 300, 64, 3), int8_head("tiny", 300, 64, 3))
+    yield from (expert_product(TINY_MIXTURE, form, 3) for form in TINY_MIXTURE.forms)
     yield from (norm(TINY, 3, adds=True), gate(TINY, 3), greedy("tiny", 300, 2), drawing("tiny", 300, 2))
     yield from (attention(TINY, 2, 1, 20, "int8"), rotary(TINY, 3, "fp8"), encoder_norm(TINY, 1))

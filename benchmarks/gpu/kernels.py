@@ -14,6 +14,7 @@ from benchmarks.gpu.attention import attention_cases
 from benchmarks.gpu.cards import CARDS, floor
 from benchmarks.gpu.case import Built, Case, Run
 from benchmarks.gpu.elementwise import elementwise_cases
+from benchmarks.gpu.experts import expert_product_cases
 from benchmarks.gpu.heads import head_cases
 from benchmarks.gpu.products import product_cases
 from benchmarks.gpu.sizes import Sizes
@@ -69,6 +70,7 @@ def all_cases(models: list[Sizes], *, quick: bool = False) -> Iterator[Case]:
     for sizes in models:
         for make in (product_cases, head_cases, attention_cases, elementwise_cases):
             yield from make(sizes, quick=quick)
+    yield from expert_product_cases(quick=quick)
 
 
 def measure_rates(timer: Timer, copied: int = COPIED, width: int = PRODUCT) -> Rates:

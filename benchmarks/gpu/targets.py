@@ -16,6 +16,7 @@ from benchmarks.gpu.attention import attention
 from benchmarks.gpu.cards import CARDS, Card
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.elementwise import gate, norm, rotary
+from benchmarks.gpu.experts import GPT_OSS_20B, QWEN3_30B, expert_product
 from benchmarks.gpu.heads import head, int8_head
 from benchmarks.gpu.predict import ATTAINABLE, Kernel, Prediction, predict
 from benchmarks.gpu.products import dense_kernel, product, spread_out
@@ -30,6 +31,8 @@ SQUARE = 8192
 # operations a second of others' causal prefill of 2048 tokens with 128 channels a head: FlashAttention-3 on an H100 by its paper
 # (arXiv 2407.08608, figure 5); FlashAttention-2 on an A100 at 60 % of the rate, of the 50 to 73 % in its paper (arXiv 2307.08691)
 FLASH_3, FLASH_2 = 521e12, 0.6 * CARDS["A100"].rate
+# of which a decode step reads chosen experts' weights alone
+EXPERTS = [(QWEN3_30B, form, 16) for form in QWEN3_30B.forms] + [(GPT_OSS_20B, "mxfp4", tokens) for tokens in (1, 16)]
 BANDWIDTH, FLOOR, STEP = "bandwidth", "floor", "step"
 
 
@@ -62,7 +65,7 @@ def is_met(seconds: float | None, limit: float | None) -> bool | None:
 def targets() -> list[Target]:
     """All, in the order of a step; those of whole steps at the end."""
     model = MODELS["8b"]
-    return [*_products(model), *_attention(model), *_by_bandwidth(model), *_sampling(model), _step(model)]
+    return [*_products(model), *_experts(), *_attention(model), *_by_bandwidth(model), *_sampling(model), _step(model)]
 
 
 def target_cases() -> list[Case]:
@@ -75,7 +78,7 @@ def target_cases() -> list[Case]:
     cases += [norm(model, 4096, adds=False), norm(model, 4096, adds=True), gate(model, 4096), rotary(model, 4096, "auto")]
     cases.append(encoder_norm(model, TILES))
     cases += [head("8b", model.vocab, model.hidden, rows) for rows in (1, 16)]
-    cases += [int8_head("8b", model.vocab, model.hidden, 1)]
+    cases += [int8_head("8b", model.vocab, model.hidden, 1), *(expert_product(*one) for one in EXPERTS)]
     return cases + [make("8b", model.vocab, rows) for make in (greedy, drawing) for rows in (1, 64)]
 
 
@@ -132,6 +135,11 @@ def _products(model: Sizes) -> list[Target]:
     found.append(_share(spread_out("8b", name, outputs, inputs), "4-bit weights spread out", 0.8))
     dense, factors = product("8b", name, outputs, inputs, 1024), dict.fromkeys(EVERY, 1 / 1.1)
     return [*found, _against_torch(dense, outputs, inputs, 1024, "4-bit product, many rows: 1.1 times torch's time", factors)]
+
+
+def _experts() -> list[Target]:
+    found = [expert_product(*one) for one in EXPERTS]
+    return [_share(case, f"{case.model}: {case.kernel}", 0.55) for case in found]
 
 
 def _attention(model: Sizes) -> list[Target]:

@@ -41,7 +41,7 @@ class Tiling:
     registers: int | None
 
     def most_registers(self, *, is_coded: bool, has_sinks: bool, window: int) -> int | None:
-        """`registers`; and of few rows with codes and sinks so many that none spill: with a window, whose programs are short, more."""
+        """`registers`; of few rows with codes and sinks so many that none spill: more with a window, whose programs are short."""
         if not (is_coded and has_sinks and self.rows <= 32):
             return self.registers
         return WIDE_REGISTERS if window else DECODING_REGISTERS

@@ -267,7 +267,7 @@ def _attention_kernel(
             KV_HEADS, WIDTH, WIDTH_PADDED, PAGE, TILE, IS_CODED, IS_E4M3, IS_NATIVE, LIFT, WINDOW, True,
         )  # fmt: skip
     is_whole = stop <= chunk * TILE
-    if sinks is not None:
+    if sinks is not None:  # noqa: SIM102  (known when it is compiled)
         if is_whole:
             total += tl.exp2(_load_sinks(sinks, head * GROUP + row % GROUP) - highest + LIFT)
     total = tl.where(total == 0.0, 1.0, total)  # a row that has seen nothing: its logarithm stays -inf

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from vlserve.kernels.experts.cpu import combine_cpu, experts_matmul_cpu, pack_experts_for_cpu, routes_cpu
+from vlserve.kernels.experts.launch import every_size
+from vlserve.kernels.experts.pairs import pack_experts_for_gpu
 from vlserve.kernels.experts.reference import check_weights
 from vlserve.kernels.experts.types import (
     DenseExperts,
@@ -17,8 +19,10 @@ from vlserve.kernels.experts.types import (
     Int4Experts,
     Mxfp4Experts,
     PackedExperts,
+    PairedExperts,
     Routes,
 )
+from vlserve.kernels.with_triton import runs_triton
 
 __all__ = [
     "DenseExperts",
@@ -27,9 +31,11 @@ __all__ = [
     "Int4Experts",
     "Mxfp4Experts",
     "PackedExperts",
+    "PairedExperts",
     "Routes",
     "combine",
     "experts_matmul",
+    "launch_all",
     "prepare",
     "routes",
 ]
@@ -41,7 +47,29 @@ def prepare(weights: ExpertWeights) -> ExpertWeights:
     check_weights(weights)
     if isinstance(weights, Int4Experts) and not weights.codes.is_cuda:
         return pack_experts_for_cpu(weights)
+    if isinstance(weights, Int4Experts | Mxfp4Experts) and runs_triton(weights.codes):
+        return pack_experts_for_gpu(weights)
     return weights
+
+
+def launch_all(
+    weights: ExpertWeights, *, top_k: int, dtype: torch.dtype, bias: torch.Tensor | None = None, most_tokens: int = 2**31
+) -> None:
+    """All that serving launches with these weights, with zeros, so that it has been compiled: routes, products and sums of steps
+    of up to `most_tokens`. On a GPU with Triton; elsewhere nothing.
+
+    Args:
+        top_k: S. dtype: of x. bias: [E, N], where the products are given one.
+    """
+    experts, _, inputs = weights.size
+    if isinstance(weights, PackedExperts) or not runs_triton(on := _codes(weights)):
+        return
+    for tokens in every_size(experts, top_k).values():
+        if tokens <= most_tokens:
+            chosen = torch.zeros(tokens, top_k, dtype=torch.int32, device=on.device)
+            x = torch.zeros(tokens, inputs, dtype=dtype, device=on.device)
+            out = experts_matmul(x, weights, routes(chosen, experts), bias)
+            combine(out, torch.zeros(tokens, top_k, dtype=torch.float32, device=on.device))
 
 
 def routes(experts: torch.Tensor, num_experts: int, first: int = 0) -> Routes:
@@ -53,9 +81,11 @@ def routes(experts: torch.Tensor, num_experts: int, first: int = 0) -> Routes:
     """
     if experts.ndim != 2 or experts.is_floating_point():
         raise ValueError(f"experts are {tuple(experts.shape)} {experts.dtype}; expected [T, S] whole numbers")
-    ours = experts.int() - first
-    ours = torch.where((ours >= 0) & (ours < num_experts), ours, num_experts)
-    return routes_cpu(ours, num_experts)
+    if runs_triton(experts):
+        from vlserve.kernels.experts.triton import routes_triton
+
+        return routes_triton(experts.int(), num_experts, first)
+    return routes_cpu(experts.int(), num_experts, first)
 
 
 def experts_matmul(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,11 +104,28 @@ def experts_matmul(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias
         raise ValueError(f"the routes are for {routes.num_experts} experts, the weights of {experts}")
     if bias is not None and bias.shape != (experts, outputs):
         raise ValueError(f"bias is {tuple(bias.shape)}, expected [{experts}, {outputs}]")
+    if runs_triton(x):
+        from vlserve.kernels.experts.triton import experts_matmul_triton
+
+        return experts_matmul_triton(x, weights, routes, bias)
     return experts_matmul_cpu(x, weights, routes, bias)
+
+
+def _codes(weights: DenseExperts | Int4Experts | Fp8Experts | Mxfp4Experts | PairedExperts) -> torch.Tensor:
+    match weights:
+        case DenseExperts():
+            return weights.weight
+        case PairedExperts():
+            return weights.words
+    return weights.codes
 
 
 def combine(out: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """As `combine_ref`, summed in float32, in the order of the choices: out [T * S, C], weights [T, S] float32 -> [T, C]."""
     if out.ndim != 2 or weights.ndim != 2 or len(out) != weights.numel():
         raise ValueError(f"out and weights are {tuple(out.shape)} and {tuple(weights.shape)}; expected [T * S, C] and [T, S]")
+    if runs_triton(out):
+        from vlserve.kernels.experts.triton import combine_triton
+
+        return combine_triton(out, weights)
     return combine_cpu(out, weights)

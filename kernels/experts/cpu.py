@@ -19,7 +19,9 @@ from vlserve.kernels.experts.types import (
     Int4Experts,
     Mxfp4Experts,
     PackedExperts,
+    PairedExperts,
     Routes,
+    ours,
 )
 from vlserve.kernels.int4.cpu import PlainInt4, awq_matmul_cpu, pack_for_cpu
 
@@ -27,14 +29,14 @@ BLOCK = 2**19  # weights that are spread out at once, so that they stay in the p
 WORDS = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # that hold two numbers, by the bytes of one
 
 
-def routes_cpu(experts: torch.Tensor, num_experts: int) -> Routes:
+def routes_cpu(experts: torch.Tensor, num_experts: int, first: int) -> Routes:
     """experts [T, S] as in `Routes`."""
-    flat = experts.flatten()
+    flat = ours(experts, num_experts, first).flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
     parts = order.split(counts)
     groups = tuple((expert, part) for expert, part in enumerate(parts[:num_experts]) if len(part))
-    return Routes(experts=experts, num_experts=num_experts, groups=groups)
+    return Routes(experts=experts, num_experts=num_experts, first=first, groups=groups)
 
 
 def experts_matmul_cpu(x: torch.Tensor, weights: ExpertWeights, routes: Routes, bias: torch.Tensor | None) -> torch.Tensor:
@@ -71,6 +73,8 @@ def multiply(x: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tens
             return awq_matmul_cpu(x, weights.packed[expert])
         case Int4Experts():
             return PlainInt4(weights.codes[expert], weights.scales[expert], weights.zeros[expert]).matmul(x)
+        case PairedExperts():
+            raise ValueError("these weights are in a GPU's order; torch's operators take them as they are stored")
     step = max(1, BLOCK // weights.size[2])
     starts = range(0, weights.size[1], step)
     return torch.cat([F.linear(x, spread_out(weights, expert, slice(start, start + step), x.dtype)) for start in starts], dim=-1)

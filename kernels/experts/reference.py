@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Mxfp4Experts, Routes
+from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Mxfp4Experts, Routes, ours
 from vlserve.kernels.int4.reference import awq_dequantize_ref
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # by code
@@ -47,7 +47,7 @@ def experts_matmul_ref(x: torch.Tensor, weights: ExpertWeights, routes: Routes, 
     inputs = x.double().repeat_interleave(routes.per_row(x), 0)
     dense = dequantize_ref(weights)
     out = torch.zeros(routes.num_choices, dense.shape[1], dtype=torch.float64, device=x.device)
-    for choice, expert in enumerate(routes.experts.flatten().tolist()):
+    for choice, expert in enumerate(ours(routes.experts, routes.num_experts, routes.first).flatten().tolist()):
         if expert < routes.num_experts:
             out[choice] = F.linear(inputs[choice], dense[expert], None if bias is None else bias[expert].double())
     return out.to(x.dtype)

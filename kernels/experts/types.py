@@ -87,7 +87,34 @@ class PackedExperts:
         return len(self.packed), self.outputs, self.inputs
 
 
-ExpertWeights = DenseExperts | Int4Experts | Fp8Experts | Mxfp4Experts | PackedExperts
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairedExperts:
+    """4-bit weights in `int4_pairs`' order, for a GPU. N' and K' are N and K rounded up to 64 and 128; G' the groups of K'.
+
+    words: [E, N'/64, K'/128, 64, 16] int32. Of int4, scales [E, N'/64, G', 64] of 16 bits and zeros, as many, uint8, in
+    `int4_pairs`' order. Of MXFP4, scales [E, N'/64, K'/128, 64] int32, the four of a row's 128 inputs in its bytes, and no zeros.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    outputs: int
+    inputs: int
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(E, N, K)."""
+        return len(self.words), self.outputs, self.inputs
+
+    @property
+    def group(self) -> int:
+        """Inputs, of K', that share a scale."""
+        if self.zeros is None:
+            return MXFP4_GROUP
+        return self.words.shape[2] * 128 // self.scales.shape[2]
+
+
+ExpertWeights = DenseExperts | Int4Experts | Fp8Experts | Mxfp4Experts | PackedExperts | PairedExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,12 +135,13 @@ class Blocks:
 class Routes:
     """Which choices go to which of this rank's experts; made by `routes`, once a layer.
 
-    experts: [T, S] int32, from 0, and E where the expert is another rank's. num_experts: E. groups: (expert, its choices [n]
-    int64) of all that have some, where torch's operators compute; blocks: where Triton's kernels do.
+    experts: [T, S] int32, as they were chosen. num_experts: E. first: the number of this rank's first expert. groups: (expert,
+    its choices [n] int64) of all that have some, where torch's operators compute; blocks: where Triton's kernels do.
     """
 
     experts: torch.Tensor
     num_experts: int
+    first: int = 0
     groups: tuple[tuple[int, torch.Tensor], ...] = ()
     blocks: Blocks | None = None
 
@@ -128,3 +156,9 @@ class Routes:
         if x.ndim == 2 and len(x) in (tokens, tokens * each):
             return tokens * each // len(x)
         raise ValueError(f"x is {tuple(x.shape)}; expected [{tokens}, K] or [{tokens * each}, K]: a row a token, or a choice")
+
+
+def ours(experts: torch.Tensor, num_experts: int, first: int) -> torch.Tensor:
+    """experts [T, S] -> counted from this rank's first one, and E where they are another rank's."""
+    local = experts - first
+    return torch.where((local >= 0) & (local < num_experts), local, num_experts)

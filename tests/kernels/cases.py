@@ -13,6 +13,7 @@ from itertools import product
 import torch
 
 from tests.kernels.attention_cases import GPT_OSS, WINDOW, attention, merge, power_of_2
+from tests.kernels.expert_cases import expert_cases
 from tests.kernels.machine_code import ALL, Case
 from vlserve.kernels.int4_pairs import launch as launching
 from vlserve.kernels.int4_pairs.launch import CARD, Launch, fitted, launches
@@ -179,6 +180,20 @@ def silu_mul(dtype: str, arch: int, *, groups: int = 0) -> Case:
     )
 
 
+def clamped(dtype: str, arch: int) -> Case:
+    return Case(
+        name="clamped swiglu",
+        dtype=dtype,
+        setting="width 2880",
+        module="vlserve.kernels.gate.triton",
+        kernel="_clamped_kernel",
+        architecture=arch,
+        types=(f"*{dtype}", f"*{dtype}", "fp32", "fp32"),
+        constants={"WIDTH": 2880, "BLOCK": 1024},
+        in_suite=dtype == "bf16" and arch == 80,
+    )
+
+
 def drawing(arch: int) -> Iterator[Case]:
     """Top-k and top-p, and the race; logits' rows are aligned to 4 bytes only, so nothing is read by 16."""
     i32, given = "i32", ("*fp32", "*i64", "*fp64")
@@ -259,9 +274,10 @@ def every_case() -> list[Case]:
         cases += [rotary_store(dtype, codes, has_norms, arch) for codes, has_norms in product(kinds, (False, True))]
         cases += [norm(kind, dtype, width, arch) for kind, width in product(("rms_norm", "add_rms_norm"), widths)]
         cases += [norm(kind, dtype, 1024, arch) for kind in ("layer_norm", "add_scaled_layer_norm")]
-        cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch)]
+        cases += [norm("add_scaled_rms_norm", dtype, 3200, arch), silu_mul(dtype, arch), clamped(dtype, arch)]
         cases += summed(dtype, arch) if dtype in HALF else ()
     cases += [case for arch in ARCHITECTURES for case in drawing(arch)]
+    cases += expert_cases()
     shown = [
         *(attention("bf16", None, 128, n, arch) for n, arch in ((1, 80), (1, 90), (1, 100), (512, 80), (512, 90))),
         attention("bf16", None, 128, 1, 90, page=32),

@@ -3,8 +3,8 @@
 Kept of a launch: the kernel, the type of each pointer, that one is not there, flags, and the sizes of blocks. A model's own sizes
 are reduced to what the kernel makes of them: whether a dimension fills the block that it is padded to (but not how long that
 block is, since no statement asks for it: a longer one only has more columns, each computed alike), how a page lies to a tile,
-whether there is one token a block or more. Left out: warps and stages, which the interpreter does not know, alignment, and whole
-numbers that are arguments.
+whether there is one token a block or more. Left out: the bias of experts, which is added to all sums alike when they are
+complete; warps and stages, which the interpreter does not know, alignment, and whole numbers that are arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any
 
 from tests.kernels.signatures import Signature
 
-LEFT_OUT = {"STAGES", "DIM_PADDED", "HEADS_PADDED", "KV_HEADS_PADDED", "WIDTH_PADDED", "HALF_PADDED", "KV_HEADS", "PARTS"}
+LEFT_OUT = {
+    *("STAGES", "DIM_PADDED", "HEADS_PADDED", "KV_HEADS_PADDED", "WIDTH_PADDED", "HALF_PADDED", "KV_HEADS", "PARTS"),
+    *("BINS", "CHOICES"),  # experts to sort by, and to add up: one more is done as the others are
+}
 ONE_OR_MORE = {"TOKENS", "SPLITS"}
 
 
@@ -22,6 +25,8 @@ def facts(signature: Signature) -> str:
     room = signature.module.removeprefix("vlserve.kernels.")
     parts = []
     for name, kind in signature.types:
+        if name == "bias" and room.startswith("experts"):
+            continue
         if kind.startswith("*") or constants.get(name, 0) is None:
             parts.append(f"{name}: {kind if kind.startswith('*') else None}")
         elif name.isupper() and (value := _reduced(room, name, constants)) is not None:
@@ -45,5 +50,7 @@ def _reduced(room: str, name: str, constants: dict[str, Any]) -> str | None:
     if name == "WIDTH":  # of the gate, in blocks
         return "whole blocks" if value % constants["BLOCK"] == 0 else "with a rest"
     if name == "GROUP":  # ROWS and TOKENS, or ONE_GROUP and BLOCK_K, say what the others make of it
-        return str(min(value, 128)) if room.startswith("int4_pairs") else None
+        if room == "experts.triton":
+            return "a row" if value == 0 else "within a turn" if value < constants["BLOCK_K"] else "whole turns"
+        return str(min(value, 128)) if room in ("int4_pairs.triton", "experts.triton_pairs") else None
     return repr(value)

@@ -7,6 +7,9 @@ here."""
 
 FAR: dict[str, tuple[str, ...]] = {
     "attention.triton._attention_kernel": ("keys", "values"),  # a layer's cache, of which a small model's fills a card
+    "experts.triton._matmul": ("codes", "out", "x"),  # of all experts of a layer; and a row for each choice
+    "experts.triton._combine": ("out", "result"),
+    "experts.triton_pairs._pairs_matmul": ("words",),
     "gate.triton._kernel": ("out", "gate_up"),
     "head.triton._matmul": ("weight",),
     "norms.triton._layer_kernel": ("out", "total", "x", "residual"),

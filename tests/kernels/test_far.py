@@ -14,6 +14,10 @@ import torch
 from tests.kernels.caches import DEVICE
 from tests.kernels.errors import TOLERANCE, rms_ratio
 from tests.kernels.far import FAR
+from vlserve.kernels.experts import DenseExperts, PairedExperts
+from vlserve.kernels.experts.pairs import unpack_experts
+from vlserve.kernels.experts.reference import dequantize_ref
+from vlserve.kernels.experts.types import Blocks, Routes
 from vlserve.kernels.gate.reference import silu_mul_ref
 from vlserve.kernels.head.reference import head_matmul_ref
 from vlserve.kernels.norms.reference import add_rms_norm_ref, add_scaled_norm_ref, layer_norm_ref, rms_norm_ref
@@ -22,6 +26,7 @@ from vlserve.kernels.rotary.reference import rotary_store_ref
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
+from vlserve.kernels.experts.triton import combine_triton, experts_matmul_triton
 from vlserve.kernels.gate.triton import silu_mul_triton
 from vlserve.kernels.head.triton import head_matmul_triton
 from vlserve.kernels.norms.triton import add_rms_norm_triton, add_scaled_norm_triton, layer_norm_triton, rms_norm_triton
@@ -102,6 +107,43 @@ def test_the_cache() -> None:
     rotary_store_ref(query, key, value, turn, (small[0], small[1]), torch.tensor([0]))
     rotary_store_triton(query, key, value, turn, (caches[0], caches[1]), slots)  # the last program writes the value
     assert torch.equal(caches[1][-1, -1], small[1][0, 0])
+
+
+def last_choice(choices: int, experts: int) -> Routes:
+    """All of whose blocks but that of the last choice, of the last expert, are left out."""
+    blocks = torch.tensor([[experts - 1], [0], [1]], dtype=torch.int32)
+    given = Blocks(order=torch.tensor([choices - 1], dtype=torch.int32), blocks=blocks, rows=16)
+    return Routes(experts=torch.empty(choices, 1, dtype=torch.int32), num_experts=experts, blocks=given)
+
+
+def test_experts() -> None:
+    weight = torch.empty(2**31 // (128 * 1024) + 2, 128, 1024, dtype=HALF)
+    weight[-1] = torch.randn(128, 1024)
+    x = torch.randn(1, 1024).to(HALF)
+    got = experts_matmul_triton(x, DenseExperts(weight=weight), last_choice(1, len(weight)), None)
+    close(got[:, -64:], head_matmul_ref(x.double(), weight[-1, -64:].double()))
+
+
+def test_rows_of_experts() -> None:
+    (x, last), weight = many(2048), torch.randn(1, 2048, 2048).to(HALF)
+    got = experts_matmul_triton(x, DenseExperts(weight=weight), last_choice(len(x), 1), None)
+    close(got[-1:, -64:], head_matmul_ref(last.double(), weight[0, -64:].double()))
+
+
+def test_pairs_of_experts() -> None:
+    words, scales = (torch.empty(2**21 + 2, 1, 1, 64, *more, dtype=torch.int32) for more in ((16,), ()))
+    words[-1], scales[-1] = torch.randint(0, 2**31, (1, 1, 64, 16)), 0x7F7E7D7C
+    x = torch.randn(1, 128).to(HALF)
+    weights = PairedExperts(words=words, scales=scales, zeros=None, outputs=64, inputs=128)
+    got = experts_matmul_triton(x, weights, last_choice(1, len(words)), None)
+    alone = PairedExperts(words=words[-1:].clone(), scales=scales[-1:].clone(), zeros=None, outputs=64, inputs=128)
+    close(got, head_matmul_ref(x.double(), dequantize_ref(unpack_experts(alone))[0]))
+
+
+def test_sums_of_experts() -> None:
+    out, last = many(8192)
+    got = combine_triton(out, torch.ones(len(out), 1))
+    assert torch.equal(got[-1:, -1024:], last[:, -1024:])
 
 
 def test_it_has_been_seen_of_all_that_are_listed() -> None:

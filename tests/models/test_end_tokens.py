@@ -33,6 +33,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], set[int]]
         {2},
     ),
     "llava-1.5": ({"text_config": {"model_type": "llama"}}, {"eos_token_id": 2}, {"eos_token": "</s>"}, {2}),
+    "gpt-oss": ({"model_type": "gpt_oss", "eos_token_id": 16}, {"eos_token_id": [16, 13]}, {}, {13, 16, 17}),
+    "InternVL3_5-GPT-OSS": ({"text_config": {"model_type": "gpt_oss"}}, {"eos_token_id": 16}, {}, {16, 17}),
     "nothing": ({"eos_token_id": None}, {"eos_token_id": -1}, {"eos_token": None}, set()),
     "unknown": ({"text_config": None}, {"eos_token_id": []}, {"eos_token": "<|nowhere|>"}, set()),
 }
@@ -42,6 +44,9 @@ TOKENIZER = {
         {"id": 13, "content": "<|endoftext|>", "special": True},
         {"id": 14, "content": "<|im_start|>", "special": True},
         {"id": 15, "content": "<|im_end|>", "special": True},
+        {"id": 16, "content": "<|return|>", "special": True},
+        {"id": 17, "content": "<|call|>", "special": True},
+        {"id": 18, "content": "<|end|>", "special": True},
     ],
 }
 

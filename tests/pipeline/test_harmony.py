@@ -40,7 +40,7 @@ CASES: list[tuple[str, bool, list[tuple[str, ...]]]] = [
     ("assistant", True, [("content", "assistant")]),
     ("<|channel|>analysis to=python code<|message|>print(1)<|call|>", True, [("reasoning", "print(1)")]),
     ("<|channel|>final<|message|>1 < 2 and <|x|> <|", False, [("content", "1 < 2 and <|x|> <|")]),
-    ('<|channel|>final<|message|><tool_call>{"name": "a"}</tool_call>', True, [("content", '<tool_call>{"name": "a"}</tool_call>')]),
+    ('<|channel|>final<|message|><tool_call>{"name": 1}', True, [("content", '<tool_call>{"name": 1}')]),
 ]
 
 

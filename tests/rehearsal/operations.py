@@ -21,7 +21,10 @@ from tests.rehearsal.device import DeviceTensor
 from vlserve.kernels.attention.plan import FixedDecodes, read_shape
 from vlserve.kernels.attention.reference import paged_attention_ref
 from vlserve.kernels.attention.types import AttentionMetadata
-from vlserve.kernels.gate.reference import silu_mul_ref
+from vlserve.kernels.experts.pairs import unpack_experts
+from vlserve.kernels.experts.reference import combine_ref, experts_matmul_ref
+from vlserve.kernels.experts.types import PairedExperts, ours
+from vlserve.kernels.gate.reference import clamped_swiglu_ref, silu_mul_ref
 from vlserve.kernels.group_sums.reference import group_sums_ref
 from vlserve.kernels.head.reference import head_matmul_ref, int8_matmul_ref
 from vlserve.kernels.int4.reference import awq_dequantize_ref, awq_matmul_ref
@@ -37,7 +40,7 @@ from vlserve.kernels.sampling.reference import draw_ref
 if TYPE_CHECKING:
     from tests.rehearsal.launches import Launches
 
-ROOMS = ("attention", "gate", "group_sums", "head", "int4", "int4_pairs", "norms", "rotary", "sampling")
+ROOMS = ("attention", "experts", "gate", "group_sums", "head", "int4", "int4_pairs", "norms", "rotary", "sampling")
 CARDS = (cuda.A100, cuda.H100, cuda.B200, cuda.RTX5090)
 SMALL = 2**20  # numbers of all tensors: more is not compared
 COMPARED: set[frozenset[Signature]] = set()  # of this process
@@ -220,6 +223,17 @@ def _pairs(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
     return [(result, awq_matmul_ref(x[:, : packed.inputs].double(), *unpack_pairs(packed)))]
 
 
+def _experts(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
+    x, weights, routes, bias = args
+    stored = unpack_experts(weights) if isinstance(weights, PairedExperts) else weights
+    return [(result, experts_matmul_ref(x.double(), stored, routes, bias))]
+
+
+def _routes(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
+    """In what order the choices are; which blocks they make is seen in the products."""
+    return [(result.blocks.order, ours(*args).flatten().argsort(stable=True).int())]
+
+
 def _rotary(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
     query, key, value, cos_sin, caches, slots, *rest = args
     norms, eps = (*rest, None, 0.0)[:2] if len(rest) < 2 else rest
@@ -246,11 +260,15 @@ def _draws(args: Any, kwargs: Any, changed: Any, result: Any) -> Pairs:
 
 DEFINITIONS: dict[str, Callable[[Any, Any, Any, Any], Pairs]] = {
     "paged_attention_triton": _attention,
+    "clamped_swiglu_triton": lambda args, _, changed, result: [(result, clamped_swiglu_ref(args[0].double(), *args[1:]))],
     "silu_mul_triton": lambda args, _, changed, result: [
         (result, silu_mul_ref(args[0].double())),
         *_with_sums(result, changed[1] if len(changed) > 1 else None),
     ],
     "group_sums_triton": lambda args, _, changed, result: [(result, group_sums_ref(args[0], args[1]))],
+    "routes_triton": _routes,
+    "experts_matmul_triton": _experts,
+    "combine_triton": lambda args, _, changed, result: [(result, combine_ref(args[0].double(), args[1]))],
     "head_matmul_triton": lambda args, _, changed, result: [(result, head_matmul_ref(args[0].double(), args[1].double()))],
     "int8_matmul_triton": lambda args, _, changed, result: [(result, int8_matmul_ref(args[0].double(), *args[1:]))],
     "awq_matmul_triton": lambda args, _, changed, result: [(result, awq_matmul_ref(args[0].double(), *args[1:]))],

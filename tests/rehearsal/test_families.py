@@ -41,7 +41,8 @@ CASES = [(decoder, shape | settings) for (decoder, settings), shape in zip(FAMIL
 
 def make(folder: Path, decoder: str, settings: dict[str, Any]) -> Path:
     """Of as few layers as have all of its kinds."""
-    return make_tiny(folder, decoder, **settings | {"num_hidden_layers": 1 + settings.get("max_window_layers", 0)})
+    number = 2 if decoder == "gpt_oss" else 1 + settings.get("max_window_layers", 0)
+    return make_tiny(folder, decoder, **settings | {"num_hidden_layers": number})
 
 
 def same(rig: Rig, folder: Path, *images: Image.Image) -> Engine:

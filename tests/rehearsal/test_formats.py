@@ -12,6 +12,7 @@ from tests import checkpoints
 from tests.checkpoints import make_checkpoint
 from tests.engine.reference import engine, prompt, tokens
 from tests.kernels.bfloat16 import compute_bfloat16
+from tests.llm.mxfp4 import to_mxfp4
 from tests.llm.quantised import Recipe, awq, compressed, fp8, gptq, int8, rewrite
 from tests.rehearsal.cuda import A100
 from tests.rehearsal.engines import TEMPLATE, Answers, Asked, Rig, serve
@@ -97,3 +98,14 @@ def test_quantised_weights(rig: Rig, dense: Path, name: str, tmp_path: Path, mon
         paired = [isinstance(one.packed, PairedWeights) for one in formats]  # type: ignore[attr-defined]
         assert paired == [name != "awq, groups of 16"] * len(paired)
     near(rig.serve(ours, asked(folder)), serve(engine(meant, device="cpu", **OPTIONS), asked(folder)))
+
+
+def test_gpt_oss_in_mxfp4(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With keys and values in 8 bits."""
+    monkeypatch.setattr(checkpoints, "TILE", 14)
+    monkeypatch.setattr(checkpoints, "CHAT_TEMPLATE", TEMPLATE)
+    shape = {"num_hidden_layers": 2, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    source = make_checkpoint(tmp_path / "source", "gpt_oss", **shape)
+    packed, meant = (to_mxfp4(source, tmp_path / str(dense), dense=dense) for dense in (False, True))
+    ours = rig.engine(packed, **OPTIONS, dtype="bfloat16", kv_cache_dtype="fp8")
+    near(rig.serve(ours, asked(packed)), serve(engine(meant, device="cpu", **OPTIONS), asked(packed)))

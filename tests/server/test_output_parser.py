@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from vlserve.server.output_parser import Piece, ReplyParser
+from vlserve.pipeline.outputs import Piece
+from vlserve.server.output_parser import ReplyParser
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris}", "days": [1, {"a": "\\"}"}]}}\n</tool_call>'
 OTHER_ORDER = '<tool_call>{"arguments": {"b": 1}, "name": "second"}</tool_call>'

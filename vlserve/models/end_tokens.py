@@ -12,13 +12,15 @@ import msgspec
 from vlserve.errors import ModelError
 from vlserve.models.tokenizer_files import added_tokens
 
+HARMONY = ("<|return|>", "<|call|>")  # of an answer; <|end|> ends one of its messages
+
 
 def find_end_tokens(
     folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any], others: Iterable[str] = ()
 ) -> frozenset[int]:
     """Ids of every eos_token_id in generation_config.json and config.json (top and the text's), an integer or a list, of the
-    tokenizer's eos_token, and of `others`. Null, -1 and a token that the vocabulary lacks name none. Raises ModelError for
-    other values."""
+    tokenizer's eos_token, and of `others`; and those of GPT-OSS, whose first files lack one. Null, -1 and a token that the
+    vocabulary lacks name none. Raises ModelError for other values."""
     places = {"generation_config.json: eos_token_id": generation, "config.json: eos_token_id": config}
     for section in ("text_config", "llm_config"):
         if isinstance(config.get(section), Mapping):
@@ -27,6 +29,8 @@ def find_end_tokens(
     names = {
         _content(_read_json(folder / name).get("eos_token")) for name in ("tokenizer_config.json", "special_tokens_map.json")
     }
+    if any(config.get("model_type") == "gpt_oss" for config in (config, *places.values())):
+        names |= set(HARMONY)
     return frozenset(
         {id for id in ids if id >= 0} | _ids_of(folder, {name for name in {*names, *others} if isinstance(name, str)})
     )

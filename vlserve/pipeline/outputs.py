@@ -44,7 +44,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The next bit of an answer that is told apart. `call` counts function calls from 0; the first piece of each has its `name`."""
+    """The next bit of an answer, told apart. `call` counts function calls from 0; the first piece of each has its `name`."""
 
     kind: Literal["reasoning", "content", "call"]
     text: str

@@ -137,6 +137,8 @@ def _read_fields(message: Mapping[str, Any], role: str, param: str) -> dict[str,
     if calls:
         fields["tool_calls"] = [_read_call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
     reasoning = next((message[name] for name in REASONING if message.get(name)), None)
+    if reasoning is None and isinstance(message.get("thinking"), str):  # GPT-OSS's and Ollama's name
+        reasoning = message["thinking"] or None
     if reasoning is not None and role == "assistant":
         fields["reasoning_content"] = _read_text(reasoning, f"{param}.reasoning_content")
     return fields

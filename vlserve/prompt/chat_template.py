@@ -120,9 +120,7 @@ class ChatTemplate:
             if not is_plain or self._special.search(str(value)) or len(str(value)) > 1024:
                 raise RequestError(f"{place} must be a number, true, false or a short plain text, or a list of them", param=place)
             found[name] = value
-        wishes = {
-            name: template.wants.wish(name, value) for name, value in options.wishes.items() if name in template.variables
-        }
+        wishes = {name: template.wants.wish(name, value) for name, value in options.wishes.items() if name in template.variables}
         unheard = options.wishes.keys() - wishes.keys()
         for name in sorted(unheard - (EFFORT if wishes.keys() & EFFORT else {"enable_thinking"})):
             self._say_once(name)
@@ -166,9 +164,7 @@ class ChatTemplate:
 
         def joined(message: Message) -> str:
             """Parts as one text, with a picture's placeholder in its place."""
-            return "\n".join(
-                self._placeholders[p.pixels.kind] if isinstance(p, Picture) else mark(p.text) for p in message.parts
-            )
+            return "\n".join(self._placeholders[p.pixels.kind] if isinstance(p, Picture) else mark(p.text) for p in message.parts)
 
         def guarded(value: Any) -> Any:
             """JSON from outside with marks for texts that hold a special token."""

@@ -1,6 +1,6 @@
 """Harmony, the format in which GPT-OSS takes and gives messages: a header, and behind it a text for one of several channels.
 
-`<|start|>assistant<|channel|>final<|message|>...<|return|>`. Source: OpenAI's harmony (cookbook.openai.com/articles/openai-harmony).
+`<|start|>assistant<|channel|>final<|message|>...<|return|>`. Source: cookbook.openai.com/articles/openai-harmony.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from vlserve.config import SamplingParams, StructuredOutput
 from vlserve.engine.messages import TokenLogprob
 from vlserve.errors import ModelError, RequestError
 from vlserve.pipeline.harmony import HarmonyParser
-from vlserve.pipeline.outputs import Delta, Timing, Usage
+from vlserve.pipeline.outputs import Delta, Piece, Timing, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.conversation import PromptOptions
 from vlserve.prompt.harmony import MESSAGE, opened
@@ -21,7 +21,7 @@ from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import neutral, protocol
 from vlserve.server.constraints import ConstrainedBody, after, as_format
 from vlserve.server.logs import say_once
-from vlserve.server.output_parser import CALL, END_CALL, END_THINK, THINK, Piece, ReplyParser
+from vlserve.server.output_parser import CALL, END_CALL, END_THINK, THINK, ReplyParser
 from vlserve.server.protocol import Chunks, Strict
 
 MAX_TOOLS = 128
@@ -154,7 +154,7 @@ class ChatRequest(ConstrainedBody):
         """With the tokens that part its channels. What holds for all of an answer holds in the final channel (`prompt_options`);
         calls that may come are in another one, where no grammar reaches."""
         if any(p.structured for p in params) and not self._holds_all:
-            say_once("functions are not held to their schemas (strict), but with tool_choice required: the model calls in a channel")
+            say_once("strict functions are held to their schemas with tool_choice required only: the model calls in a channel")
             params = [replace(p, structured=None) for p in params]
         return [replace(p, skip_special_tokens=False) for p in params]
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from vlserve.config import SamplingParams
 from vlserve.engine.messages import TokenLogprob
-from vlserve.pipeline.outputs import Delta, Usage
+from vlserve.pipeline.outputs import Delta, Piece, Usage
 from vlserve.prompt.build import Prompt
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.server import protocol
 from vlserve.server.chat import reply_parser
-from vlserve.server.output_parser import Piece
 from vlserve.server.responses_request import ResponsesRequest
 
 DONE = ("completed", "incomplete", "failed", "cancelled")

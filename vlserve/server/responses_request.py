@@ -296,6 +296,7 @@ SHARED = {*SamplingBody.model_fields, "top_logprobs", "structured_outputs", "par
 SHARED |= {"chat_template_kwargs", "mm_processor_kwargs"}
 SHARED -= {*AnswerBody.model_fields, "stream_options", "n", *REFUSED}
 
+
 def _chat_tool(tool: FlatTool) -> Mapping[str, Any]:
     return {"type": "function", "function": tool.model_dump(include=set(Function.model_fields), exclude_none=True)}
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.attention.test_triton import attend, poison_what_is_past_the_end
+from tests.kernels.attention.test_triton import attend, attention_triton, poison_what_is_past_the_end
 from tests.kernels.bfloat16 import compute_bfloat16
 from tests.kernels.caches import DEVICE, KINDS, paged
 from tests.kernels.errors import TOLERANCE, rms_ratio
+from tests.rehearsal import interpreter
 from vlserve.kernels.attention import paged_attention
 from vlserve.kernels.attention import plan as attention_plan
 from vlserve.kernels.attention.reference import paged_attention_ref
@@ -21,6 +22,13 @@ MIXES: list[Mix] = [
     ((1, 1, 1), (1, 63, 129)),
     ((1, 1), (40, 40)),
     ((1, 7, 1, 63), (63, 7, 1, 129)),
+]
+FP16, BF16, INT8, FP8 = torch.float16, torch.bfloat16, torch.int8, torch.uint8
+TYPES = [  # with codes, and whether E4M3 is read by the GPU itself
+    *((FP16, kind, False) for kind in (None, INT8, FP8)),
+    *((BF16, kind, False) for kind in (None, INT8, FP8)),
+    (FP16, FP8, True),
+    (BF16, FP8, True),
 ]
 HEADS = 6  # of queries; two KV heads
 SINKS = torch.tensor([-30.0, -1.0, 0.0, 1.5, 4.0, 60.0])  # next to none, as much as some scores, and all of the weight
@@ -71,24 +79,39 @@ def test_the_kernel(window: int | None, chunk: int | None, monkeypatch: pytest.M
     check(((1, 7, 2), (63, 9, 90)), window, chunk, torch.float32, None, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", [None, *KINDS])
-def test_the_kernel_with_other_types(kind: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LIFT is in the weights' sum where float16 has codes, and in the sink's."""
-    check(((1, 9), (200, 90)), 70, None, torch.float16, kind, monkeypatch)
-    check(((1, 2), (200, 90)), None, 1, torch.float16, kind, monkeypatch)
+@pytest.mark.parametrize("window", (None, 9))
+def test_the_kernel_with_small_pages(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(((1, 5), (40, 90)), window, None, torch.float32, None, monkeypatch, size=8)
+
+
+@pytest.mark.parametrize("dtype,kind,is_native", TYPES, ids=str)
+def test_the_kernel_with_other_types(
+    dtype: torch.dtype, kind: torch.dtype | None, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16, 32 and 128 rows. LIFT is in the weights' sum where float16 has codes, and in the sink's."""
     if DEVICE == "cpu":
         compute_bfloat16(monkeypatch)
-    check(((1, 9), (150, 90)), 70, 1, torch.bfloat16, kind, monkeypatch)
-    check(((1, 2), (150, 90)), None, None, torch.bfloat16, kind, monkeypatch)
+        interpreter.install(monkeypatch)
+        monkeypatch.setattr(attention_triton, "reads_e4m3", lambda x: is_native)
+    for window in (None, 70):
+        check(((1, 5), (150, 90)), window, 1, dtype, kind, monkeypatch)
+    check(((9,), (90,)), 70, None, dtype, kind, monkeypatch)
+    check(((20,), (50,)), None, None, dtype, kind, monkeypatch)
 
 
 def check(
-    mix: Mix, window: int | None, chunk: int | None, dtype: torch.dtype, kind: Any, monkeypatch: pytest.MonkeyPatch
+    mix: Mix,
+    window: int | None,
+    chunk: int | None,
+    dtype: torch.dtype,
+    kind: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int = 16,
 ) -> None:
     with monkeypatch.context() as patch:
         if chunk is not None:
             patch.setattr(attention_plan, "choose_chunk", lambda *args, **kwargs: chunk)
-        shape = {"heads": HEADS, "kv_heads": 2, "dim": 64, "size": 16}
+        shape = {"heads": HEADS, "kv_heads": 2, "dim": 64, "size": size}
         query, keys, values, metadata, _ = paged(*mix, **shape, dtype=dtype, kind=kind)
         want = paged_attention_ref(query.double(), keys, values, metadata, 0.125, window=window, sinks=SINKS)
         for cache in (keys, values):

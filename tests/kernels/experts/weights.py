@@ -41,17 +41,17 @@ def mxfp4(experts: int, outputs: int, inputs: int, *, lowest: int = 118, highest
 def stored(dtype: torch.dtype) -> dict[str, ExpertWeights]:
     """Three experts in every form; sizes that no block divides, groups of every size, and scales of a row."""
     return {
-        "dense": dense(3, 20, 40, dtype),
+        "dense": dense(3, 70, 72, dtype),
         "dense, 17 inputs": dense(3, 5, 17, dtype),
         "int4, 16": int4(3, 9, 48, 16, dtype),
-        "int4, 32": int4(3, 20, 96, 32, dtype),
-        "int4, 64": int4(3, 6, 128, 64, dtype),
-        "int4, 128": int4(3, 70, 256, 128, dtype),
+        "int4, 32": int4(3, 20, 160, 32, dtype),
+        "int4, 64": int4(3, 70, 64, 64, dtype),
+        "int4, 128": int4(3, 6, 256, 128, dtype),
         "int4, a row": int4(3, 8, 20, 20, dtype),
         "fp8, a row": fp8(3, 20, 40, None),
         "fp8, a row, 17 inputs": fp8(3, 6, 17, None),
         "fp8, 128": fp8(3, 8, 300, 128),
         "fp8, 128, cut": fp8(3, 8, 192, 128, 64),
         "fp8, 128, within one": fp8(3, 8, 16, 128, 40),
-        "mxfp4": mxfp4(3, 20, 96),
+        "mxfp4": mxfp4(3, 70, 160),
     }
