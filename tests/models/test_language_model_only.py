@@ -93,12 +93,16 @@ def test_pictures_are_refused_by_name_and_prompts_are_the_same(checkpoint: Make,
             assert built.token_ids == prompt(whole, question).token_ids
 
 
-def test_shards_are_served_without_the_tower_in_them(checkpoint: Make, tmp_path: Path) -> None:
+def test_shards_are_served_without_the_tower_in_them(
+    checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is it said that there is something which fills nothing."""
     folder = checkpoint("qwen3", num_hidden_layers=2)
     shard(EngineConfig(model=str(folder), tp=2), tmp_path / "shards")
     prompts = [prompt(folder, question) for question in QUESTIONS]
     with tp_engine(tmp_path / "shards", 2, **ALONE) as (ours, _):
-        assert ask(ours, prompts) == ask(engine(folder), prompts)
+        assert ask(ours, prompts) == ask(engine(folder), prompts) == ask(engine(folder, **ALONE), prompts)
+    assert "not used" not in caplog.text
 
 
 def test_a_decoder_alone_is_served_as_ever(checkpoint: Make, tmp_path: Path) -> None:
