@@ -53,7 +53,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from vlserve import VLPipeline, VLServeError
 from vlserve.config import ServerConfig, read_options
-from vlserve.models.checkpoint import find_folder, read_checkpoint
+from vlserve.models.checkpoint import find_checkpoint
 from vlserve.server.admission import KEYS_VARIABLE, read_keys
 from vlserve.server.app import create_app
 from vlserve.server.logs import configure_logging
@@ -261,7 +261,7 @@ def parse() -> argparse.Namespace:
         options.values = {"model": model, "tp": options.tp, **dict(map(read_option, options.option))}
         options.engine, _ = read_options(options.values)
         if not CLUSTER:  # said, or downloaded, once, and before Ray starts
-            read_checkpoint(find_folder(options.engine.model, options.engine.revision))
+            find_checkpoint(options.engine)
     except (VLServeError, ValueError) as error:
         parser.error(str(error))
     return options

@@ -79,6 +79,11 @@ class DecoderConfig:
 
     @property
     def default_context(self) -> int:
-        """Tokens where no `max_model_len` is given. Dynamic scaling does nothing up to `max_position_embeddings`, and beyond it
-        the frequencies are other ones, for short texts too; so it is not taken unasked."""
-        return self.max_position_embeddings if self.rope.rope_type == "dynamic" else self.longest_context
+        """Tokens where no `max_model_len` is given. Where the frequencies of longer contexts are other ones, for short texts too,
+        they are not taken unasked."""
+        return min(self.longest_context, self.unscaled_context or self.longest_context)
+
+    @property
+    def unscaled_context(self) -> int | None:
+        """The longest `max_model_len` with the frequencies of short texts, where longer ones have others: dynamic, longrope."""
+        return {"dynamic": self.max_position_embeddings, "longrope": self.rope.original_max_positions}.get(self.rope.rope_type)

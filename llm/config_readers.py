@@ -66,6 +66,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "hidden_size": 3072,
         "intermediate_size": 8192,
         "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
     "qwen2": _QWEN,
@@ -122,8 +123,12 @@ def is_tied(config: Mapping[str, Any], text: Text) -> bool:
     return bool(next((flag for flag in flags if flag is not None), False))
 
 
-def read_llama(text: Text) -> DecoderConfig:
-    """The shape that the others vary: full attention without biases but where `attention_bias` and `mlp_bias` say so."""
+def read_llama(text: Text, **rope: Any) -> DecoderConfig:
+    """The shape that the others vary: full attention without biases but where `attention_bias` and `mlp_bias` say so.
+
+    Args:
+        rope: keywords of `read_rope`.
+    """
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"text_config.hidden_act {text['hidden_act']!r} is not supported; supported: silu")
     heads = _integer(text, "num_attention_heads")
@@ -149,7 +154,7 @@ def read_llama(text: Text) -> DecoderConfig:
         output_bias=bias,
         mlp_bias=bool(text.get("mlp_bias", False)),
         qk_norm=False,
-        rope=read_rope(text, head_dim, max_positions),
+        rope=read_rope(text, head_dim, max_positions, **rope),
         **_layers(text, given=None, window=None, first=0),
     )
 
@@ -219,11 +224,10 @@ def read_internlm3(text: Text) -> DecoderConfig:
 
 
 def read_phi3(text: Text) -> DecoderConfig:
-    """No biases; a window in all layers or in none."""
-    if text.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"text_config.partial_rotary_factor {text['partial_rotary_factor']!r} is not supported; supported: 1.0")
+    """No biases; a window in all layers or in none. What older files call su or yarn is longrope, as in transformers."""
     layers = _layers(text, given=None, window=text.get("sliding_window"), first=0)
-    return replace(read_llama(text), qkv_bias=False, output_bias=False, mlp_bias=False, **layers)
+    config = read_llama(text, is_partial=True, other_names=dict.fromkeys(("su", "yarn"), "longrope"))
+    return replace(config, qkv_bias=False, output_bias=False, mlp_bias=False, **layers)
 
 
 READERS: Mapping[str, Callable[[Text], DecoderConfig]] = {

@@ -18,23 +18,36 @@ _NUMBERS = (
 _REQUIRED = {
     **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
-_FROM_PRETRAINING = ("yarn", "llama3")  # scale from original_max_position_embeddings, not from max_position_embeddings
+LONG = {"su": "longrope"}  # the older name
+# scale from original_max_position_embeddings, not from max_position_embeddings
+_FROM_PRETRAINING = ("yarn", "llama3", "longrope")
 
 
-def read_rope(text: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeConfig:
-    """`rope_scaling` with `rope_theta` beside it, or `rope_parameters` (transformers 5); of both, the first counts."""
+def read_rope(
+    text: Mapping[str, Any], head_dim: int, max_positions: int, *, is_partial: bool = False, other_names: Mapping[str, str] = LONG
+) -> RopeConfig:
+    """`rope_scaling` with `rope_theta` beside it, or `rope_parameters` (transformers 5); of both, the first counts.
+
+    Args:
+        is_partial: whether `partial_rotary_factor` may be less than 1. other_names: of a rope_type, to the one that it is.
+    """
     key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     stored = text.get(key) or {}
     if not isinstance(stored, Mapping) or any(isinstance(value, Mapping) for value in stored.values()):
         raise ValueError(f"text_config.{key} {stored!r} is not supported; expected one setting for all layers")
     given = {name: value for name, value in stored.items() if value is not None}
     rope_type = str(given.get("rope_type") or given.get("type") or "default")
+    rope_type = other_names.get(rope_type, rope_type)
     if rope_type == "default" and given.get("factor", 1) != 1:
         raise ValueError(f'text_config.{key} has factor {given["factor"]!r} and no rope_type; add one, for example "yarn"')
     partial = given.get("partial_rotary_factor", text.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
+    if partial not in (None, 1, 1.0) and not is_partial:
         raise ValueError(f"text_config partial_rotary_factor {partial} is not supported; supported: 1")
+    rotary_dim = int(head_dim * read_number({"partial_rotary_factor": partial or 1}, "partial_rotary_factor"))
+    if rotary_dim > head_dim:
+        raise ValueError(f"text_config.partial_rotary_factor is {partial!r}; expected a number up to 1")
     where = f"text_config.{key}."
     original = max_positions
     if rope_type in _FROM_PRETRAINING:
@@ -46,17 +59,29 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_positions: int) -> Rop
         if name not in given and not (rope_type == "yarn" and name in stored and original < max_positions):
             raise ValueError(f"text_config.{key} has no {name}, which rope_type {rope_type!r} needs; the model's page tells it")
     optional: dict[str, Any] = {name: read_number(given, name, where) for name in _NUMBERS if name in given}
+    if rope_type == "longrope":
+        optional |= {name: _factors(given, name, where, rotary_dim // 2) for name in ("short_factor", "long_factor")}
     if "truncate" in given:
         optional["truncate"] = bool(given["truncate"])
     theta = given.get("rope_theta", text.get("rope_theta"))
     return RopeConfig(
         head_dim=head_dim,
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         theta=read_number({} if theta is None else {"rope_theta": theta}, "rope_theta", "text_config.", 10000.0),
         rope_type=rope_type,
-        factor=read_number(given, "factor", where, max_positions / original),  # of yarn alone
+        factor=read_number(given, "factor", where, max_positions / original),  # of yarn and longrope
         original_max_positions=original,
         **optional,
     )
+
+
+def _factors(given: Mapping[str, Any], key: str, where: str, number: int) -> tuple[float, ...]:
+    """A list with a factor for each frequency."""
+    factors = given[key]
+    if not isinstance(factors, list) or len(factors) != number:
+        found = f"has {len(factors)} numbers" if isinstance(factors, list) else f"is {factors!r}"
+        raise ValueError(f"{where}{key} {found}; expected {number}, one for each pair of a head's channels that is turned")
+    return tuple(read_number({key: factor}, key, where) for factor in factors)
 
 
 def read_number(given: Mapping[str, Any], key: str, where: str = "text_config.", default: float | None = None) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -180,7 +181,11 @@ _INTERNLM2 = (
 
 
 def _phi3(name: str, config: DecoderConfig) -> Renamed:
-    """Query, key and value one after another, and gate and up. Source: Phi3 of transformers."""
+    """Query, key and value one after another, and gate and up. Source: Phi3 of transformers.
+
+    Where a part of a head's channels is turned, the others of a query and a key are put between its halves, so that pairs are as
+    far apart as elsewhere. Attention takes the sum over all channels, whatever their order is.
+    """
     dim = config.head_dim
     sizes = {
         "self_attn.qkv_proj": {
@@ -195,9 +200,19 @@ def _phi3(name: str, config: DecoderConfig) -> Renamed:
         return name
     parts, start, total = [], 0, sum(sizes[match[2]].values())
     for part, size in sizes[match[2]].items():
-        parts.append(Part(f"{match[1]}{part}.{match[3]}", ((start, start + size),), total))
+        turned = config.rope.dim if part in ("self_attn.q_proj", "self_attn.k_proj") else dim
+        heads = range(start, start + size, dim) if turned < dim else ()
+        ranges = tuple(span for head in heads for span in _apart(head, dim, turned)) or ((start, start + size),)
+        parts.append(Part(f"{match[1]}{part}.{match[3]}", ranges, total))
         start += size
     return parts
+
+
+def _apart(head: int, dim: int, turned: int) -> Ranges:
+    """Of a head that begins at output `head`: half of what is turned, half of what is not, and the other halves."""
+    edges = (0, turned // 2, turned, (turned + dim) // 2, dim)
+    first, second, third, fourth = ((head + start, head + stop) for start, stop in pairwise(edges))
+    return first, third, second, fourth
 
 
 def _gpt_oss(name: str, config: DecoderConfig) -> Renamed:

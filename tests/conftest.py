@@ -11,7 +11,16 @@ import torch
 
 import vlserve.ranks.shared_pixels
 from tests.checkpoints import make_checkpoint
+from tests.compatibility import Recorder
 from tests.ranks.faults import MARK, add_path, nothing_left, write_hold
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--models-page", metavar="PATH", help="write docs/models.md, by the tests that run and pass, to PATH")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Recorder(config))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,6 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LM_HEAD_BITS = (16, 8)
 KV_DTYPES = ("auto", "int8", "fp8")
 DEVICES = ("auto", "cpu", "cuda")
+SWITCHES = ("replicate_kv_heads", "expert_parallel", "language_model_only", "enforce_eager", "overlap", "prefix_caching")
 FAILURE_POLICIES = ("exit", "restart")
 LOG_FORMATS, LOG_LEVELS = ("text", "json"), ("debug", "info", "warning", "error")
 
@@ -46,6 +47,9 @@ class EngineConfig:
     )
     expert_parallel: bool = _option(
         False, "of a mixture of experts, give each rank some experts whole; without it each has a part of every expert"
+    )
+    language_model_only: bool = _option(
+        False, "serve a vision model's language model alone: its encoder is neither built nor read, and pictures are refused"
     )
     nnodes: int = _option(
         1, "machines that share the tp ranks; start vlserve on each. torchrun and Slurm's srun say it themselves"
@@ -108,6 +112,9 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of 1 or more")
         if self.lm_head_bits not in LM_HEAD_BITS:
             raise ConfigError(f"lm_head_bits is {self.lm_head_bits!r}; expected {' or '.join(map(str, LM_HEAD_BITS))}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false")
         self._check_machines()
         for name in ("kv_cache_gib", "rendezvous_timeout_s", "load_timeout_s", "step_timeout_s"):
             value = getattr(self, name)

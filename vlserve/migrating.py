@@ -42,6 +42,7 @@ FLAGS: Mapping[str, Foreign] = {
     "--api-keys": Foreign((LMDEPLOY,), "--api-key-file", KEYS),
     "--vision-max-batch-size": Foreign((LMDEPLOY,), "", "tiles are encoded in small groups, so there is nothing to set"),
     "--model-format": Foreign((LMDEPLOY,), "", FOUND_QUANTISED),
+    "--disable-vision-encoder": Foreign((LMDEPLOY,), "--language-model-only"),
     "--ssl": Foreign((LMDEPLOY,), "--ssl-certfile", "with --ssl-keyfile"),
     "--allow-origins": Foreign((LMDEPLOY,), "--cors-origins"),
     "--tensor-parallel-size": Foreign((VLLM,), "--tp"),

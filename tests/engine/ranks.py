@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import compatibility
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Engine, Seat, build_runner
 from vlserve.engine.pixel_store import PixelStore
 from vlserve.engine.process_group import DistributedGroup
 from vlserve.engine.rank_status import RankStatusWriter
 from vlserve.engine.runner import Runner
-from vlserve.models.checkpoint import read_checkpoint
+from vlserve.models.checkpoint import find_checkpoint
 
 
 class SharedPixels(PixelStore):
@@ -66,7 +67,7 @@ def tp_engine(folder: Path, tp: int, *, seated: Seated | None = None, **options:
     def follow(rank: int) -> None:
         try:
             with at_rank(rank) as seat:
-                runner = runners[rank] = build_runner(read_checkpoint(folder), config, seat, lambda name, done, total: None)
+                runner = runners[rank] = build_runner(find_checkpoint(config), config, seat, lambda name, done, total: None)
                 while runner.follow():
                     pass
         except BaseException as error:
@@ -78,6 +79,7 @@ def tp_engine(folder: Path, tp: int, *, seated: Seated | None = None, **options:
         thread.start()
     with at_rank(0) as first:
         engine = Engine(config, seat=first)
+        compatibility.made(engine, config)
         runners[0] = engine.runner
         while any(runner is None for runner in runners) and not errors:  # they warmed up together, so they are as good as built
             time.sleep(0.001)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests import compatibility
 from vlserve.config import EngineConfig, SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import Add, MediaRef, TokenEvent
@@ -20,7 +21,10 @@ TIE = 1e-4  # two best logits nearer than this may change places with the order 
 
 
 def engine(folder: Path, **options: Any) -> Engine:
-    return Engine(EngineConfig(**{"model": str(folder), "dtype": "float32", "kv_cache_gib": 0.05, **options}))
+    config = EngineConfig(**{"model": str(folder), "dtype": "float32", "kv_cache_gib": 0.05, **options})
+    made_engine = Engine(config)
+    compatibility.made(made_engine, config)
+    return made_engine
 
 
 def prompt(folder: Path, text: str, images: list[Any] = ()) -> Prompt:  # type: ignore[assignment]
@@ -48,6 +52,7 @@ def run(engine: Engine) -> dict[int, list[TokenEvent]]:
     while engine.has_work:
         for event in engine.step():
             events.setdefault(event.id, []).append(event)
+    compatibility.answered(engine)
     engine.scheduler.pool.check()
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
     for id, of_one in events.items():

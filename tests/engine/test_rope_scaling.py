@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.reference import engine
+from tests.checkpoints import edit_json
+from tests.engine.ranks import tp_engine
+from tests.engine.reference import ask, engine, prompt
+from tests.llm.quantised import awq, gptq, rewrite
+from tests.original_format import make_text
 from vlserve.config import SamplingParams
 from vlserve.engine.messages import Add
 from vlserve.errors import ConfigError, ModelError
@@ -22,6 +26,7 @@ from vlserve.plan.tp_plan import make_plan
 LENGTH = 64  # max_position_embeddings where the case says no other
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "type": "yarn"}  # as on Qwen2.5's page
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
+LONG = {"long_factor": [1.5, 2.0, 4.0, 9.0], "short_factor": [1.0, 1.1, 1.3, 2.0], "rope_type": "longrope"}
 # keys of text_config, and the default and the largest max_model_len
 CASES: list[tuple[dict[str, Any], int, int]] = [
     ({"rope_scaling": None, "rope_theta": 1e6}, 64, 64),
@@ -43,6 +48,9 @@ CASES: list[tuple[dict[str, Any], int, int]] = [
     ({"rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 32}}, 64, 256),
     ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}, "max_position_embeddings": 128}, 128, 128),
     ({"rope_scaling": YARN | {"factor": None}, "max_position_embeddings": 256}, 256, 256),
+    ({"rope_scaling": LONG, "max_position_embeddings": 256, "original_max_position_embeddings": 64}, 64, 256),
+    ({"rope_scaling": LONG | {"factor": 8.0, "original_max_position_embeddings": 32}, "max_position_embeddings": 128}, 32, 128),
+    ({"rope_scaling": LONG | {"attention_factor": 1.5}}, 64, 64),
 ]
 
 
@@ -91,17 +99,65 @@ def test_logits_equal_transformers_up_to_the_longest_context(
         assert value == pytest.approx(float(wanted[id]), abs=1e-4)
 
 
-@pytest.mark.parametrize("settings,default,longest", [CASES[1], CASES[10]], ids=str)
+@pytest.mark.parametrize("settings,default,longest", [CASES[1], CASES[10], CASES[15]], ids=str)
 def test_the_engine_has_the_plans_length(
     settings: dict[str, Any], default: int, longest: int, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = with_text(base, tmp_path, settings)
     assert engine(folder).runner.max_model_len == default
-    assert "dynamic" not in caplog.text
+    assert "frequencies" not in caplog.text
     with pytest.raises(ConfigError, match=f"max_model_len {longest + 1} is more than"):
         engine(folder, max_model_len=longest + 1)
     engine(folder, max_model_len=longest)
-    assert ("dynamic rope scaling: frequencies are those of a text of max_model_len 128" in caplog.text) == (default < longest)
+    assert (f"rope scaling: frequencies are those of a text of max_model_len {longest}" in caplog.text) == (default < longest)
+
+
+PHI = {"rope_scaling": {"type": "su", **{key: LONG[key] for key in ("long_factor", "short_factor")}}}  # as InternVL2-4B has it
+PHI |= {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+OF_THREE = {"type": "longrope", "long_factor": [1.5, 2.0, 4.0], "short_factor": [1, 1.1, 1.3]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [PHI, PHI | {"rope_scaling": OF_THREE, "partial_rotary_factor": 0.75}, {"partial_rotary_factor": 0.5, "rope_scaling": None}],
+    ids=("Phi-3-128k", "Phi-4-mini", "partial"),
+)
+@pytest.mark.parametrize("length", (64, 65))
+def test_phi3_has_the_frequencies_of_max_model_len(
+    settings: dict[str, Any], length: int, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In transformers a text of more than 64 tokens has the long ones; here all texts have, where it could be as long."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_text(checkpoint("phi3", tie_word_embeddings=True), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 1e4} | settings
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config).replace('"su"', '"longrope"'))  # transformers 5.23 fails over su
+    ids = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(1))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        wanted = reference(input_ids=ids[None]).logits[0, -2].log_softmax(-1)
+    (folder / "config.json").write_text(json.dumps(config))
+    for tp in (1, 2):
+        with tp_engine(folder, tp, max_model_len=length) as (ours, _):
+            ours.add(Add(id=0, token_ids=ids[:-1].tolist(), media=[], sampling=SamplingParams(logprobs=5), max_tokens=1), [])
+            events = [event for _ in range(99) if ours.has_work for event in ours.step()]
+        assert events[0].logprob is not None
+        for id, value in events[0].logprob.top:
+            assert value == pytest.approx(float(wanted[id]), abs=1e-4)
+
+
+def test_parts_of_heads_are_quantised_as_their_dequantised_weights(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Packed outputs, eight in a word, are put in order as well."""
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    dense = make_text(checkpoint("phi3", **shape), tmp_path / "model")
+    edit_json(dense / "config.json", partial_rotary_factor=0.5, rope_parameters=None)
+    for name, recipe in {"awq": awq(32), "gptq": gptq(32, symmetric=False)}.items():
+        folder, meant = rewrite(dense, tmp_path / name, recipe)
+        prompts = [prompt(folder, "What shape is it?")]
+        wanted = ask(engine(meant), prompts)
+        with tp_engine(folder, 2) as (ours, _):
+            assert ask(ours, prompts) == wanted, name
 
 
 @pytest.mark.parametrize(
@@ -110,10 +166,18 @@ def test_the_engine_has_the_plans_length(
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling has factor 4.0 and no rope_type"),
         (
             {"rope_scaling": {"rope_type": "longrope", "long_factor": [1], "short_factor": [1]}},
-            "rope_type 'longrope' is not support",
+            "rope_scaling.short_factor has 1 numbers; expected 4, one for each pair of a head's channels that is turned",
         ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "rope_type 'mrope' is not supported"),
-        ({"rope_scaling": {"type": "su"}}, "rope_type 'su' is not supported; supported: default, linear, dynamic, yarn, llama3"),
+        ({"rope_scaling": {"type": "su"}}, "rope_scaling has no short_factor, which rope_type 'longrope' needs"),
+        ({"rope_scaling": LONG | {"long_factor": None}}, "rope_scaling has no long_factor"),
+        ({"rope_scaling": LONG | {"long_factor": "4"}}, "long_factor is '4'; expected 4"),
+        ({"rope_scaling": LONG | {"long_factor": [1, 2, 3, -4]}}, "long_factor is -4; expected a number above 0"),
+        (
+            {"rope_scaling": {"type": "su2"}},
+            "'su2' is not supported; supported: default, linear, dynamic, yarn, llama3, longrope",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported: 1"),
         ({"rope_theta": "x"}, "text_config.rope_theta is 'x'; expected a number above 0"),
         ({"rope_parameters": {"rope_theta": 0}}, "text_config.rope_theta is 0; expected"),
         ({"rope_scaling": YARN | {"factor": "4"}}, "text_config.rope_scaling.factor is '4'; expected"),

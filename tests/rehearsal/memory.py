@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.published import PUBLISHED as OF_ALL
 from tests.rehearsal.cuda import H100, RTX4090, Card, Rehearsal, install
 from tests.rehearsal.launches import Launches
 from vlserve.config import EngineConfig, SamplingParams
@@ -89,6 +90,10 @@ PUBLISHED = {
     "InternVL3-8B": internvl(28, 4, 3584, 18944, 28),
     "InternVL3-38B": internvl(40, 8, 5120, 27648, 64, is_large=True),
     "InternVL3-78B": internvl(64, 8, 8192, 29568, 80, is_large=True),
+    **{
+        name: OF_ALL[f"OpenGVLab/{name}-HF"].config | {"tie_word_embeddings": False}  # in a hole, head and embedding are equal
+        for name in ("InternVL3_5-30B-A3B", "InternVL3_5-GPT-OSS-20B-A4B-Preview")
+    },
 }
 
 

@@ -102,9 +102,9 @@ def run(options: argparse.Namespace) -> int:
 
 def check_degrees(degrees: tuple[int, ...], engine: dict[str, Any]) -> None:
     """From config.json alone; raises ConfigError naming the degrees that the model cannot have, and those that it can."""
-    from vlserve.models.checkpoint import find_folder, read_checkpoint
+    from vlserve.models.checkpoint import find_checkpoint
 
-    checkpoint = read_checkpoint(find_folder(engine["model"], engine.get("revision")))
+    checkpoint = find_checkpoint(EngineConfig(**engine))
     for tp in degrees:
         config = EngineConfig(**engine, tp=tp)
         check_tp(checkpoint.config, tp, replicate_kv_heads=config.replicate_kv_heads, expert_parallel=config.expert_parallel)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ ENGINE_FLAGS = (
     *("dtype", "lm_head_bits", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("gpu_memory_utilization", "vision_cache_gib"),
 )
+SWITCHES = ("enforce_eager", "language_model_only", "expert_parallel")
 MIB, GIB = 2**20, 2**30
 MAX_CONFIG_BYTES = 2**24
 
@@ -50,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--" + name.replace("_", "-"), type=kind, default=field.default, choices=choices, metavar=metavar, help=text
         )
-    eager = known["enforce_eager"]
-    parser.add_argument("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help=eager.metadata["help"])
+    for name in SWITCHES:
+        text = known[name].metadata["help"]
+        parser.add_argument("--" + name.replace("_", "-"), action=argparse.BooleanOptionalAction, default=False, help=text)
     group = parser.add_argument_group("the requests that are counted")
     for flag, name, text in (
         ("--request-tokens", "text_tokens", "tokens of text in a prompt"),
@@ -97,9 +99,8 @@ def _make(options: argparse.Namespace) -> Plan:
         source=str(path),
         device_memory=options.device_memory,
         replicate_kv_heads=replicate_kv_heads,
-        enforce_eager=options.enforce_eager,
         request=Request(**{field.name: getattr(options, field.name) for field in fields(Request)}),
-        **{name: getattr(options, name) for name in ENGINE_FLAGS},
+        **{name: getattr(options, name) for name in ENGINE_FLAGS + SWITCHES},
     )
 
 
@@ -192,7 +193,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 def report(plan: Plan, model: str) -> str:
     """The plan as a page of text; `model` is what it is called."""
     plans = plan.degrees or (plan,)
-    parts = [_title(plan, model), _unsupported(plan), _sizes(plans), _whole(), _degrees_line(plan), _memory(plan, plans)]
+    parts = [_title(plan, model), _unsupported(plan), _sizes(plans), _whole(plan), _degrees_line(plan), _memory(plan, plans)]
     parts += [f"Note: {note}." for note in plan.notes]
     return "\n\n".join(filter(None, parts))
 
@@ -226,9 +227,10 @@ def _padding(cut: Cut) -> str:
     return f"{cut.dimension} by {cut.padding} {'row' if cut.padding == 1 else 'rows'}"
 
 
-def _whole() -> str:
+def _whole(plan: Plan) -> str:
+    vision = "vision encoder and projector (so they set no constraint), " if plan.image_tokens else ""
     return (
-        "Whole on every rank: vision encoder and projector (so they set no constraint), norms, biases of o_proj and down_proj.\n"
+        f"Whole on every rank: {vision}norms, biases of o_proj and down_proj.\n"
         "All-reduces in a step: one for the embedding, which is split by vocabulary, and two in each layer."
     )
 
@@ -270,11 +272,16 @@ def _memory(plan: Plan, plans: Sequence[Plan]) -> str:
 
 
 def _groups(plan: Plan) -> list[tuple[str, RankPlan]]:
-    """Ranks that hold the same amount together: the first one gathers the logits, the others are alike."""
-    groups = [("0", plan.ranks[0])]
-    if len(plan.ranks) > 1:
-        groups.append(("1" if len(plan.ranks) == 2 else f"1-{len(plan.ranks) - 1}", plan.ranks[1]))
-    return groups
+    """Ranks that hold the same amount together: the first one gathers the logits, the others are alike but for whole experts."""
+    found: dict[RankPlan, list[int]] = {}
+    for rank in plan.ranks:
+        found.setdefault(replace(rank, rank=0), []).append(rank.rank)
+    return [(_numbers(ranks), of_all) for of_all, ranks in found.items()]
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    is_row = len(ranks) > 1 and ranks[-1] - ranks[0] == len(ranks) - 1
+    return f"{ranks[0]}-{ranks[-1]}" if is_row else ", ".join(map(str, ranks))
 
 
 def _bytes(rank: RankPlan) -> list[str]:

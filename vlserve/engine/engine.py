@@ -24,7 +24,7 @@ from vlserve.engine.scheduler import Chunk, Scheduler
 from vlserve.engine.sequence import MediaSpan, Sequence, TokenPositions
 from vlserve.llm.block_pool import BlockPool
 from vlserve.llm.tensor_parallel import ALONE, Group, Split
-from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
+from vlserve.models.checkpoint import Checkpoint, find_checkpoint
 from vlserve.plan.tp_plan import check_tp
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Engine:
     def __init__(
         self, config: EngineConfig, progress: Progress = lambda name, done, total: None, *, seat: Seat | None = None
     ) -> None:
-        checkpoint = read_checkpoint(find_folder(config.model, config.revision))
+        checkpoint = find_checkpoint(config)
         self.runner = build_runner(checkpoint, config, seat or Seat(), progress, self._media_in_use)
         self.scheduler = Scheduler(
             BlockPool(self.runner.num_blocks, config.block_size, prefix_caching=config.prefix_caching),

@@ -52,11 +52,11 @@ def build_model(checkpoint: Checkpoint, split: Split) -> Model:
 def resolve_max_model_len(config: EngineConfig, model: Model) -> int:
     decoder = model.decoder.config
     length = choose_max_model_len(config.max_model_len, decoder)
-    if decoder.rope.rope_type == "dynamic" and length > decoder.max_position_embeddings:
+    if decoder.unscaled_context is not None and length > decoder.unscaled_context:
         log.warning(
-            "dynamic rope scaling: frequencies are those of a text of max_model_len %d tokens, for shorter texts too; "
+            "%s rope scaling: frequencies are those of a text of max_model_len %d tokens, for shorter texts too; "
             "transformers changes them with each text's length",
-            length,
+            *(decoder.rope.rope_type, length),
         )
     return length
 

@@ -60,7 +60,7 @@ def in_the_plans_words(checkpoint: Checkpoint, config: EngineConfig, device: tor
         if device.type != "cuda" or not is_known:
             raise
         names = "dtype lm_head_bits kv_cache_dtype gpu_memory_utilization max_model_len replicate_kv_heads max_num_seqs"
-        names += " max_num_batched_tokens block_size enforce_eager vision_cache_gib"
+        names += " max_num_batched_tokens block_size enforce_eager vision_cache_gib language_model_only expert_parallel"
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         options = {name: getattr(config, name) for name in names.split()}
         reason = make_plan(checkpoint.config, tp=config.tp, device_memory=total, **options).reason
@@ -119,13 +119,12 @@ NOTHING = Planned()
 
 def planned_bytes(checkpoint: Checkpoint, config: EngineConfig, model: Model, max_model_len: int) -> Planned:
     step = Step.of(config, model.decoder.norm.dtype.itemsize, max_model_len)
-    shape = read_model_shape(checkpoint.config)
+    shape = read_model_shape(checkpoint.config, language_model_only=config.language_model_only)
     shape = replace(shape, decoder=replace(shape.decoder, quantisation=checkpoint.quantisation))  # or a file's beside config.json
-    if model.tower is None:
-        shape = replace(shape, encoder=None, counted=None)
-    part = shard(shape.decoder, config.tp)
+    rank = model.decoder.split.group.rank
+    part = shard(shape.decoder, config.tp, rank, expert_parallel=config.expert_parallel)
     return Planned(
-        step=step_bytes(shape, part, step, is_first=model.decoder.split.group.rank == 0),
+        step=step_bytes(shape, part, step, is_first=rank == 0),
         features=feature_bytes(shape, step),
         graphs=0 if config.enforce_eager else graph_bytes(shape, part, step),
     )

@@ -122,6 +122,7 @@ def _identity(config: EngineConfig) -> dict[str, str]:
         "kv_cache_dtype",
         "replicate_kv_heads",
         "expert_parallel",
+        "language_model_only",
         "max_num_seqs",
         "max_num_batched_tokens",
         "enforce_eager",

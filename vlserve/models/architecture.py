@@ -181,6 +181,7 @@ class Architecture:
         encoder: config.json -> the sizes of the vision encoder, from which the plan computes its bytes; None where it is to be
             built on the meta device and counted. Raises ValueError.
         text_model_type: of a `text_config` that names none; "" where it must.
+        language_model: the same without pictures, for `--language-model-only`; None where that is not served.
     """
 
     preprocessor: Callable[[Config, Files], Preprocessor]
@@ -188,6 +189,7 @@ class Architecture:
     decoder: Callable[[Config], DecoderConfig] = read_text_config
     encoder: Callable[[Config], EncoderConfig] | None = None
     text_model_type: str = ""
+    language_model: Architecture | None = None
     origin: str = BUILT_IN  # the package and entry point, for messages; filled in by find_architecture
 
     @property

@@ -29,15 +29,18 @@ class Model(nn.Module):
     Args:
         decoder: this rank's part. tower: whole on every rank; its levels of features are those that the decoder takes.
         prefix: what a checkpoint's names, as `rename` gives them, have before the decoder's own.
+        is_alone: whether the tower's tensors, which a checkpoint has, are passed over (`--language-model-only`).
     """
 
-    def __init__(self, decoder: Decoder, tower: Tower | None = None, *, prefix: str = "language_model.") -> None:
+    def __init__(
+        self, decoder: Decoder, tower: Tower | None = None, *, prefix: str = "language_model.", is_alone: bool = False
+    ) -> None:
         super().__init__()
         if tower is not None and tower.levels != decoder.num_feature_levels:
             raise ValueError(
                 f"the tower gives {tower.levels} levels of features, and the decoder takes {decoder.num_feature_levels}"
             )
-        self.decoder, self.tower, self.prefix = decoder, tower, prefix
+        self.decoder, self.tower, self.prefix, self.is_alone = decoder, tower, prefix, is_alone
 
     def targets(self) -> dict[str, torch.Tensor | Slot]:
         """Checkpoint names, as `rename` gives them, to what they fill: a tensor, or a slot that takes a part."""
@@ -59,7 +62,7 @@ class Model(nn.Module):
             name = self.prefix + own
         name = _as_saved(name)
         is_embedding = self.decoder.lm_head is None and name == "language_model.lm_head.weight"
-        return None if is_embedding else name
+        return None if is_embedding or (self.is_alone and not name.startswith(self.prefix)) else name
 
     def _own(self, name: str) -> Renamed:
         """`rename`, without what other ranks alone have."""
@@ -79,7 +82,8 @@ class Model(nn.Module):
         else:
             parts = {name: slot_of(target).tensor for name, target in self.targets().items()}  # stored as this rank has them
             files = shards.files(folder, self.decoder.split.group.rank)
-            num_bytes = load_weights(folder, parts, files=files, progress=progress)
+            rename = self.rename if self.is_alone else str
+            num_bytes = load_weights(folder, parts, files=files, rename=rename, progress=progress)
         self.decoder.finish()
         return num_bytes
 

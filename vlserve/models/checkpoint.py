@@ -74,11 +74,16 @@ def find_folder(model: str, revision: str | None = None) -> Path:
         raise ModelError(f"model {model!r}: no such folder here, and the Hugging Face Hub did not give it: {reason}") from error
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def find_checkpoint(config: EngineConfig) -> Checkpoint:
+    """That of `config.model`; raises ModelError."""
+    return read_checkpoint(find_folder(config.model, config.revision), language_model_only=config.language_model_only)
+
+
+def read_checkpoint(folder: Path, *, language_model_only: bool = False) -> Checkpoint:
     """Read config.json and its companions, and the headers of the weights; raises ModelError naming the file and key."""
     check_folder(folder)
     config = _read_json(folder / "config.json")
-    architecture = find_architecture(config)
+    architecture = find_architecture(config, language_model_only=language_model_only)
     files = {name: _read_json(folder / name, optional=True) for name in FILES}
     try:
         architecture.decoder(settle(config, architecture, None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vlserve.models.architecture import Architecture, Config, Files
+from vlserve.models.text import TextPreprocessor
 from vlserve.models.tiles import TilePreprocessor, image_processor_settings, image_token_id, image_tokens
 from vlserve.vision.config import read_encoder_config
 from vlserve.vision.image_config import check_other_names, read_image_config
@@ -37,4 +38,20 @@ def build(config: Config, preprocessor: TilePreprocessor, split: Split) -> Model
     return Model(decoder, InternVit(read_encoder_config(config), preprocessor.image, decoder.config.hidden_size))
 
 
-INTERNVL = Architecture(preprocessor=preprocessor, build=build, encoder=read_encoder_config, text_model_type="qwen2")
+def text_preprocessor(config: Config, files: Files) -> TextPreprocessor:
+    return TextPreprocessor(image_tokens(files, TOKENS))
+
+
+def build_alone(config: Config, preprocessor: TextPreprocessor, split: Split) -> Model:
+    from vlserve.models.base import Model, build_decoder
+
+    return Model(build_decoder(config, split), is_alone=True)
+
+
+INTERNVL = Architecture(
+    preprocessor=preprocessor,
+    build=build,
+    encoder=read_encoder_config,
+    text_model_type="qwen2",
+    language_model=Architecture(preprocessor=text_preprocessor, build=build_alone, text_model_type="qwen2"),
+)

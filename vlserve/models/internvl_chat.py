@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.config_readers import is_tied, read_decoder_config
 from vlserve.models.architecture import Architecture, Config, Files
+from vlserve.models.text import TextPreprocessor
 from vlserve.models.tiles import TilePreprocessor
 from vlserve.vision.original_config import read_original_encoder, read_original_image_config
 
@@ -111,6 +112,17 @@ class OriginalPreprocessor(TilePreprocessor):
         return self.conversation.end_tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OriginalTextPreprocessor(TextPreprocessor):
+    conversation: Conversation
+
+    def chat_template(self) -> str:
+        return self.conversation.template()
+
+    def end_tokens(self) -> tuple[str, ...]:
+        return self.conversation.end_tokens
+
+
 def preprocessor(config: Config, files: Files) -> OriginalPreprocessor:
     settings = files.get("preprocessor_config.json", {})
     return OriginalPreprocessor(
@@ -135,6 +147,17 @@ def build(config: Config, preprocessor: OriginalPreprocessor, split: Split) -> M
             return None if is_above else super().rename(name)
 
     return Original(decoder, OriginalInternVit(encoder, preprocessor.image, decoder.config.hidden_size))
+
+
+def text_preprocessor(config: Config, files: Files) -> OriginalTextPreprocessor:
+    return OriginalTextPreprocessor(tokens=TOKENS, conversation=_conversation(config))
+
+
+def build_alone(config: Config, preprocessor: OriginalTextPreprocessor, split: Split) -> Model:
+    from vlserve.llm.decoders import make_decoder
+    from vlserve.models.base import Model
+
+    return Model(make_decoder(read_llm_config(config), split), is_alone=True)
 
 
 def read_llm_config(config: Config) -> DecoderConfig:
@@ -175,4 +198,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-INTERNVL_CHAT = Architecture(preprocessor=preprocessor, build=build, decoder=read_llm_config, encoder=read_original_encoder)
+INTERNVL_CHAT = Architecture(
+    preprocessor=preprocessor,
+    build=build,
+    decoder=read_llm_config,
+    encoder=read_original_encoder,
+    language_model=Architecture(preprocessor=text_preprocessor, build=build_alone, decoder=read_llm_config),
+)

@@ -20,8 +20,20 @@ GROUP = "vlserve.models"
 BUILT_IN = {"internvl": INTERNVL, "internvl_chat": INTERNVL_CHAT, **TEXT_MODELS}
 
 
-def find_architecture(config: Config) -> Architecture:
+def find_architecture(config: Config, *, language_model_only: bool = False) -> Architecture:
     """The architecture of a config.json; raises ModelError listing what there is, or naming the package that is at fault."""
+    found = _find(config)
+    if not language_model_only:
+        return found
+    if found.language_model is None:
+        raise ModelError(
+            f"language_model_only: {found.origin} does not serve model_type {config.get('model_type')!r} without its encoder; "
+            "serve it with pictures"
+        )
+    return replace(found.language_model, origin=found.origin)
+
+
+def _find(config: Config) -> Architecture:
     model_type = str(config.get("model_type"))
     if model_type in BUILT_IN:
         return BUILT_IN[model_type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from vlserve.errors import RequestError
@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TextPreprocessor(Preprocessor):
-    """There is no place for a picture."""
+    """There is no place for a picture.
+
+    Args:
+        tokens: special ones of a vision model that is served without pictures, so that texts are encoded as with them.
+    """
+
+    tokens: tuple[str, ...] = ()
 
     def placeholders(self) -> Mapping[str, Placeholder]:
         return {}
 
     def control_tokens(self) -> tuple[str, ...]:
-        return ()
+        return self.tokens
 
     def prepare(self, image: Image.Image, detail: Detail) -> Pixels:
         _refuse()
@@ -72,5 +78,6 @@ def _refuse() -> NoReturn:
     raise RequestError("this model takes no pictures", param="messages", code="unsupported_parameter")
 
 
-TEXT = Architecture(preprocessor=preprocessor, build=build, decoder=read_config)
+_ALONE = Architecture(preprocessor=preprocessor, build=build, decoder=read_config)
+TEXT = replace(_ALONE, language_model=_ALONE)
 TEXT_MODELS = dict.fromkeys(READERS, TEXT)

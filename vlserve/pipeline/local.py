@@ -18,7 +18,7 @@ from vlserve.config import SamplingParams, read_options
 from vlserve.engine.messages import Stage
 from vlserve.errors import ConfigError, DeadlineError, EngineError, RequestError
 from vlserve.media.loader import PictureLoader
-from vlserve.models.checkpoint import check_shards, find_folder, read_checkpoint
+from vlserve.models.checkpoint import check_shards, find_checkpoint
 from vlserve.pipeline.calls import PipelineCalls
 from vlserve.pipeline.harmony import HarmonyParser
 from vlserve.pipeline.observer import AnswerClock, Observer
@@ -52,7 +52,7 @@ class LocalPipeline(PipelineCalls):
                 f"node_rank is {self.config.node_rank}: only machine 0 answers. On the others run "
                 "`vlserve serve --nnodes N --node-rank K` with the same options"
             )
-        self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
+        self.checkpoint = find_checkpoint(self.config)
         check_shards(self.checkpoint.folder, self.config)
         choose_dtype(self.checkpoint.config, self.config.dtype)
         check_tp(

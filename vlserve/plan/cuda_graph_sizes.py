@@ -6,7 +6,7 @@ they are used up. No torch here: `vlserve plan` counts them too.
 
 from __future__ import annotations
 
-from vlserve.plan.footprint import Shard, Step, tile_bytes
+from vlserve.plan.footprint import Shard, Step, dense_width, experts_peak, tile_bytes
 from vlserve.plan.model_shape import ModelShape
 
 MOST_ROWS = 128  # of a decode step; larger ones give the device enough to do while the host launches kernels
@@ -52,4 +52,4 @@ def _row_bytes(shape: ModelShape, part: Shard, step: Step) -> int:
     query, kv = part.query_heads * decoder.head_dim, part.kv_heads * decoder.head_dim
     held = 6 * decoder.hidden_size * b + decoder.head_dim * FLOAT32  # the sums before and after, norms, result; cos and sin
     attention = (3 * query + 2 * kv) * b
-    return held + max(attention, 3 * max(part.feed_forward, part.shared_feed_forward) * b)
+    return held + max(attention, 3 * dense_width(decoder, part) * b, experts_peak(decoder, part, 1, b))

@@ -39,7 +39,10 @@ def check_tp(
     """
     check_degree(tp)
     if expert_parallel:
-        _check_experts(read_decoder_shape(config).num_experts, tp, source)
+        number = read_decoder_shape(config).num_experts
+        check_experts(number, source)
+        if number < tp:
+            raise ConfigError(too_few_experts(number, tp, source))
     if tp == 1:
         return  # nothing is cut
     decoder = read_decoder_shape(config)
@@ -92,17 +95,21 @@ def refusal_text(decoder: DecoderShape, problems: tuple[Problem, ...], replicate
     text += f"Degrees that work: {_listed(plain)}"
     if replicated:
         text += f"; {'also' if replicate else 'with --replicate-kv-heads also'} {_listed(replicated)}"
-    return f"{text}. {ENCODER_IS_FREE}"
+    return f"{text}. {ENCODER_IS_FREE}" if decoder.section else text
 
 
-def _check_experts(number: int, tp: int, source: str) -> None:
+def check_experts(number: int, source: str) -> None:
+    """Raises ConfigError where `expert_parallel` is asked of a model without experts."""
     if not number:
         raise ConfigError(f"expert_parallel is on, but the model has no experts ({source}); leave --expert-parallel away")
-    if number < tp:
-        raise ConfigError(
-            f"tp={tp} does not work with expert_parallel: the model has {number} experts ({source}), and each rank needs one or "
-            f"more. Leave --expert-parallel away, and each rank has a part of every expert; or take --tp {number} or less"
-        )
+
+
+def too_few_experts(number: int, tp: int, source: str) -> str:
+    """What to say of a degree with fewer experts than ranks, with `expert_parallel`."""
+    return (
+        f"tp={tp} does not work with expert_parallel: the model has {number} experts ({source}), and each rank needs one or "
+        f"more. Leave --expert-parallel away, and each rank has a part of every expert; or take --tp {number} or less"
+    )
 
 
 def _is_reordered(decoder: DecoderShape) -> bool:

@@ -9,7 +9,7 @@ of a tile with the class token, W encoder width, b bytes of a number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FLOAT32 = 4  # bytes
 LOGIT_COPIES = 4  # of what is sampled from, with penalties and log-probabilities
 KV_CODE, KV_SCALE = 1, 2  # bytes of a key or value in eight bits, and of the scale of a token and head
+ROUTE_BYTES = 4 * FLOAT32  # of a choice of an expert: its number, weight, place in the order, and what sorting takes
 SPREAD_BLOCK = 128  # inputs, in which 4-bit weights lie
 # as kernels/attention/plan.py has them, whose package needs torch: a tile's rows, programs a multiprocessor, a tile's positions
 MOST_ROWS, MOST_PROGRAMS, POSITIONS = 128, 16, 32
@@ -65,6 +66,9 @@ class Shard:
     shared_feed_forward: int
     vocabulary: int
     tp: int
+    experts: int = 0  # of a layer that has some
+    expert_width: int = 0
+    adds_expert_bias: bool = True  # of what comes out of an expert; where ranks share its width, the first one adds it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +82,11 @@ class Cut:
     copies: int = 1  # ranks that hold the same rows
 
 
-def shard(decoder: DecoderShape, tp: int) -> Shard:
-    """The decoder's sizes on a rank; the heads divide, or KV heads are replicated (one on each rank)."""
+def shard(decoder: DecoderShape, tp: int, rank: int = 0, *, expert_parallel: bool = False) -> Shard:
+    """The decoder's sizes on a rank; the heads divide, or KV heads are replicated (one on each rank). Ranks are alike, but that
+    with `expert_parallel` one may have an expert more."""
+    number, given = decoder.num_experts, decoder.experts
+    unit, width = (1, 0) if given is None else (given.unit, given.width)
     return Shard(
         query_heads=decoder.num_attention_heads // tp,
         kv_heads=max(1, decoder.num_key_value_heads // tp),
@@ -87,22 +94,33 @@ def shard(decoder: DecoderShape, tp: int) -> Shard:
         shared_feed_forward=-(-decoder.shared_intermediate_size // tp),
         vocabulary=-(-decoder.vocab_size // tp),
         tp=tp,
+        experts=(rank + 1) * number // tp - rank * number // tp if expert_parallel else number,
+        expert_width=width if expert_parallel else -(-width // (unit * tp)) * unit,
+        adds_expert_bias=expert_parallel or rank == 0,
     )
 
 
-def cuts(decoder: DecoderShape, part: Shard, tp: int) -> tuple[Cut, ...]:
-    """Every size that is cut, by config.json's keys."""
-    width, shared = decoder.feed_forward_key, decoder.shared_intermediate_size
+def cuts(decoder: DecoderShape, part: Shard, tp: int, *, by_expert: bool = False) -> tuple[Cut, ...]:
+    """Every size that is cut, by config.json's keys; of experts that are shared out whole, the most that a rank has."""
+    shared, experts = decoder.shared_intermediate_size, decoder.experts
     rows = [
         ("num_attention_heads", decoder.num_attention_heads, part.query_heads),
         ("num_key_value_heads", decoder.num_key_value_heads, part.kv_heads),
-        (width, decoder.intermediate_size, part.feed_forward),
+        *([("intermediate_size", decoder.intermediate_size, part.feed_forward)] if decoder.has_dense_layers else []),
+        *([(decoder.expert_width_key, experts.width, part.expert_width)] if experts is not None and not by_expert else []),
+        *([("num_experts", experts.num_experts, -(-experts.num_experts // tp))] if experts is not None and by_expert else []),
         *([("shared_expert_intermediate_size", shared, part.shared_feed_forward)] if shared else []),
         ("vocab_size", decoder.vocab_size, part.vocabulary),
     ]
     copies = {"num_key_value_heads": max(1, tp // decoder.num_key_value_heads)}
     return tuple(
-        Cut(dimension=name, size=size, per_rank=each, copies=copies.get(name, 1), padding=each * tp - size * copies.get(name, 1))
+        Cut(
+            dimension=name,
+            size=size,
+            per_rank=each,
+            copies=copies.get(name, 1),
+            padding=0 if name == "num_experts" else each * tp - size * copies.get(name, 1),
+        )
         for name, size, each in rows
     )
 
@@ -116,7 +134,8 @@ def vision_bytes(shape: ModelShape, config: Mapping[str, Any], itemsize: int) ->
             reason = f"{shape.counted.origin} cannot build it: {type(error).__name__}: {error}"
             shape = replace(shape, reasons=(*shape.reasons, reason))
     if shape.encoder is None:
-        return 0, replace(shape, notes=(*shape.notes, "the vision encoder's weights are not counted"))
+        notes = ("the vision encoder's weights are not counted",) if shape.image_tokens or shape.preprocessor is None else ()
+        return 0, replace(shape, notes=shape.notes + notes)
     return internvit_bytes(shape.encoder, shape.decoder.hidden_size, itemsize), shape
 
 
@@ -137,28 +156,45 @@ def decoder_bytes(decoder: DecoderShape, part: Shard, itemsize: int) -> int:
     hidden, query, kv = decoder.hidden_size, part.query_heads * decoder.head_dim, part.kv_heads * decoder.head_dim
     biases = (query + 2 * kv) * decoder.qkv_bias + hidden * decoder.output_bias
     norms = 2 * hidden + 2 * decoder.head_dim * decoder.qk_norm
-    experts, shared = max(1, decoder.num_experts), part.shared_feed_forward
-    mlp_biases = (2 * part.feed_forward + hidden) * experts + (2 * shared + hidden) * bool(shared)
-    router = decoder.num_experts * hidden + hidden * bool(shared)  # and the shared expert's gate
-    dense = biases + norms + mlp_biases * decoder.mlp_bias + router
+    sinks = part.query_heads * decoder.attention_sinks * FLOAT32
 
-    def linears(layer: int) -> int:
+    def layer_bytes(layer: int) -> int:
         def size(names: tuple[str, ...], outputs: int, inputs: int) -> int:
             return _linear_bytes(decoder, f"model.layers.{layer}.", names, outputs, inputs, itemsize)
 
-        attention = size(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), query + 2 * kv, hidden)
-        attention += size(("self_attn.o_proj",), hidden, query)
-        each, common = (
-            size(("mlp.gate_proj", "mlp.up_proj"), 2 * width, hidden) + size(("mlp.down_proj",), hidden, width)
-            for width in (part.feed_forward, shared)
-        )
-        return attention + experts * each + common * bool(shared)
+        def feed_forward(place: str, width: int) -> int:
+            names = (f"{place}.gate_proj", f"{place}.up_proj")
+            return size(names, 2 * width, hidden) + size((f"{place}.down_proj",), hidden, width)
 
-    if decoder.quantisation is None:  # all layers are alike
-        layers = decoder.num_hidden_layers * linears(0)
-    else:
-        layers = sum(map(linears, range(decoder.num_hidden_layers)))
-    return layers + (decoder.num_hidden_layers * dense + hidden) * itemsize
+        attention = size(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), query + 2 * kv, hidden)
+        attention += size(("self_attn.o_proj",), hidden, query) + sinks + (biases + norms) * itemsize
+        if decoder.experts is None or layer not in decoder.experts.layers:
+            mlp_biases = (2 * part.feed_forward + hidden) * decoder.mlp_bias
+            return attention + feed_forward("mlp", part.feed_forward) + mlp_biases * itemsize
+        experts = part.experts * feed_forward("mlp.experts.0", part.expert_width)
+        return attention + experts + shared_bytes(feed_forward) + _expert_numbers(decoder, part) * itemsize
+
+    def shared_bytes(feed_forward: Callable[[str, int], int]) -> int:
+        """The expert that every token passes, with its gate."""
+        if not shared:
+            return 0
+        return feed_forward("mlp.shared_expert", shared) + (hidden + (2 * shared + hidden) * decoder.mlp_bias) * itemsize
+
+    shared, numbers = part.shared_feed_forward, range(decoder.num_hidden_layers)
+    if decoder.quantisation is not None:
+        return sum(map(layer_bytes, numbers)) + hidden * itemsize
+    with_experts = decoder.experts.layers if decoder.experts is not None else ()
+    dense = [layer for layer in numbers if layer not in with_experts]
+    kinds = [layers for layers in (dense, with_experts) if layers]  # of which all layers are alike
+    return sum(len(layers) * layer_bytes(layers[0]) for layers in kinds) + hidden * itemsize
+
+
+def _expert_numbers(decoder: DecoderShape, part: Shard) -> int:
+    """Numbers of the router and of the experts' biases."""
+    given, hidden = decoder.experts, decoder.hidden_size
+    assert given is not None
+    biases = part.experts * (2 * part.expert_width + hidden * part.adds_expert_bias) * given.bias
+    return given.num_experts * (hidden + given.router_bias) + biases
 
 
 def _linear_bytes(decoder: DecoderShape, prefix: str, names: tuple[str, ...], outputs: int, inputs: int, itemsize: int) -> int:
@@ -229,7 +265,7 @@ def _counted_bytes(family: Architecture, config: Mapping[str, Any], preprocessor
 def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     """A chunk of T tokens at the end of a context of L, within one layer."""
     tokens = _step_tokens(step)
-    b, hidden, width = step.itemsize, decoder.hidden_size, max(part.feed_forward, part.shared_feed_forward)
+    b, hidden, width = step.itemsize, decoder.hidden_size, dense_width(decoder, part)
     query, kv = part.query_heads * decoder.head_dim, part.kv_heads * decoder.head_dim
     # embeddings; the layer's input and residual, held by the caller; this half's norm and sum; features for deeper layers
     held = (5 + decoder.feature_levels * (decoder.feature_levels > 1)) * hidden * b * tokens
@@ -244,7 +280,22 @@ def _layer_peak(decoder: DecoderShape, part: Shard, step: Step) -> int:
     attention = (3 * query + 2 * kv) * b * tokens + max(_part_bytes(decoder, part, step), product(hidden, query))
     # gate and up; silu(gate) * up; the result
     feed_forward = max(product(2 * width, hidden), 3 * width * b * tokens + product(hidden, width))
-    return held + max(projected, attention, feed_forward)
+    return held + max(projected, attention, feed_forward, experts_peak(decoder, part, tokens, b))
+
+
+def dense_width(decoder: DecoderShape, part: Shard) -> int:
+    """Of the widest part of the feed-forward halves that is no expert of a mixture."""
+    return max(part.feed_forward * decoder.has_dense_layers, part.shared_feed_forward)
+
+
+def experts_peak(decoder: DecoderShape, part: Shard, tokens: int, itemsize: int) -> int:
+    """The router's logits, in float32 too; or what each token's experts make of it, a projection after the other."""
+    given = decoder.experts
+    if given is None:
+        return 0
+    choices, inner, out = tokens * given.top_k, part.expert_width * itemsize, decoder.hidden_size * itemsize
+    routing = tokens * given.num_experts * (itemsize + FLOAT32)
+    return choices * ROUTE_BYTES + max(routing, choices * max(3 * inner, inner + out), choices * out + tokens * out)
 
 
 def _is_spread(decoder: DecoderShape) -> bool:

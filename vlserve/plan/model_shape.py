@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.config import DecoderConfig
+from vlserve.llm.config import DecoderConfig, ExpertsConfig
 from vlserve.llm.config_readers import is_tied, read_decoder_config, with_defaults
 from vlserve.llm.quantisation import FP8, Quantisation, find_quantisation
 from vlserve.vision.config import EncoderConfig, read_encoder_config
@@ -32,7 +32,7 @@ class DecoderShape:
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int  # of one expert where there are several
+    intermediate_size: int  # of layers without experts
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -45,15 +45,21 @@ class DecoderShape:
     output_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    num_experts: int = 0  # 0: no mixture
+    attention_sinks: bool = False
+    experts: ExpertsConfig | None = None
+    expert_width_key: str = "moe_intermediate_size"  # of config.json, that `experts.width` came from
     shared_intermediate_size: int = 0  # of the expert that every token passes
     feature_levels: int = 1  # of a picture: the embeddings', and one for each layer that takes its own
     quantisation: Quantisation | None = None  # None also where it is not supported
 
     @property
-    def feed_forward_key(self) -> str:
-        """The key of config.json that `intermediate_size` came from."""
-        return "moe_intermediate_size" if self.num_experts else "intermediate_size"
+    def num_experts(self) -> int:
+        """Of a layer that has some; 0 where none has."""
+        return self.experts.num_experts if self.experts is not None else 0
+
+    @property
+    def has_dense_layers(self) -> bool:
+        return self.experts is None or len(self.experts.layers) < self.num_hidden_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +90,7 @@ class Request:
     tiles_per_image: int | None = None  # thumbnail included; None: of the largest picture that the model cuts
 
 
-def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
+def read_model_shape(config: Mapping[str, Any], *, language_model_only: bool = False) -> ModelShape:
     """Read a whole config.json; raises ModelError naming the size that is missing or wrong."""
     from vlserve.models.registry import find_architecture  # entry points; the command line's flags need none of it
 
@@ -94,7 +100,7 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     preprocessor: Preprocessor | None = None
     unknown, faulty = tuple[str, ...](), tuple[str, ...]()
     try:
-        architecture = find_architecture(config)
+        architecture = find_architecture(config, language_model_only=language_model_only)
         preprocessor = architecture.preprocessor(config, {})
     except ModelError as error:
         unknown = (str(error),)
@@ -109,11 +115,12 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         notes.append(f"the decoder's linear layers are counted as {decoder.quantisation}")
         if decoder.quantisation.kind == FP8:
             notes.append("on the CPU, FP8 weights are converted to dtype when they are loaded and take its bytes")
-    is_counted = architecture is not None and architecture.encoder is None
-    encoder = _read_encoder(config, architecture)
-    if encoder is None and not (preprocessor is not None and preprocessor.most_features() == 0):
+    sees = preprocessor is None or preprocessor.most_features() > 0
+    is_counted = sees and architecture is not None and architecture.encoder is None
+    encoder = _read_encoder(config, architecture) if sees else None
+    if sees and encoder is None:
         notes.append("config.json does not tell the vision encoder's sizes: its activations are not counted")
-    elif architecture is None and model_type != "internvl_chat":
+    elif sees and architecture is None and model_type != "internvl_chat":
         notes.append("the vision encoder and its projector are counted as InternVL's, from vision_config's sizes")
     return ModelShape(
         decoder=decoder,
@@ -168,7 +175,8 @@ def _with_quantisation(shape: DecoderShape, config: Mapping[str, Any]) -> tuple[
         quantisation = find_quantisation(config)
         if quantisation is not None:
             inputs = {"q_proj": shape.hidden_size, "o_proj": shape.num_attention_heads * shape.head_dim}
-            for name, size in (inputs | {"down_proj": shape.intermediate_size}).items():
+            width = shape.intermediate_size if shape.experts is None else shape.experts.width
+            for name, size in (inputs | {"down_proj": width}).items():
                 quantisation.check_inputs(size, name)
     except ValueError as error:
         return shape, (f"{error}; the weights are counted as if they were not quantised",)
@@ -183,8 +191,19 @@ def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:
         raise ModelError(
             f"config.json's hidden_size {hidden} is less than num_attention_heads {heads}; expected head_dim beside it"
         )
-    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), None)
-    width_key = "moe_intermediate_size" if experts and text.get("moe_intermediate_size") else "intermediate_size"
+    layers = _size(text, section, "num_hidden_layers", most=MAX_HEADS)
+    number = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), None)
+    width_key = "moe_intermediate_size" if text.get("moe_intermediate_size") else "intermediate_size"
+    experts = None
+    if number is not None:
+        experts = ExpertsConfig(
+            layers=tuple(range(layers)),
+            num_experts=_size(text, section, number),
+            top_k=_size(text, section, "num_experts_per_tok", default=1),
+            width=_size(text, section, width_key),
+            norm_topk_prob=True,
+            bias=bool(text.get("mlp_bias")),
+        )
     max_positions = _size(text, section, "max_position_embeddings", default=0) or None
     has_bias = bool(text.get("attention_bias") or text.get("bias"))
     return DecoderShape(
@@ -192,8 +211,8 @@ def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:
         model_type=model_type,
         vocab_size=_size(text, section, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_size(text, section, width_key),
-        num_hidden_layers=_size(text, section, "num_hidden_layers", most=MAX_HEADS),
+        intermediate_size=_size(text, section, "intermediate_size", default=None if experts is None else experts.width),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_size(text, section, "num_key_value_heads", default=heads, most=MAX_HEADS),
         head_dim=_size(text, section, "head_dim", default=hidden // heads),
@@ -205,7 +224,8 @@ def _generic_shape(text: Mapping[str, Any], section: str) -> DecoderShape:
         output_bias=has_bias,
         mlp_bias=bool(text.get("mlp_bias")),
         qk_norm=model_type.startswith("qwen3"),
-        num_experts=_size(text, section, experts) if experts else 0,
+        experts=experts,
+        expert_width_key=width_key,
         shared_intermediate_size=_size(text, section, "shared_expert_intermediate_size", default=0) if experts else 0,
     )
 
@@ -214,7 +234,7 @@ def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
     """As the engine reads it: also what it does not look at, as a key of another decoder's, is put right."""
     return replace(
         shape,
-        intermediate_size=config.intermediate_size if config.experts is None else config.experts.width,
+        intermediate_size=config.intermediate_size,
         default_context=config.default_context,
         longest_context=config.longest_context,
         limit_text=config.limit_text,
@@ -222,7 +242,8 @@ def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,
         qk_norm=config.qk_norm,
-        num_experts=0 if config.experts is None else config.experts.num_experts,
+        attention_sinks=config.attention_sinks,
+        experts=config.experts,
         shared_intermediate_size=0,
         feature_levels=1 + len(config.deep_layers),
     )

@@ -16,7 +16,16 @@ from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, ModelError
 from vlserve.plan import footprint
 from vlserve.plan.cuda_graph_sizes import graph_bytes
-from vlserve.plan.divisibility import Problem, check_degree, check_tp, indivisible, legal_degrees, refusal_text
+from vlserve.plan.divisibility import (
+    Problem,
+    check_degree,
+    check_experts,
+    check_tp,
+    indivisible,
+    legal_degrees,
+    refusal_text,
+    too_few_experts,
+)
 from vlserve.plan.footprint import Cut, Shard, Step
 from vlserve.plan.model_shape import Request, read_model_shape, request_tokens
 
@@ -112,6 +121,8 @@ def make_plan(
     block_size: int = DEFAULTS.block_size,
     enforce_eager: bool = DEFAULTS.enforce_eager,
     vision_cache_gib: float = DEFAULTS.vision_cache_gib,
+    language_model_only: bool = DEFAULTS.language_model_only,
+    expert_parallel: bool = DEFAULTS.expert_parallel,
     request: Request = ONE_PICTURE,
 ) -> Plan:
     """Plan for `tp` ranks, or for every degree that works.
@@ -137,6 +148,8 @@ def make_plan(
         block_size=block_size,
         enforce_eager=enforce_eager,
         vision_cache_gib=vision_cache_gib,
+        language_model_only=language_model_only,
+        expert_parallel=expert_parallel,
         gpu_memory_utilization=gpu_memory_utilization,
     )
     if tp is not None:
@@ -163,7 +176,7 @@ class _Planner:
     ) -> None:
         self.source, self.options, self.device_memory, self.replicate = source, options, device_memory, replicate
         config, refused = _settled(given, stored)
-        self.shape = read_model_shape(config)
+        self.shape = read_model_shape(config, language_model_only=options.language_model_only)
         self.shape = replace(self.shape, reasons=self.shape.reasons + refused + faults)
         if options.dtype == "auto" and config.get("dtype") is None:
             note = "config.json states no dtype, and no weights are beside it: counted in float32; --dtype says another one"
@@ -174,6 +187,12 @@ class _Planner:
         self.vision_bytes, self.shape = footprint.vision_bytes(self.shape, config, self.step.itemsize)
         self.image_tokens, self.request_tokens = request_tokens(self.shape, request)
         self.legal, self.legal_replicated = legal_degrees(self.shape.decoder)
+        if options.expert_parallel:
+            number = self.shape.decoder.num_experts
+            check_experts(number, source)
+            self.legal, self.legal_replicated = (
+                tuple(tp for tp in degrees if tp <= number) for degrees in (self.legal, self.legal_replicated)
+            )
 
     def all_degrees(self) -> Plan:
         plans = tuple(map(self.plan, self.legal + self.legal_replicated * self.replicate))
@@ -188,9 +207,14 @@ class _Planner:
         if problems:
             reason = self._reason(refusal_text(decoder, problems, self.replicate))
             return replace(self._empty(), tp=tp, problems=problems, reason=reason)
-        part = footprint.shard(decoder, tp)
-        ranks = tuple(self._rank(part, rank) for rank in range(tp))
-        plan = replace(self._empty(), ok=True, tp=tp, ranks=ranks, cuts=footprint.cuts(decoder, part, tp))
+        by_expert, number = self.options.expert_parallel, decoder.num_experts
+        if by_expert and number < tp:
+            problem = Problem(dimension="num_experts", size=number, tp=tp, source=self.source)
+            reason = self._reason(too_few_experts(number, tp, self.source))
+            return replace(self._empty(), tp=tp, problems=(problem,), reason=reason)
+        ranks = self._ranks(tp)
+        cuts = footprint.cuts(decoder, footprint.shard(decoder, tp, expert_parallel=by_expert), tp, by_expert=by_expert)
+        plan = replace(self._empty(), ok=True, tp=tp, ranks=ranks, cuts=cuts)
         if self.device_memory is None:
             return plan
         tokens = self._kv_tokens(ranks)
@@ -231,6 +255,12 @@ class _Planner:
         unsupported = "\n  ".join(("vlserve cannot serve this model yet:", *self.shape.reasons)) if self.shape.reasons else None
         return "\n".join(filter(None, (refusal, unsupported))) or None
 
+    def _ranks(self, tp: int) -> tuple[RankPlan, ...]:
+        by_expert = self.options.expert_parallel
+        return tuple(
+            self._rank(footprint.shard(self.shape.decoder, tp, rank, expert_parallel=by_expert), rank) for rank in range(tp)
+        )
+
     def _rank(self, part: Shard, rank: int) -> RankPlan:
         decoder, itemsize = self.shape.decoder, self.step.itemsize
         layers = footprint.decoder_bytes(decoder, part, itemsize)
@@ -262,8 +292,7 @@ class _Planner:
         return min(self.options.max_num_seqs * self._in_blocks(self.max_model_len), max(0, min(fitting)) * size)
 
     def _fits(self, tp: int) -> bool:
-        fullest = self._rank(footprint.shard(self.shape.decoder, tp), 0)
-        return self._kv_tokens((fullest,)) >= self.max_model_len
+        return self._kv_tokens(self._ranks(tp)) >= self.max_model_len
 
     def _in_blocks(self, tokens: int) -> int:
         size = self.options.block_size

@@ -119,9 +119,9 @@ class _Rank:
             self._serve(engine, requests)
             engine.runner.idle(is_last=True)
             return
-        from vlserve.models.checkpoint import find_folder, read_checkpoint
+        from vlserve.models.checkpoint import find_checkpoint
 
-        runner = build_runner(read_checkpoint(find_folder(config.model, config.revision)), config, seat, self._enter)
+        runner = build_runner(find_checkpoint(config), config, seat, self._enter)
         self._ready(runner)
         self._follow(runner)
 

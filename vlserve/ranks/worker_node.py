@@ -9,7 +9,7 @@ from types import FrameType
 
 from vlserve.config import EngineConfig
 from vlserve.errors import VLServeError
-from vlserve.models.checkpoint import find_folder, read_checkpoint
+from vlserve.models.checkpoint import find_checkpoint
 from vlserve.plan.tp_plan import check_tp
 from vlserve.ranks.supervisor import Supervisor
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def run_worker_node(config: EngineConfig) -> int:
     """Run this machine's ranks until machine 0 ends them or a signal comes; returns the exit status."""
-    checkpoint = read_checkpoint(find_folder(config.model, config.revision))
+    checkpoint = find_checkpoint(config)
     check_tp(
         checkpoint.config,
         config.tp,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -43,19 +44,20 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         {"rope_type": "yarn", "factor": 4.0},
         {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 0.9},
         {"rope_type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": (1.0, 1.25) * 16, "long_factor": (1.5, 40.0) * 16},
     ],
     ids=lambda s: s["rope_type"],
 )
 @pytest.mark.parametrize("length", (64, 2048, 5000))
-def test_frequencies_equal_transformers(scaling: dict[str, float | str], length: int) -> None:
+def test_frequencies_equal_transformers(scaling: dict[str, Any], length: int) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     kind = scaling["rope_type"]
     original = 2048
-    parameters = {"rope_theta": 50000.0, **scaling}
-    if kind in ("llama3", "yarn"):
+    parameters = {"rope_theta": 50000.0, **{key: list(of) if isinstance(of, tuple) else of for key, of in scaling.items()}}
+    if kind in ("llama3", "yarn", "longrope"):
         parameters["original_max_position_embeddings"] = original
     config = LlamaConfig(
         hidden_size=256,
@@ -67,12 +69,21 @@ def test_frequencies_equal_transformers(scaling: dict[str, float | str], length:
         want, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     else:
         want, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
-    ours = RopeConfig(head_dim=64, theta=50000.0, original_max_positions=original, **scaling)  # type: ignore[arg-type]
+    ours = RopeConfig(head_dim=64, theta=50000.0, original_max_positions=original, **scaling)
     got, got_factor = rotary_frequencies(ours, length)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     assert math.isclose(got_factor, factor, rel_tol=1e-9)
 
 
 def test_an_unknown_rope_type_is_named() -> None:
-    with pytest.raises(ValueError, match="rope_type 'longrope' is not supported"):
-        RopeConfig(head_dim=64, rope_type="longrope")
+    with pytest.raises(ValueError, match="rope_type 'proportional' is not supported"):
+        RopeConfig(head_dim=64, rope_type="proportional")
+
+
+def test_channels_that_are_not_turned_keep_their_value() -> None:
+    """The attention factor is of those that are turned alone."""
+    factors: dict[str, Any] = {"short_factor": (1.0,) * 3, "long_factor": (2.0,) * 3, "factor": 4.0, "original_max_positions": 16}
+    config = RopeConfig(head_dim=8, rotary_dim=6, rope_type="longrope", **factors)
+    table = rotary_table(config, 20)
+    assert table.shape == (20, 2, 4) and bool((table[:, 0, 3] == 1).all()) and bool((table[:, 1, 3] == 0).all())
+    assert math.isclose(float(table[0, 0, 0]), math.sqrt(1 + math.log(4) / math.log(16)), rel_tol=1e-6)
