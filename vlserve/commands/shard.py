@@ -20,6 +20,7 @@ from vlserve.config import DTYPES, EngineConfig
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.shards import Shards, read_shards, write_shards
 from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
+from vlserve.models.companion_files import companion_files, copy_companions
 from vlserve.plan.tp_plan import check_tp
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ Cut a checkpoint for a tensor-parallel degree in advance, for slow disks.
 
 From an ordinary checkpoint each rank reads its slices, which lie scattered over all files. The folder OUT has one
 file for each rank with just its part, and one that all ranks read, with what is not split: the vision encoder, the
-projector, the norms. Config, tokenizer and templates are copied. The original is read once and not changed.
+projector, the norms. Config, tokenizer and templates are copied, but no .py files, which vlserve never reads. The
+original is read once and not changed.
 """
 EXAMPLE = """\
 example:
@@ -41,7 +43,7 @@ example:
 OUT is for this degree (and this --replicate-kv-heads) only; serving it with another one is an error. It appears when
 it is whole: what is under way is in a folder .OUT.partial-* beside it, which Ctrl-C and errors remove.
 """
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
+CARD = "*.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +83,8 @@ def shard(config: EngineConfig, out: Path) -> str:
         checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads, source=str(checkpoint.folder / "config.json")
     )
     writer = _writer(checkpoint, config)
-    copied = _copied(checkpoint.folder)
-    num_bytes = writer.num_bytes + sum(path.stat().st_size for path in copied)
+    copied = companion_files(checkpoint.folder, CARD)
+    num_bytes = writer.num_bytes + sum((checkpoint.folder / path).stat().st_size for path in copied)
     free = shutil.disk_usage(out.parent).free
     if num_bytes > free:
         raise ConfigError(
@@ -91,8 +93,7 @@ def shard(config: EngineConfig, out: Path) -> str:
     from tqdm import tqdm
 
     with _whole_or_nothing(out) as partial:
-        for path in copied:
-            shutil.copyfile(path, partial / path.name)
+        copy_companions(copied, checkpoint.folder, partial)
         if config.dtype != "auto":
             _set_dtype(partial / "config.json", config.dtype)
         shards = Shards(
@@ -153,12 +154,6 @@ def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:
         return ShardWriter(checkpoint.folder, [model.targets() for model in models], rename=models[0].rename, dtype=dtype)
     except (ValueError, FileNotFoundError) as error:
         raise ModelError(str(error)) from error
-
-
-def _copied(folder: Path) -> list[Path]:
-    """The files beside the weights that OUT needs too, and licences."""
-    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not path.name.endswith(".index.json"))
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.weights import slot_of
 from vlserve.models.checkpoint import find_folder, read_checkpoint
+from vlserve.models.companion_files import CODE, companion_files, without_missing_code
 from vlserve.quantize.calibration import find_calibration, read_samples
 from vlserve.quantize.hidden_states import (
     NOT_SCORED,
@@ -30,9 +32,10 @@ from vlserve.quantize.hidden_states import (
     watch_inputs,
 )
 from vlserve.quantize.layer import LINEARS, LayerResult, Recipe, quantize_layer, tensors_of
-from vlserve.quantize.output_folder import REPORT, Output, copied_files, read_header, read_json, write_tensors
+from vlserve.quantize.output_folder import REPORT, Output, read_header, read_json, write_tensors
 from vlserve.quantize.quantization_config import quantization_config
-from vlserve.quantize.settings import Settings
+from vlserve.quantize.rounding import join_rounded, join_rows
+from vlserve.quantize.settings import GENERATED, TEXT, Settings
 from vlserve.quantize.source_checkpoint import Source
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
@@ -47,6 +50,7 @@ def quantize(settings: Settings) -> dict[str, Any]:
     calibration = find_calibration(settings)
     folder = find_folder(settings.model, settings.revision)
     source = Source(read_checkpoint(folder))
+    settings = replace(settings, calibration=settings.calibration or (GENERATED if source.sees else TEXT))
     check_shapes(source, settings)
     device, dtype = _resolve(settings)
     asked = _asked(settings, source, calibration, device, dtype)
@@ -94,8 +98,8 @@ def _asked(
     """All that changes the result, as JSON."""
     folder = source.checkpoint.folder
     model = hashlib.blake2b(repr([(path.name, path.stat().st_size) for path in source.files]).encode(), digest_size=8)
-    for path in copied_files(folder):
-        model.update(path.name.encode() + path.read_bytes())
+    for path in companion_files(folder, CODE):
+        model.update(str(path).encode() + (folder / path).read_bytes())
     data = settings.calibration
     if calibration is not None:
         data = f"{calibration.name} {hashlib.blake2b(calibration.read_bytes(), digest_size=8).hexdigest()}"
@@ -198,13 +202,13 @@ class _Run:
     def _written(self, index: int, stored: dict[str, torch.Tensor], result: LayerResult) -> dict[str, torch.Tensor]:
         """A layer's tensors by the names in the file."""
         tensors: dict[str, torch.Tensor] = {}
-        for own, tensor in stored.items():
-            name, linear = self.source.stored_name(index, own), own.removesuffix(".weight")
-            if linear in result.rounded:
-                parts = tensors_of(result.rounded[linear], self.settings.stored_format)
-                tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
+        for name, parts in self.source.stored_names(index).items():
+            if parts[0].own.removesuffix(".weight") in result.rounded:
+                rounded = join_rounded([(result.rounded[part.own.removesuffix(".weight")], part.ranges) for part in parts])
+                written = tensors_of(rounded, self.settings.stored_format)
+                tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in written.items()}
             else:
-                tensors[name] = result.changed.get(own, tensor)
+                tensors[name] = join_rows([(result.changed.get(part.own, stored[part.own]), part.ranges) for part in parts])
         return tensors
 
     def _finish(self, streams: Streams) -> None:
@@ -214,7 +218,7 @@ class _Run:
         shards = [*self._outer_shards(), *(self.output.layer_file(i) for i in range(self.source.num_layers))]
         checkpoint, modules = self.source.checkpoint, self.source.outer_modules()
         form = self.settings.stored_format
-        described = quantization_config(self.settings.method, form, self.settings.group_size, modules)
+        described = quantization_config(self.settings.method, form, self.settings.group_size, modules, self.source.head)
         report = self.asked | {
             "calibration_samples": len(streams.lengths),
             "calibration_tokens": sum(streams.lengths),
@@ -234,8 +238,8 @@ class _Run:
             },
             "layers": [self.output.layer_report(index) for index in range(self.source.num_layers)],
         }
-        config = checkpoint.config | {"quantization_config": described}
-        self.output.finish(shards, copied_files(checkpoint.folder), config, report)
+        config = without_missing_code(checkpoint.config, checkpoint.folder) | {"quantization_config": described}
+        self.output.finish(shards, checkpoint.folder, companion_files(checkpoint.folder, CODE), config, report)
 
     def _outer_shards(self) -> list[Path]:
         """Everything but the decoder's layers, copied as it is, in the work folder."""

@@ -6,7 +6,9 @@ Names are of two kinds: those in the files (`stored names`), and those that the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,13 +23,32 @@ from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.shards import LIST, read_shards
 from vlserve.llm.sliding_attention import SlidingAttention
 from vlserve.llm.stored_files import checkpoint_files
+from vlserve.llm.stored_names import Part, PartHandle, Ranges
 from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import Target, fill, match_tensors, slot_of
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.quantize.layer import LINEARS
+from vlserve.quantize.quantization_config import HEAD
 
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a target is in the files: a stored tensor, or a part of one that holds several."""
+
+    path: Path
+    name: str
+    part: Part | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A layer's own tensor, and its outputs among those of the stored one; () for all."""
+
+    own: str
+    ranges: Ranges
 
 
 class Source:
@@ -51,21 +72,18 @@ class Source:
         except (ValueError, FileNotFoundError) as error:
             raise ModelError(str(error)) from error
         self.config: DecoderConfig = self._model.decoder.config
-        self.stored: dict[str, tuple[Path, str]] = {}  # by target: the file and the name in it
+        self.stored: dict[str, Place] = {}  # by target
         self.passed_over: list[tuple[Path, str]] = []
         for path in files:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                     target = self._model.rename(name)
-                    if not isinstance(target, str | None):
-                        raise ConfigError(
-                            f"{path.name}: {name} is several projections in one tensor, which cannot be quantised; quantise an "
-                            "edition that stores them apart, as InternVL's '-hf' editions do"
-                        )
                     if target is None:
                         self.passed_over.append((path, name))
+                    elif isinstance(target, str):
+                        self.stored[target] = Place(path, name)
                     else:
-                        self.stored[target] = (path, name)
+                        self.stored |= {part.name: Place(path, name, part) for part in target}
         layers, self._model.decoder.layers = self._model.decoder.layers, torch.nn.ModuleList()
         self._outer = set(self._model.targets())
         self._layers = layers
@@ -96,7 +114,18 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        return sorted({path for path, _ in [*self.stored.values(), *self.passed_over]})
+        return sorted({place.path for place in self.stored.values()} | {path for path, _ in self.passed_over})
+
+    @property
+    def sees(self) -> bool:
+        """Whether there are pictures for it."""
+        return bool(self.checkpoint.preprocessor.placeholders())
+
+    @property
+    def head(self) -> str:
+        """The head's module, as the files call it within the language model."""
+        target = next((name for name in self._outer if name.endswith(f"{HEAD}.weight")), None)
+        return HEAD if target is None else self.stored[target].name.removesuffix(".weight").rpartition(".")[2]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the linear layers of one decoder layer, by their names within it."""
@@ -125,32 +154,41 @@ class Source:
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """A layer's tensors as they are stored, by the layer's own names."""
-        return {own: self._read(*self.stored[target]) for own, target in self._names[index].items()}
+        found = {}
+        for own, target in self._names[index].items():
+            with safe_open(self.stored[target].path, "pt") as file:
+                found[own] = _handle(file, self.stored[target])[...]
+        return found
 
-    def stored_name(self, index: int, own: str) -> str:
-        """In the files, of a layer's tensor."""
-        return self.stored[self._names[index][own]][1]
+    def stored_names(self, index: int) -> dict[str, list[Within]]:
+        """A layer's tensors by their names in the files, each with what it holds."""
+        found: dict[str, list[Within]] = {}
+        for own, target in self._names[index].items():
+            place = self.stored[target]
+            found.setdefault(place.name, []).append(Within(own, () if place.part is None else place.part.ranges))
+        return found
 
     def outer_tensors(self) -> list[tuple[Path, str]]:
         """(file, stored name) of everything but the decoder's layers, in the files' order."""
-        inner = {self.stored[target] for names in self._names for target in names.values()}
-        return sorted(({*self.stored.values()} | {*self.passed_over}) - inner)
+        inner = {(self.stored[target].path, self.stored[target].name) for names in self._names for target in names.values()}
+        return sorted(({(place.path, place.name) for place in self.stored.values()} | {*self.passed_over}) - inner)
 
     def outer_modules(self) -> list[str]:
         """First names of the modules beside the language model, e.g. vision_tower."""
         own = next(iter(self._names[0].items()))
         prefix = own[1].removesuffix(own[0])  # language_model.model.layers.0.
         language = prefix.split(".")[0]
-        return sorted({name.split(".")[0] for name in self._outer} - {language})
+        return sorted({name.split(".")[0] for name in self._outer} - {language, HEAD})
 
     def _fill(self, name: str, target: Target) -> None:
-        path, stored = self.stored[name]
-        with safe_open(path, "pt") as file:
-            fill(target, file.get_slice(stored))
+        place = self.stored[name]
+        with safe_open(place.path, "pt") as file:
+            fill(target, _handle(file, place))
 
-    def _read(self, path: Path, name: str) -> torch.Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+
+def _handle(file: Any, place: Place) -> Any:
+    stored = file.get_slice(place.name)
+    return stored if place.part is None else PartHandle(stored, place.part)
 
 
 def _refuse_other_kinds(decoder: Decoder) -> None:
