@@ -1,17 +1,13 @@
 """`vlserve shard`: a checkpoint cut for a tensor-parallel degree in advance, so that each rank reads its own part only.
 
-Owns the folder that is written: what is copied, that it appears whole or not at all. llm/shard_writer.py cuts.
+Owns what is copied; llm/shard_writer.py cuts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +18,7 @@ from vlserve.llm.shards import Shards, read_shards, write_shards
 from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.models.companion_files import companion_files, copy_companions
 from vlserve.plan.tp_plan import check_tp
+from vlserve.whole_folder import check_out, check_room, gib, whole_or_nothing
 
 if TYPE_CHECKING:
     from vlserve.llm.shard_writer import ShardWriter
@@ -75,7 +72,7 @@ def shard(config: EngineConfig, out: Path) -> str:
 
     Raises ConfigError for a degree or a folder that does not do, ModelError for a checkpoint that is not whole.
     """
-    out = _check_out(out)
+    out = check_out(out)
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
     _check_unsharded(checkpoint)
     _check_dense(checkpoint)
@@ -85,14 +82,10 @@ def shard(config: EngineConfig, out: Path) -> str:
     writer = _writer(checkpoint, config)
     copied = companion_files(checkpoint.folder, CARD)
     num_bytes = writer.num_bytes + sum((checkpoint.folder / path).stat().st_size for path in copied)
-    free = shutil.disk_usage(out.parent).free
-    if num_bytes > free:
-        raise ConfigError(
-            f"{out} will have {_gib(num_bytes)}, and its disk has {_gib(free)} free; make room, or give a folder on another disk"
-        )
+    check_room(out, num_bytes)
     from tqdm import tqdm
 
-    with _whole_or_nothing(out) as partial:
+    with whole_or_nothing(out) as partial:
         copy_companions(copied, checkpoint.folder, partial)
         if config.dtype != "auto":
             _set_dtype(partial / "config.json", config.dtype)
@@ -104,18 +97,7 @@ def shard(config: EngineConfig, out: Path) -> str:
             desc=f"{writer.num_files} files", total=writer.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=None
         ) as bar:
             writer.write(partial, bar.update)
-    return f"{out}: {writer.num_files} weight files for {config.tp} ranks, {_gib(num_bytes)}"
-
-
-def _check_out(out: Path) -> Path:
-    out = out.expanduser().resolve()
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}; create it first")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is {'not empty' if out.is_dir() else 'no folder'}; give a new or an empty folder")
-    if out.is_mount():  # what is under way could not be renamed to it
-        raise ConfigError(f"{out} is where a disk is mounted; give a folder in it")
-    return out
+    return f"{out}: {writer.num_files} weight files for {config.tp} ranks, {gib(num_bytes)}"
 
 
 def _check_unsharded(checkpoint: Checkpoint) -> None:
@@ -160,22 +142,3 @@ def _set_dtype(path: Path, dtype: str) -> None:
     """What a start with `--dtype auto` computes in."""
     config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": dtype}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block is through, and is removed when it is not."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ConfigError(f"{out} could not be written: {error}") from error
-        raise
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
