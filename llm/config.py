@@ -10,6 +10,21 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as tra
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """Mixtures of experts that some layers have for their MLP: a router gives each token `top_k` experts, and each of these a
+    weight."""
+
+    layers: tuple[int, ...]  # that have experts
+    num_experts: int
+    top_k: int
+    width: int  # of an expert
+    norm_topk_prob: bool  # a token's weights are softmax over its own experts, and not over all
+    router_bias: bool = False
+    bias: bool = False  # of each expert's projections
+    activation: str = "silu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """One shape with its variations; field names are the checkpoint's where it has them."""
 
@@ -30,6 +45,7 @@ class DecoderConfig:
     qk_norm: bool  # per head, as Qwen3
     rope: RopeConfig
     layer_types: tuple[str, ...]  # a kind for each layer
+    experts: ExpertsConfig | None = None
     sliding_window: int | None = None  # tokens that a layer with a window sees
     mrope_axes: tuple[int, ...] = ()  # of each frequency: the axis of positions that it turns by; () for one axis
     deep_layers: tuple[int, ...] = ()  # after which the second, third, ... level of a picture's features is added

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vlserve.llm.config import FULL, SLIDING, DecoderConfig
+from vlserve.llm.config import FULL, SLIDING, DecoderConfig, ExpertsConfig
 from vlserve.llm.read_rope import read_number, read_rope
 
 Text = Mapping[str, Any]
@@ -43,6 +43,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
+    "qwen3_moe": _QWEN
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+    },
 }
 
 
@@ -68,6 +80,8 @@ def read_decoder_config(text: Text) -> DecoderConfig:
 def with_defaults(text: Text) -> dict[str, Any]:
     """A text config with what its model_type takes for keys that are missing; null is missing, but for NULLS."""
     given = {key: value for key, value in text.items() if value is not None or key in NULLS}
+    if text.get("model_type") == "qwen3_moe" and "num_local_experts" in given:  # as transformers 5 writes it
+        given.setdefault("num_experts", given["num_local_experts"])
     return dict(DEFAULTS.get(str(text.get("model_type")), {})) | given
 
 
@@ -125,6 +139,14 @@ def read_qwen3(text: Text) -> DecoderConfig:
     return replace(read_llama(text), mlp_bias=False, qk_norm=True, **_qwen_layers(text))
 
 
+def read_qwen3_moe(text: Text) -> DecoderConfig:
+    """As Qwen3, with experts in every `decoder_sparse_step`th layer that `mlp_only_layers` does not have; a window in all layers
+    or in none."""
+    window = text["sliding_window"] if text.get("use_sliding_window", False) else None
+    layers = _layers(text, given=None, window=window, first=0)
+    return replace(read_llama(text), mlp_bias=False, qk_norm=True, experts=_qwen_experts(text), **layers)
+
+
 def read_internlm2(text: Text) -> DecoderConfig:
     """One switch for the biases of attention, none in the MLP."""
     bias = bool(text.get("bias", True))
@@ -153,6 +175,7 @@ READERS: Mapping[str, Callable[[Text], DecoderConfig]] = {
     "phi3": read_phi3,
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
+    "qwen3_moe": read_qwen3_moe,
 }
 
 
@@ -162,6 +185,26 @@ def _qwen_layers(text: Text) -> dict[str, Any]:
     if not isinstance(first, int):
         raise ValueError(f"text_config.max_window_layers is {first!r}; expected a whole number")
     return _layers(text, given=text.get("layer_types"), window=window, first=first)
+
+
+def _qwen_experts(text: Text) -> ExpertsConfig | None:
+    """None where no layer has any."""
+    number, step, dense = text["num_experts"], _integer(text, "decoder_sparse_step"), text.get("mlp_only_layers") or []
+    if not isinstance(dense, (list, tuple)) or not all(isinstance(layer, int) for layer in dense):
+        raise ValueError(f"text_config.mlp_only_layers is {dense!r}; expected a list of layers' numbers")
+    layers = [layer for layer in range(step - 1, _integer(text, "num_hidden_layers"), step) if layer not in dense]
+    if number == 0 or not layers:
+        return None
+    number, top_k = _integer(text, "num_experts"), _integer(text, "num_experts_per_tok")
+    if top_k > number:
+        raise ValueError(f"text_config.num_experts_per_tok {top_k} is more than num_experts {number}")
+    return ExpertsConfig(
+        layers=tuple(layers),
+        num_experts=number,
+        top_k=top_k,
+        width=_integer(text, "moe_intermediate_size"),
+        norm_topk_prob=bool(text.get("norm_topk_prob", False)),
+    )
 
 
 def _layers(text: Text, *, given: Any, window: Any, first: int) -> dict[str, Any]:

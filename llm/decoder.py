@@ -7,8 +7,9 @@ R rows to sample.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from vlserve.kernels.norms import add_rms_norm
 from vlserve.kernels.rotary.table import rotary_table
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.embedding import VocabParallel
+from vlserve.llm.experts import Experts
 from vlserve.llm.formats import Slot
 from vlserve.llm.kv_cache import CacheKind, KVCache
 from vlserve.llm.layer import DecoderLayer, LayerKind
@@ -46,10 +48,15 @@ class Decoder(nn.Module):
             raise ValueError(f"layer_types has {', '.join(unknown)}; this decoder has {', '.join(kinds)}")
         self.config, self.split, self.kinds = config, split, kinds
         self.embed_tokens = VocabParallel(config.vocab_size, config.hidden_size, split)
-        self.layers = nn.ModuleList(DecoderLayer(config, split, kinds[name]) for name in config.layer_types)
+        self.layers = nn.ModuleList(DecoderLayer(config, split, self.layer_kind(i)) for i in range(len(config.layer_types)))
         self.norm = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
         self.lm_head = None if config.tie_word_embeddings else VocabParallel(config.vocab_size, config.hidden_size, split)
         self.rotary: torch.Tensor | None = None
+
+    def layer_kind(self, index: int) -> LayerKind:
+        """What `layer_types` names, with experts where the config has them."""
+        kind, experts = self.kinds[self.config.layer_types[index]], self.config.experts
+        return kind if experts is None or index not in experts.layers else replace(kind, feed_forward=Experts)
 
     def prepare(self, max_model_len: int, device: torch.device) -> None:
         """Compute cos and sin for positions 0..max_model_len-1, once, in float32."""
@@ -152,11 +159,21 @@ class Decoder(nn.Module):
         return found
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
-        """(what a checkpoint has before the projections' names, layer) of each linear layer."""
+        """(what a checkpoint has before the projections' names, layer) of each linear layer; experts have some until `finish`."""
         for i, layer in enumerate(self.decoder_layers):
             yield from layer.linears(f"{LAYERS}{i}.")
 
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is of an expert that other ranks have; `name` as in `targets`."""
+        match = re.match(rf"{re.escape(LAYERS)}(\d+)\.mlp\.experts\.(\d+)\.", name)
+        layers = self.decoder_layers
+        if match is None or int(match[1]) >= len(layers):
+            return False
+        experts = layers[int(match[1])].feed_forward
+        return isinstance(experts, Experts) and experts.is_elsewhere(int(match[2]))
+
     def finish(self) -> None:
         """Called once, when all weights are there and before the first use."""
-        for _, linear in self.linears():
-            linear.format.finish()
+        for layer in self.decoder_layers:
+            layer.mixer.finish()
+            layer.feed_forward.finish()

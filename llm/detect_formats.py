@@ -23,6 +23,7 @@ from vlserve.llm.formats_int4 import GroupedInt4Format, Int4Storage
 from vlserve.llm.int4_packing import AWQ, COMPRESSED, GPTQ, Layout, input_order
 from vlserve.llm.linear import Linear
 from vlserve.llm.quantisation import FP8, INT4, INT8, Quantisation
+from vlserve.llm.stacked_experts import check_experts
 from vlserve.llm.stored_files import checkpoint_files
 from vlserve.llm.stored_names import expanded
 from vlserve.llm.tensor_parallel import Span
@@ -82,6 +83,7 @@ def use_stored_formats(
     """
     for names, linear in decoder.linears():
         Finder(prefix + names, linear, tensors, quantisation, dtype).run()
+    check_experts((prefix + names, linear) for names, linear in decoder.linears())
     _refuse_others(decoder, prefix, tensors)
 
 

@@ -39,6 +39,11 @@ class Half(nn.Module, ABC):
         """(name within the layer, what it fills) of all other tensors."""
         return iter(())
 
+    def finish(self) -> None:
+        """Called once, when all weights are there and before the first use."""
+        for _, linear in self.linears():
+            linear.format.finish()
+
 
 class Mixer(Half):
     """Attention or what stands for it, with a cache of its own."""

@@ -57,10 +57,12 @@ class Split:
 
     Args:
         group: the ranks. replicate_kv_heads: with more ranks than KV heads, each keeps one, and several the same.
+        expert_parallel: a rank has some of a layer's experts whole, where it would have a part of every one.
     """
 
     group: Group = ALONE
     replicate_kv_heads: bool = False
+    expert_parallel: bool = False
 
     def whole(self, size: int) -> Span:
         return Span(0, size, size)
@@ -70,6 +72,20 @@ class Split:
         share = -(-size // self.group.size)
         start = min(self.group.rank * share, size)
         return Span(start, min(start + share, size), share)
+
+    def experts(self, number: int) -> Span:
+        """Of a layer's `number` experts, those of which this rank has something; shares differ by one where they must."""
+        if not self.expert_parallel:
+            return self.whole(number)
+        rank, size = self.group.rank, self.group.size
+        if number < size:
+            raise ValueError(f"num_experts {number} is less than tp {size}: with expert_parallel each rank has one or more")
+        start, stop = rank * number // size, (rank + 1) * number // size
+        return Span(start, stop, stop - start)
+
+    def expert_width(self, width: int) -> Span:
+        """This rank's part of the width of each of its experts."""
+        return self.whole(width) if self.expert_parallel else self.padded(width)
 
     def query_heads(self, num_heads: int, head_dim: int) -> Span:
         return self._heads(self.group.rank, num_heads, self.group.size, head_dim, "num_attention_heads")

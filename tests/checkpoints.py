@@ -33,7 +33,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_shard: str = "5GB", **text: Any) -> Path:
-    """A random InternVL checkpoint with a `decoder` of qwen2, qwen3, llama, mistral, phi3 or granite, saved by transformers."""
+    """A random InternVL checkpoint with a `decoder` in `_text_config`, saved by transformers."""
     from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
     tokenizer = make_tokenizer()
@@ -72,10 +72,10 @@ def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_
 
 
 def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: dict[str, Any]) -> Any:
-    from transformers import GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+    from transformers import GraniteConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
-    kinds |= {"granite": GraniteConfig, "phi3": Phi3Config}
+    kinds |= {"granite": GraniteConfig, "phi3": Phi3Config, "qwen3_moe": Qwen3MoeConfig}
     settings: dict[str, Any] = {
         "vocab_size": tokenizer.get_vocab_size() + 3,
         "hidden_size": 48,
@@ -89,8 +89,10 @@ def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: 
         "bos_token_id": pad,
         "pad_token_id": pad,
     }
-    if decoder == "qwen3":
+    if decoder.startswith("qwen3"):
         settings["head_dim"] = 16
+    if decoder == "qwen3_moe":
+        settings |= {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
     if decoder == "mistral":
         settings["sliding_window"] = None
     return kinds[decoder](**{**settings, **extra})

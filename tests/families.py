@@ -22,6 +22,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": 9}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 6}),
     ("phi3", {"rope_parameters": PLAIN}),
     ("phi3", {"rope_parameters": PLAIN, "sliding_window": 7}),
 ]

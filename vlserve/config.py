@@ -44,6 +44,9 @@ class EngineConfig:
     replicate_kv_heads: bool = _option(
         False, "allow a tp above the number of KV heads, of which ranks then keep copies, where it is a multiple"
     )
+    expert_parallel: bool = _option(
+        False, "of a mixture of experts, give each rank some experts whole; without it each has a part of every expert"
+    )
     nnodes: int = _option(
         1, "machines that share the tp ranks; start vlserve on each. torchrun and Slurm's srun say it themselves"
     )

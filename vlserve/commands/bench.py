@@ -107,7 +107,7 @@ def check_degrees(degrees: tuple[int, ...], engine: dict[str, Any]) -> None:
     checkpoint = read_checkpoint(find_folder(engine["model"], engine.get("revision")))
     for tp in degrees:
         config = EngineConfig(**engine, tp=tp)
-        check_tp(checkpoint.config, tp, replicate_kv_heads=config.replicate_kv_heads)
+        check_tp(checkpoint.config, tp, replicate_kv_heads=config.replicate_kv_heads, expert_parallel=config.expert_parallel)
 
 
 def _measure(options: dict[str, Any], load: Load) -> Degree:

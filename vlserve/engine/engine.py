@@ -46,9 +46,14 @@ def build_runner(
     checkpoint: Checkpoint, config: EngineConfig, seat: Seat, progress: Progress, in_use: Callable[[], set[bytes]] = set
 ) -> Runner:
     """This rank's model with its caches, warmed up; all ranks do it together."""
-    check_tp(checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads)
+    check_tp(
+        checkpoint.config,
+        config.tp,
+        replicate_kv_heads=config.replicate_kv_heads,
+        expert_parallel=config.expert_parallel,
+    )
     progress("weights", 0, 0)
-    split = Split(group=seat.group, replicate_kv_heads=config.replicate_kv_heads)
+    split = Split(group=seat.group, replicate_kv_heads=config.replicate_kv_heads, expert_parallel=config.expert_parallel)
     model = load_model(checkpoint, config, split, resolve_device(config, seat.local_rank), progress)
     progress("kv cache", 0, 0)
     max_model_len = resolve_max_model_len(config, model)

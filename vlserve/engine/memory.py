@@ -17,6 +17,7 @@ from vlserve.errors import ConfigError
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.kv_cache import block_bytes
 from vlserve.llm.quantisation import find_quantisation
+from vlserve.llm.stacked_experts import StackedExperts
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.plan.cuda_graph_sizes import graph_bytes
@@ -45,7 +46,7 @@ def weight_bytes(model: Model) -> dict[str, int]:
     embedding = sum(parameter.nbytes for table in tables for parameter in table.parameters())
     layers = sum(parameter.nbytes for parameter in decoder.parameters()) - embedding
     everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    packed = sum(module.packed_bytes for module in decoder.modules() if isinstance(module, GroupedInt4Format))
+    packed = sum(module.packed_bytes for module in decoder.modules() if isinstance(module, GroupedInt4Format | StackedExperts))
     return {"vision": everything - layers - embedding, "decoder": layers + packed, "embedding": embedding}
 
 

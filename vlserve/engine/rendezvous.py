@@ -121,6 +121,7 @@ def _identity(config: EngineConfig) -> dict[str, str]:
         "block_size",
         "kv_cache_dtype",
         "replicate_kv_heads",
+        "expert_parallel",
         "max_num_seqs",
         "max_num_batched_tokens",
         "enforce_eager",

@@ -64,11 +64,21 @@ class Model(nn.Module):
         is_embedding = self.decoder.lm_head is None and name == "language_model.lm_head.weight"
         return None if is_embedding else name
 
+    def _own(self, name: str) -> Renamed:
+        """`rename`, without what other ranks alone have."""
+        renamed = self.rename(name)
+        if isinstance(renamed, str):
+            return None if self._is_elsewhere(renamed) else renamed
+        return [part for part in renamed or () if not self._is_elsewhere(part.name)]
+
+    def _is_elsewhere(self, name: str) -> bool:
+        return self.decoder.is_elsewhere(name.removeprefix(self.prefix))
+
     def load(self, folder: Path, progress: Callable[[int, int], None]) -> int:
         """Fill all parameters from `folder`; returns the bytes read. Errors as `load_weights`."""
         shards = read_shards(folder)
         if shards is None:
-            num_bytes = load_weights(folder, self.targets(), rename=self.rename, progress=progress)
+            num_bytes = load_weights(folder, self.targets(), rename=self._own, progress=progress)
         else:
             parts = {name: slot_of(target).tensor for name, target in self.targets().items()}  # stored as this rank has them
             files = shards.files(folder, self.decoder.split.group.rank)
@@ -83,7 +93,7 @@ class Model(nn.Module):
         """
         if read_shards(folder) is not None:
             return  # only dense checkpoints are sharded
-        with StoredTensors(folder, self.rename) as tensors:
+        with StoredTensors(folder, self._own) as tensors:
             use_stored_formats(self.decoder, self.prefix, tensors, quantisation, dtype)
 
 

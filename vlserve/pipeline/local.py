@@ -53,7 +53,12 @@ class LocalPipeline(PipelineCalls):
         self.checkpoint = read_checkpoint(find_folder(model, self.config.revision))
         check_shards(self.checkpoint.folder, self.config)
         choose_dtype(self.checkpoint.config, self.config.dtype)
-        check_tp(self.checkpoint.config, self.config.tp, replicate_kv_heads=self.config.replicate_kv_heads)
+        check_tp(
+            self.checkpoint.config,
+            self.config.tp,
+            replicate_kv_heads=self.config.replicate_kv_heads,
+            expert_parallel=self.config.expert_parallel,
+        )
         self.client = EngineClient(self.config)
         self.max_at_once = 2 * self.config.max_num_seqs  # prepared pictures take memory
         self.observers: list[Observer] = []

@@ -22,14 +22,24 @@ class Problem:
     source: str  # the file and section, or the option, that the size came from
 
 
-def check_tp(config: Mapping[str, Any], tp: int, *, replicate_kv_heads: bool = False, source: str = "config.json") -> None:
+def check_tp(
+    config: Mapping[str, Any],
+    tp: int,
+    *,
+    replicate_kv_heads: bool = False,
+    expert_parallel: bool = False,
+    source: str = "config.json",
+) -> None:
     """Refuse a degree that the model cannot be cut by, before anything is loaded.
 
     Raises:
         ConfigError: tp is no whole number of 1 or more, or does not divide the heads; the message names each size that
-        fails, where it came from, and the degrees that work. ModelError: config.json lacks the sizes.
+        fails, where it came from, and the degrees that work. Or `expert_parallel` is asked of a model without experts, or with
+        fewer than ranks. ModelError: config.json lacks the sizes.
     """
     check_degree(tp)
+    if expert_parallel:
+        _check_experts(read_decoder_shape(config).num_experts, tp, source)
     if tp == 1:
         return  # nothing is cut
     decoder = read_decoder_shape(config)
@@ -83,6 +93,16 @@ def refusal_text(decoder: DecoderShape, problems: tuple[Problem, ...], replicate
     if replicated:
         text += f"; {'also' if replicate else 'with --replicate-kv-heads also'} {_listed(replicated)}"
     return f"{text}. {ENCODER_IS_FREE}"
+
+
+def _check_experts(number: int, tp: int, source: str) -> None:
+    if not number:
+        raise ConfigError(f"expert_parallel is on, but the model has no experts ({source}); leave --expert-parallel away")
+    if number < tp:
+        raise ConfigError(
+            f"tp={tp} does not work with expert_parallel: the model has {number} experts ({source}), and each rank needs one or "
+            f"more. Leave --expert-parallel away, and each rank has a part of every expert; or take --tp {number} or less"
+        )
 
 
 def _is_reordered(decoder: DecoderShape) -> bool:

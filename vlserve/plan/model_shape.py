@@ -214,7 +214,7 @@ def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
     """As the engine reads it: also what it does not look at, as a key of another decoder's, is put right."""
     return replace(
         shape,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=config.intermediate_size if config.experts is None else config.experts.width,
         default_context=config.default_context,
         longest_context=config.longest_context,
         limit_text=config.limit_text,
@@ -222,7 +222,7 @@ def _exact_shape(shape: DecoderShape, config: DecoderConfig) -> DecoderShape:
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,
         qk_norm=config.qk_norm,
-        num_experts=0,
+        num_experts=0 if config.experts is None else config.experts.num_experts,
         shared_intermediate_size=0,
         feature_levels=1 + len(config.deep_layers),
     )

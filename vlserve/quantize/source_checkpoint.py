@@ -146,7 +146,7 @@ class Source:
     def layer(self, index: int, dtype: torch.dtype, device: torch.device) -> DecoderLayer:
         """One decoder layer with its weights, in memory of its own."""
         with torch.device("meta"):
-            layer = DecoderLayer(self.config, Split(), self._model.decoder.kinds[self.config.layer_types[index]])
+            layer = DecoderLayer(self.config, Split(), self._model.decoder.layer_kind(index))
         layer = layer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for own, target in layer.targets(""):
             self._fill(self._names[index][own], target)

@@ -19,7 +19,12 @@ log = logging.getLogger(__name__)
 def run_worker_node(config: EngineConfig) -> int:
     """Run this machine's ranks until machine 0 ends them or a signal comes; returns the exit status."""
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
-    check_tp(checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads)
+    check_tp(
+        checkpoint.config,
+        config.tp,
+        replicate_kv_heads=config.replicate_kv_heads,
+        expert_parallel=config.expert_parallel,
+    )
     ranks = Supervisor(config)
     ended = threading.Event()
     failure: list[VLServeError] = []
