@@ -26,6 +26,7 @@ _PROJECTOR = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
 CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "internlm2": "InternLM2ForCausalLM",

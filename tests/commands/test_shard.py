@@ -44,6 +44,7 @@ CASES = {
     "tp 3, vocabulary and width padded": ("qwen3", 3, {"num_key_value_heads": 3, "vocab_size": 341, "intermediate_size": 70}),
     "tp 4, width padded": ("mistral", 4, {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 62}),
     "tp 4, KV heads replicated": ("qwen2", 4, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "tp 2, experts": ("qwen3_moe", 2, {"tie_word_embeddings": True}),
     "tp 2, one KV head for all": ("qwen3", 2, {"num_attention_heads": 4, "num_key_value_heads": 1}),
 }
 

@@ -34,6 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),  # as InternViT-6B
     ("qwen3", {}),
+    ("qwen3_moe", {}),
     ("llama", {"attention_bias": True}),
     ("phi3", {}),
     ("internlm2", {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vlserve.prompt.template_files import ADDITIONAL, read_templates
 from vlserve.vision.image_config import IMAGENET_MEAN, IMAGENET_STD
 
 VIDEO = "<video>"
+FAST, FAST_OF_5 = "PreTrainedTokenizerFast", "TokenizersBackend"  # which earlier transformers do not know
 PROCESSOR = "InternVLProcessor"
 _MADE_ANEW = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "added_tokens.json", MODEL),
@@ -27,6 +28,7 @@ _MADE_ANEW = (
 )
 _PLACES = {f"{place}_image_token": token for place, token in zip(("start", "context", "end"), TOKENS, strict=True)}
 _EXTRA = _PLACES | {"video_token": VIDEO}
+_LEFT_OUT = ("auto_map", "backend", "chat_template")
 _FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 _BEGINNING = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"}]
 _SYSTEM = {"role": "system", "content": "S."}
@@ -36,7 +38,7 @@ def write_hf(checkpoint: Checkpoint, out: Path) -> None:
     """For transformers: an InternVLProcessor's files, and a fast tokenizer's."""
     description = _with_video(read_description(checkpoint.folder))
     _write_common(checkpoint, out, description)
-    settings = {key: value for key, value in read_settings(checkpoint.folder).items() if key not in ("auto_map", "chat_template")}
+    settings = _settings(checkpoint.folder, _LEFT_OUT)
     has_words = settings.get("tokenizer_class") in QWEN2 and all((out / name).exists() for name in (VOCABULARY, MERGES))
     settings |= {
         **_EXTRA,
@@ -44,7 +46,7 @@ def write_hf(checkpoint: Checkpoint, out: Path) -> None:
         "extra_special_tokens": _EXTRA,
         "padding_side": "left",
         "processor_class": PROCESSOR,
-        "tokenizer_class": QWEN2[0] if has_words else "PreTrainedTokenizerFast",
+        "tokenizer_class": QWEN2[0] if has_words else FAST,
     }
     settings.pop("additional_special_tokens", None)  # which extra_special_tokens excludes in some versions
     _write(out / "tokenizer_config.json", settings)
@@ -72,8 +74,7 @@ def write_original(checkpoint: Checkpoint, out: Path) -> None:
     """For OpenGVLab's own code: its CLIP-like image processor's file, and ids of tokens in plain sight."""
     description = read_description(checkpoint.folder)
     _write_common(checkpoint, out, description)
-    dropped = {*_EXTRA, "auto_map", "chat_template", "extra_special_tokens", "processor_class"}
-    settings = {key: value for key, value in read_settings(checkpoint.folder).items() if key not in dropped}
+    settings = _settings(checkpoint.folder, (*_LEFT_OUT, *_EXTRA, "extra_special_tokens", "processor_class"))
     _write(out / "tokenizer_config.json", settings | {"added_tokens_decoder": _decoder(description)})
     side = tiles_of(checkpoint).image.tile_size
     _write(
@@ -149,6 +150,12 @@ def _with_video(description: Mapping[str, Any]) -> dict[str, Any]:
     id = max([*ids, *(token["id"] for token in added)]) + 1
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {**description, "added_tokens": [*added, {"id": id, "content": VIDEO, **flags}]}
+
+
+def _settings(folder: Path, left_out: Collection[str]) -> dict[str, Any]:
+    """tokenizer_config.json in part, its class by the name that all versions of transformers know."""
+    kept = {key: value for key, value in read_settings(folder).items() if key not in left_out}
+    return kept | ({"tokenizer_class": FAST} if kept.get("tokenizer_class") == FAST_OF_5 else {})
 
 
 def _decoder(description: Mapping[str, Any]) -> dict[str, Any]:

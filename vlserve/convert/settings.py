@@ -82,7 +82,7 @@ def original_config(checkpoint: Checkpoint, template: str) -> dict[str, Any]:
     _check_pixels(image)
     if preprocessor.tokens != TOKENS:
         raise ConfigError(f"the tokens around pictures are {preprocessor.tokens}; in OpenGVLab's format they are always {TOKENS}")
-    text = _original_text(config["text_config"])
+    text = _original_text(config["text_config"]) | {"torch_dtype": config.get("dtype")}
     return {
         "architectures": ["InternVLChatModel"],
         "downsample_ratio": encoder.downsample_ratio,
@@ -151,7 +151,7 @@ def _original_text(text: Mapping[str, Any]) -> dict[str, Any]:
         kind = rest.get("rope_type", rest.get("type", "default"))
         if not llm.get("rope_scaling"):
             llm["rope_scaling"] = None if kind == "default" else rest | {"rope_type": kind, "type": kind}
-    return llm | {"architectures": [name], "torch_dtype": text.get("dtype", text.get("torch_dtype"))}
+    return llm | {"architectures": [name]}
 
 
 def _quantisation(config: Mapping[str, Any], to: str) -> dict[str, Any]:
