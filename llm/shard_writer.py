@@ -51,13 +51,18 @@ class ShardWriter:
         self, folder: Path, ranks: Sequence[Mapping[str, Target]], *, rename: Rename, dtype: torch.dtype | None = None
     ) -> None:
         self._folder, self._rename = folder, rename
-        self._targets = ranks[0]  # names and whole shapes are the same on all ranks
+        # whole shapes are the same on all ranks; experts may be on one alone
+        self._targets = {name: target for targets in ranks for name, target in targets.items()}
         self._kinds: dict[str, Kind] = {}
         for name, stored in match_tensors(folder, self._targets, rename=rename):
             kind = Kind.of(stored)
             self._kinds[name] = Kind(dtype, CODES[dtype]) if dtype is not None and kind.dtype.is_floating_point else kind
         slots = [{name: slot_of(target) for name, target in targets.items()} for targets in ranks]
-        shared = {name: slot for name, slot in slots[0].items() if all(_is_whole(of_rank[name]) for of_rank in slots)}
+        shared = {
+            name: slot
+            for name, slot in slots[0].items()
+            if all(name in of_rank and _is_whole(of_rank[name]) for of_rank in slots)
+        }
         parts = [{name: slot for name, slot in of_rank.items() if name not in shared} for of_rank in slots]
         names = [f"rank-{rank}-of-{len(ranks)}.safetensors" for rank in range(len(ranks))]
         pairs = [(SHARED, shared), *zip(names, parts, strict=True)]

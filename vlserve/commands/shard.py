@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import vlserve
 from vlserve.config import DTYPES, EngineConfig
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.shards import Shards, read_shards, write_shards
+from vlserve.llm.shards import FORMAT, Shards, read_shards, split_flags, write_shards
 from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
 from vlserve.models.companion_files import companion_files, copy_companions
 from vlserve.plan.tp_plan import check_tp
@@ -37,8 +37,8 @@ example:
   vlserve shard OpenGVLab/InternVL3-8B-hf --tp 4 /fast/internvl3-8b-tp4
   vlserve serve /fast/internvl3-8b-tp4 --tp 4
 
-OUT is for this degree (and this --replicate-kv-heads) only; serving it with another one is an error. It appears when
-it is whole: what is under way is in a folder .OUT.partial-* beside it, which Ctrl-C and errors remove.
+OUT is for this degree (and this --replicate-kv-heads and --expert-parallel) only; serving it with another one is an
+error. It appears when it is whole: what is under way is in a folder .OUT.partial-* beside it, which Ctrl-C and errors remove.
 """
 CARD = "*.md"
 
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=options["model"].metadata["help"])
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new or empty")
     parser.add_argument("--tp", type=int, required=True, metavar="N", help=options["tp"].metadata["help"])
-    parser.add_argument("--replicate-kv-heads", action="store_true", help=options["replicate_kv_heads"].metadata["help"])
+    for name in ("replicate_kv_heads", "expert_parallel"):
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=options[name].metadata["help"])
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="type to store; auto leaves each tensor as it is stored (default: auto)"
     )
@@ -59,11 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up after like Ctrl-C
-    names = ("model", "tp", "replicate_kv_heads", "dtype", "revision")
+    names = ("model", "tp", "replicate_kv_heads", "expert_parallel", "dtype", "revision")
     config = EngineConfig(**{name: getattr(options, name) for name in names})
     print(shard(config, options.out))
-    flags = f"--tp {config.tp}" + (" --replicate-kv-heads" if config.replicate_kv_heads else "")
-    print(f"serve it with: vlserve serve {options.out} {flags}")
+    print(f"serve it with: vlserve serve {options.out} {split_flags(config)}")
     return 0
 
 
@@ -76,9 +76,8 @@ def shard(config: EngineConfig, out: Path) -> str:
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
     _check_unsharded(checkpoint)
     _check_dense(checkpoint)
-    check_tp(
-        checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads, source=str(checkpoint.folder / "config.json")
-    )
+    ways = {"replicate_kv_heads": config.replicate_kv_heads, "expert_parallel": config.expert_parallel}
+    check_tp(checkpoint.config, config.tp, **ways, source=str(checkpoint.folder / "config.json"))
     writer = _writer(checkpoint, config)
     copied = companion_files(checkpoint.folder, CARD)
     num_bytes = writer.num_bytes + sum((checkpoint.folder / path).stat().st_size for path in copied)
@@ -89,9 +88,7 @@ def shard(config: EngineConfig, out: Path) -> str:
         copy_companions(copied, checkpoint.folder, partial)
         if config.dtype != "auto":
             _set_dtype(partial / "config.json", config.dtype)
-        shards = Shards(
-            vlserve=vlserve.__version__, tp=config.tp, replicate_kv_heads=config.replicate_kv_heads, ranks=writer.rank_files
-        )
+        shards = Shards(format=FORMAT, vlserve=vlserve.__version__, tp=config.tp, **ways, ranks=writer.rank_files)
         write_shards(partial, shards)
         with tqdm(
             desc=f"{writer.num_files} files", total=writer.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=None
@@ -130,7 +127,8 @@ def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:
     from vlserve.llm.tensor_parallel import Split
 
     try:
-        splits = [Split(group=OfflineGroup(r, config.tp), replicate_kv_heads=config.replicate_kv_heads) for r in range(config.tp)]
+        ways = {"replicate_kv_heads": config.replicate_kv_heads, "expert_parallel": config.expert_parallel}
+        splits = [Split(group=OfflineGroup(rank, config.tp), **ways) for rank in range(config.tp)]
         models = [build_model(checkpoint, split) for split in splits]
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         return ShardWriter(checkpoint.folder, [model.targets() for model in models], rename=models[0].rename, dtype=dtype)
