@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from vlserve.llm.int4_packing import pack_awq, pack_compressed, pack_gptq
 
 LINEAR = re.compile(
-    r"(language_model\.)?model\.layers\.\d+\.((self_attn|mlp)\.\w+_proj|attention\.(wqkv|wo)|feed_forward\.w\d)\.weight"
+    r"(language_model\.)?model\.layers\.\d+\.((self_attn|mlp|mlp\.experts\.\d+)\.\w+_proj|attention\.(wqkv|wo)|feed_forward\.w\d)\.weight"
 )
 Tensors = dict[str, torch.Tensor]
 

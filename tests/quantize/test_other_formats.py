@@ -25,13 +25,16 @@ Make = Callable[..., Path]
 NAMES = {
     "internlm2": {"attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"},
     "phi3": {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
+    "qwen3_moe": {f"self_attn.{part}_proj" for part in "qkvo"}
+    | {f"mlp.experts.{number}.{part}_proj" for number in range(4) for part in ("gate", "up", "down")},
     "qwen2": {f"self_attn.{part}_proj" for part in "qkvo"} | {f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 
 
 def make(kind: str, decoder: str, checkpoint: Make, folder: Path) -> Path:
     is_llama = decoder == "internlm2"
-    source = checkpoint("llama" if is_llama else decoder, **SHAPE, **({"attention_bias": True} if decoder == "llama" else {}))
+    more = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2} if decoder == "qwen3_moe" else {}
+    source = checkpoint("llama" if is_llama else decoder, **SHAPE, **more)
     made = {"original": make_original, "text": make_text}[kind](source, folder, decoder=decoder if is_llama else None)
     if kind == "text":
         shutil.rmtree(made / "additional_chat_templates", ignore_errors=True)
@@ -62,6 +65,8 @@ def meant_by(model: Path, out: Path, folder: Path) -> Path:
         ("original", "phi3", {"method": "gptq", "format": "compressed-tensors"}),
         ("text", "internlm2", {"method": "rtn"}),
         ("text", "qwen2", {}),
+        ("original", "qwen3_moe", {}),
+        ("text", "qwen3_moe", {"method": "gptq", "format": "compressed-tensors"}),
     ],
     ids=str,
 )
@@ -82,6 +87,7 @@ def test_what_is_written_is_served(kind: str, decoder: str, options: dict[str, A
         config["quantization_config"].get("modules_to_not_convert", config["quantization_config"].get("ignore"))
     )
     assert head in left_out and ("mlp1" in left_out) == (kind == "original")
+    assert ("mlp.gate" in left_out) == (decoder == "qwen3_moe")
     assert ("auto_map" in config) == (kind == "original") == (out / "modeling_internvl_chat.py").exists()
     assert (out / "additional_chat_templates/tool_use.jinja").exists() == (kind == "text")
     pictures = [Image.fromarray(noise(60, 30))] if kind == "original" else []
@@ -103,3 +109,26 @@ def test_code_that_is_not_there_is_not_named(checkpoint: Make, tmp_path: Path) -
         weights(tmp_path / "out")["vision_model.embeddings.class_embedding"],
         load_file(model / "model.safetensors")["vision_model.embeddings.class_embedding"],
     )
+
+
+def test_experts_with_few_tokens_get_more_and_routers_choose_as_before() -> None:
+    """Rows that an expert has not got come by its scores, the highest first; norm times router is exactly what it was."""
+    from tests.quantize.layers import awq_recipe, moe_layer
+    from vlserve.quantize.experts import FEWEST, NORM, ROUTER, _rows_for, quantize_experts
+    from vlserve.quantize.layer import LayerResult
+
+    scores, is_chosen = torch.rand(400), torch.rand(400) < 0.1
+    rows = _rows_for(scores, is_chosen)
+    own, more = set(is_chosen.nonzero().flatten().tolist()), set(rows.tolist())
+    assert own < more and len(rows) == len(more) == FEWEST
+    assert min(scores[list(more - own)]) > max(scores[i] for i in range(400) if i not in more)
+    assert _rows_for(scores, scores > 0.5).tolist() == (scores > 0.5).nonzero().flatten().tolist()
+    assert len(_rows_for(scores[:50], is_chosen[:50])) == 50
+    config, stored = moe_layer()
+    result = LayerResult()
+    tokens = torch.randn(200, config.hidden_size) * torch.linspace(0.1, 30, config.hidden_size)
+    quantize_experts(stored, tokens, config, awq_recipe(), result)
+    assert len(result.rounded) == 3 * 4 and 0 < result.few_tokens <= 4
+    norm, router = result.changed[NORM], result.changed[ROUTER]
+    assert not torch.equal(norm, stored[NORM]) and norm.dtype == router.dtype == torch.bfloat16
+    assert torch.equal(router.double() * norm.double(), stored[ROUTER].double() * stored[NORM].double())

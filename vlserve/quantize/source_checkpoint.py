@@ -5,7 +5,7 @@ Names are of two kinds: those in the files (`stored names`), and those that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.decoder import Decoder
+from vlserve.llm.experts import Experts
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.shards import LIST, read_shards
@@ -25,10 +26,9 @@ from vlserve.llm.sliding_attention import SlidingAttention
 from vlserve.llm.stored_files import checkpoint_files
 from vlserve.llm.stored_names import Part, PartHandle, Ranges
 from vlserve.llm.tensor_parallel import Split
-from vlserve.llm.weights import Target, fill, match_tensors, slot_of
+from vlserve.llm.weights import Target, fill, match_tensors
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint
-from vlserve.quantize.layer import LINEARS
 from vlserve.quantize.quantization_config import HEAD
 
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
@@ -127,12 +127,21 @@ class Source:
         target = next((name for name in self._outer if name.endswith(f"{HEAD}.weight")), None)
         return HEAD if target is None else self.stored[target].name.removesuffix(".weight").rpartition(".")[2]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the linear layers of one decoder layer, by their names within it."""
-        layer = self._layers[0]
+    def shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Of the linear layers of one decoder layer, (outputs, inputs) by their names within it."""
+        layer = self._layers[index]
         assert isinstance(layer, DecoderLayer)
-        slots = dict(layer.targets(""))
-        return {name: slot_of(slots[f"{name}.weight"]).full for name in LINEARS}
+        return {
+            names + name: (size, linear.format.in_features)
+            for names, linear in layer.linears("")
+            for name, (_, size) in linear.format.outputs.items()
+        }
+
+    @property
+    def routers(self) -> list[str]:
+        """Names, or the part that is enough, of the modules that choose experts."""
+        layers = [] if self.config.experts is None else self.config.experts.layers
+        return ["mlp.gate"] if len(layers) == self.num_layers else [f"layers.{index}.mlp.gate" for index in layers]
 
     def outer_model(self, dtype: torch.dtype, device: torch.device) -> Model:
         """Everything but the decoder's layers, with weights: the encoder, the embeddings, the last norm and the head."""
@@ -143,13 +152,25 @@ class Source:
             self._fill(name, target)
         return model
 
-    def layer(self, index: int, dtype: torch.dtype, device: torch.device) -> DecoderLayer:
-        """One decoder layer with its weights, in memory of its own."""
+    def layer(
+        self,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        changed: Callable[[str], torch.Tensor | None] = lambda own: None,
+    ) -> DecoderLayer:
+        """One decoder layer with its weights, in memory of its own; `changed`: what comes in the place of its own tensors."""
         with torch.device("meta"):
             layer = DecoderLayer(self.config, Split(), self._model.decoder.layer_kind(index))
         layer = layer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for own, target in layer.targets(""):
-            self._fill(self._names[index][own], target)
+            other = changed(own)
+            if other is None:
+                self._fill(self._names[index][own], target)
+            else:
+                fill(target, other)
+        layer.mixer.finish()
+        layer.feed_forward.finish()
         return layer
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
@@ -192,10 +213,10 @@ def _handle(file: Any, place: Place) -> Any:
 
 
 def _refuse_other_kinds(decoder: Decoder) -> None:
-    """What calibration cannot run yet: other layers than attention with a dense MLP, positions of several parts, and features
-    that enter deeper layers."""
+    """What calibration cannot run yet: other layers than attention with a dense MLP or plain experts, positions of several
+    parts, and features that enter deeper layers."""
     halves = [half for layer in decoder.decoder_layers for half in (layer.mixer, layer.feed_forward)]
-    others = {type(half).__name__ for half in halves if type(half) not in (Attention, SlidingAttention, DenseMLP)}
+    others = {type(half).__name__ for half in halves if type(half) not in (Attention, SlidingAttention, DenseMLP, Experts)}
     if type(decoder) is not Decoder:
         others.add(f"the decoder {type(decoder).__name__}")
     if len(set(decoder.cache_kinds)) > 1:
