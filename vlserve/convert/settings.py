@@ -161,14 +161,14 @@ def _quantisation(config: Mapping[str, Any], to: str) -> dict[str, Any]:
     if given is None:
         return {}
     dense = (*(_MODULES.values() if to == "hf" else _MODULES), HEAD)  # only the decoder's layers are quantised
-    lists = {}
+    lists: dict[str, Any] = {}
     for key in _NOT_QUANTISED:
         if key in given:
             within = [name for name in given[key] or () if not any(module in name for module in _OUTSIDE)]
             lists[key] = within + [f"re:.*{name}.*" if key == "ignore" else name for name in dense]
     if isinstance(given.get("dynamic"), Mapping):
-        within = {pattern: rule for pattern, rule in given["dynamic"].items() if not any(name in pattern for name in _OUTSIDE)}
-        lists["dynamic"] = within | {f"-:.*{name}.*": {} for name in dense}
+        rules = {pattern: rule for pattern, rule in given["dynamic"].items() if not any(name in pattern for name in _OUTSIDE)}
+        lists["dynamic"] = rules | {f"-:.*{name}.*": {} for name in dense}
     if "block_name_to_quantize" in given:
         lists["block_name_to_quantize"] = "model.language_model.layers" if to == "hf" else "language_model.model.layers"
     if given.get("quant_method") == "awq":
