@@ -18,13 +18,16 @@ from tests.checkpoints import TILE, edit_json
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import ask, engine, prompt
 from tests.llm.quantised import Recipe, awq, fp8, gptq, rewrite
+from tests.models.test_sentencepiece_files import train
 from tests.original_format import make_original, rename_weights
 from tests.vision.test_preprocess import noise
 from vlserve import ConfigError, ModelError
 from vlserve.commands.main import main
 from vlserve.convert.run import convert
+from vlserve.convert.tensors import Piece, to_original
 from vlserve.models.checkpoint import read_checkpoint
 from vlserve.prompt.build import Prompt
+from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.vision.image_config import IMAGENET_MEAN, IMAGENET_STD
 
 Make = Callable[..., Path]
@@ -266,3 +269,58 @@ def test_a_break_and_a_damaged_checkpoint_leave_nothing(
     with pytest.raises(ModelError, match=f"weights missing from original: {name}"):
         convert(str(original), tmp_path / "out", "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_a_tokenizer_of_pieces_becomes_one_that_transformers_reads(checkpoint: Make, tmp_path: Path) -> None:
+    """InternLM2's: tokenizer.model, whose class is the checkpoint's own code, and tokens that are added behind its pieces."""
+    from transformers import AutoProcessor
+
+    original = original_of("internlm2", checkpoint, tmp_path / "original")
+    for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+        (original / name).unlink()
+    (original / "tokenizer.model").write_bytes(train())
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>"]
+    ids = [1, 2, 0, *range(420, 426)]
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(id): {"content": name, **flags} for id, name in zip(ids, added, strict=True)},
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        "additional_special_tokens": added[3:],
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "tokenizer_class": "InternLM2Tokenizer",
+        "unk_token": "<unk>",
+    }
+    (original / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit_json(original / "config.json", template="internlm2-chat")
+    convert(str(original), tmp_path / "hf", "hf")
+    processor, ours = AutoProcessor.from_pretrained(tmp_path / "hf"), Tokenizer(original)
+    assert processor.tokenizer.convert_tokens_to_ids("<video>") == 426
+    for text in ("What shape is it?", " a  b\n", "é 漢字 🙂", "it's 12 o'clock, <b>"):
+        theirs = processor.tokenizer(text, add_special_tokens=False).input_ids
+        assert theirs == ours.encode_plain(text, at_beginning=True), text
+    for number, asked in enumerate(prompts(original)):
+        content = [*[{"type": "image"}] * number, {"type": "text", "text": "What shape is it?"}]
+        rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        pictures = [Image.fromarray(noise(TILE, TILE, seed=seed)) for seed in range(number)]
+        inputs = processor(text=[rendered], images=pictures or None, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == asked.token_ids
+        assert prompts(tmp_path / "hf")[number].token_ids == asked.token_ids
+
+
+def test_names_as_transformers_has_them_inside() -> None:
+    """Editions that were not saved by transformers' own writer."""
+    for name, wanted in {
+        "model.vision_tower.encoder.layer.3.attention.k_proj.bias": Piece("vision_model.encoder.layers.3.attn.qkv.bias", 1, 3),
+        "model.vision_tower.encoder.layer.0.lambda_2": Piece("vision_model.encoder.layers.0.ls2"),
+        "model.multi_modal_projector.linear_2.weight": Piece("mlp1.3.weight"),
+        "model.language_model.layers.0.mlp.up_proj.qweight": Piece("language_model.model.layers.0.mlp.up_proj.qweight"),
+        "model.language_model.norm.weight": Piece("language_model.model.norm.weight"),
+        "lm_head.weight": Piece("language_model.lm_head.weight"),
+    }.items():
+        assert to_original(name) == wanted
+    assert to_original("value_head.weight") is None
