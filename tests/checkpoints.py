@@ -92,7 +92,7 @@ def _text_config(decoder: str, tokenizer: Tokenizer, end: int, pad: int, extra: 
     if decoder.startswith("qwen3"):
         settings["head_dim"] = 16
     if decoder == "qwen3_moe":
-        settings |= {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+        settings |= {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
     if decoder == "mistral":
         settings["sliding_window"] = None
     return kinds[decoder](**{**settings, **extra})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.engine.reference import Ties, add, engine, prompt, run
@@ -14,9 +15,11 @@ from tests.vision.test_preprocess import noise
 from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
+from vlserve.llm.kv_cache import block_bytes
 from vlserve.prompt.build import Prompt
 
 SAMPLING = SamplingParams(logprobs=2)
+EXPERTS = {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9}
 
 
 def picture(seed: int, size: tuple[int, int] = (60, 30)) -> Image.Image:
@@ -33,13 +36,20 @@ def folder(checkpoint: Callable[..., Path]) -> Path:
     return checkpoint("qwen2")
 
 
-def test_chunked_equals_whole_whatever_the_chunk_size(folder: Path) -> None:
-    p = prompt(folder, "How many red circles?", [picture(1), picture(2, (20, 90))])
-    want = answer(engine(folder), p)
+@pytest.fixture(params=("an MLP", "experts"))
+def any_folder(request: pytest.FixtureRequest, folder: Path, checkpoint: Callable[..., Path]) -> Path:
+    """Also a mixture of experts with a window."""
+    return folder if request.param == "an MLP" else checkpoint("qwen3_moe", **EXPERTS)
+
+
+def test_chunked_equals_whole_whatever_the_chunk_size(any_folder: Path, folder: Path) -> None:
+    p = prompt(any_folder, "How many red circles?", [picture(1), picture(2, (20, 90))])
+    want = answer(engine(any_folder), p)
     ties = Ties()
     number = len(p.token_ids)
-    for size in [*range(1, 9), *range(9, number, 4), number - 1, number]:
-        ties.same(answer(engine(folder, max_num_batched_tokens=size, block_size=4), p), want)
+    sizes = [*range(1, 9), *range(9, number, 4), number - 1, number]
+    for size in sizes if any_folder == folder else sizes[1::6]:
+        ties.same(answer(engine(any_folder, max_num_batched_tokens=size, block_size=4), p), want)
     ties.check()
 
 
@@ -57,21 +67,21 @@ def mixed_prompts(folder: Path) -> list[Prompt]:
     ]
 
 
-def test_a_batch_of_16_equals_16_singles(folder: Path) -> None:
-    prompts = mixed_prompts(folder)
-    together = engine(folder, max_num_batched_tokens=97)
+def test_a_batch_of_16_equals_16_singles(any_folder: Path) -> None:
+    prompts = mixed_prompts(any_folder)
+    together, alone = engine(any_folder, max_num_batched_tokens=97), engine(any_folder, prefix_caching=False)
     for i, p in enumerate(prompts):
         add(together, i, p, SAMPLING, 12)
     events = run(together)
     ties = Ties()
     for i, p in enumerate(prompts):
-        ties.same(events[i], answer(engine(folder), p, 12))
+        ties.same(events[i], answer(alone, p, 12))
     ties.check()
 
 
-def test_a_cached_prefix_equals_cold(folder: Path) -> None:
-    ours, ties = engine(folder, block_size=4), Ties()
-    for p in mixed_prompts(folder):
+def test_a_cached_prefix_equals_cold(any_folder: Path) -> None:
+    ours, ties = engine(any_folder, block_size=4), Ties()
+    for p in mixed_prompts(any_folder):
         cold = answer(ours, p)
         warm = answer(ours, p)
         ties.same(warm, cold)
@@ -80,16 +90,18 @@ def test_a_cached_prefix_equals_cold(folder: Path) -> None:
     ties.check()
 
 
-def test_preempted_equals_undisturbed(folder: Path) -> None:
-    prompts = mixed_prompts(folder)
-    small = engine(folder, block_size=4, max_model_len=200, kv_cache_gib=50 * 4 * 2 * 3 * 2 * 8 * 4 / 2**30, prefix_caching=False)
+def test_preempted_equals_undisturbed(any_folder: Path) -> None:
+    prompts = mixed_prompts(any_folder)
+    alone = engine(any_folder, prefix_caching=False)
+    num_bytes = 50 * block_bytes(alone.runner.model.decoder.cache_kinds, 4, torch.float32)
+    small = engine(any_folder, block_size=4, max_model_len=200, kv_cache_gib=num_bytes / 2**30, prefix_caching=False)
     for i, p in enumerate(prompts):
         add(small, i, p, SAMPLING, 24)
     events = run(small)
     assert small.scheduler.num_preemptions > 0, "the cache was meant to be too small for all"
     ties = Ties()
     for i, p in enumerate(prompts):
-        ties.same(events[i], answer(engine(folder), p, 24))
+        ties.same(events[i], answer(alone, p, 24))
     ties.check()
 
 

@@ -19,6 +19,7 @@ from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.engine.memory import GIB
 from vlserve.engine.messages import TokenEvent
+from vlserve.errors import ConfigError
 from vlserve.llm.config_readers import read_decoder_config
 from vlserve.llm.kv_cache import KeysAndValues, block_bytes
 from vlserve.models.checkpoint import DEMO, read_checkpoint
@@ -33,6 +34,7 @@ SHAPES = {0: (28, 28), 1: (60, 30), 2: (30, 90), 3: (120, 30), 4: (40, 37)}  # 1
 EIGHT = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 ODD = {"vocab_size": 341, "intermediate_size": 65}  # neither divides by two or more ranks
+BY_EXPERT = {"expert_parallel": True}  # an option of the engine
 CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("qwen2", 2, ODD),
     ("qwen2", 4, EIGHT | ODD | {"tie_word_embeddings": True}),
@@ -43,7 +45,16 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("llama", 3, BIASES | {"num_key_value_heads": 3, "vocab_size": 343}),
     ("llama", 4, EIGHT | BIASES | {"num_key_value_heads": 2, "vocab_size": 342, "intermediate_size": 66}),
     ("mistral", 2, {}),
+    ("qwen3_moe", 2, ODD | {"moe_intermediate_size": 41}),
+    ("qwen3_moe", 4, EIGHT | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 9} | BY_EXPERT),
 ]
+
+
+def made(checkpoint: Make, decoder: str, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint, and what the engine is told beside it."""
+    return checkpoint(decoder, **{key: settings[key] for key in settings.keys() - BY_EXPERT}), dict(
+        BY_EXPERT.items() & settings.items()
+    )
 
 
 def picture(number: int, seed: int = 0) -> Image.Image:
@@ -101,11 +112,11 @@ def test_questions_to_the_demo_equal_one_rank(tp: int, one_rank: tuple[list[Prom
 @pytest.mark.parametrize("decoder,tp,settings", CASES, ids=str)
 def test_every_decoder_equals_one_rank(decoder: str, tp: int, settings: dict[str, Any], checkpoint: Make) -> None:
     """In the worst company: chunks that cut pictures, a KV cache too small for all, features that are dropped and made again."""
-    folder = checkpoint(decoder, **settings)
+    folder, by_expert = made(checkpoint, decoder, settings)
     prompts = mixed(folder)
     want = answers(engine(folder), prompts)
     rough: dict[str, Any] = {"max_num_batched_tokens": 29, "block_size": 4, "max_model_len": 200, "vision_cache_gib": 5e-6}
-    rough |= {"kv_cache_gib": small_cache(folder, tp, 55, 4), "replicate_kv_heads": True}
+    rough |= {"kv_cache_gib": small_cache(folder, tp, 55, 4), "replicate_kv_heads": True} | by_expert
     with tp_engine(folder, tp, **rough) as (ours, runners):
         assert ours.runner.num_blocks == 55
         ties = same(answers(ours, prompts), want)
@@ -204,10 +215,17 @@ def test_half_precision_is_near_one_rank(dtype: str, folder: Path) -> None:
         assert abs(one.top[0][1] - other.top[0][1]) < bound, id
 
 
+def test_experts_are_not_shared_out_where_there_are_none(checkpoint: Make) -> None:
+    with pytest.raises(ConfigError, match="expert_parallel is on, but the model has no experts"):
+        engine(checkpoint("qwen2"), expert_parallel=True)
+    with pytest.raises(ConfigError, match="tp=16 does not work with expert_parallel: the model has 8 experts"):
+        engine(checkpoint("qwen3_moe"), expert_parallel=True, tp=16)
+
+
 def test_every_rank_holds_the_same_bytes(checkpoint: Make) -> None:
     for decoder, tp, settings in CASES:
-        folder = checkpoint(decoder, **settings)
-        with tp_engine(folder, tp, replicate_kv_heads=True, kv_cache_gib=None) as (ours, runners):
+        folder, by_expert = made(checkpoint, decoder, settings)
+        with tp_engine(folder, tp, replicate_kv_heads=True, kv_cache_gib=None, **by_expert) as (ours, runners):
             answers(ours, mixed(folder)[:4], 2)
         held = [sum(runner.device_bytes().values()) for runner in runners]
         assert max(held) <= 1.01 * min(held), f"{decoder} {tp}: {held}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from vlserve.llm.config_readers import read_decoder_config
 
@@ -18,6 +19,9 @@ BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+
+
+MOE = {"model_type": "qwen3_moe"}
 
 
 def test_variations_of_the_shape() -> None:
@@ -56,6 +60,11 @@ def test_rope_in_both_spellings() -> None:
         ({"vocab_size": 0}, "text_config.vocab_size is 0"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (MOE | {"num_experts": 4}, "num_experts_per_tok 8 is more than num_experts 4"),
+        (MOE | {"num_experts": -1}, "num_experts is -1; expected a positive integer"),
+        (MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; expected a positive integer"),
+        (MOE | {"mlp_only_layers": "0"}, "mlp_only_layers is '0'; expected a list of layers' numbers"),
+        (MOE | {"moe_intermediate_size": "768"}, "moe_intermediate_size is '768'"),
     ],
 )
 def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) -> None:
@@ -74,6 +83,9 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], message: str) ->
         {"model_type": "mistral", "sliding_window": None},
         {"model_type": "mistral"},
         {"model_type": "llama", "sliding_window": 32},
+        {"model_type": "qwen3_moe", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1},
+        {"model_type": "qwen3_moe", "sliding_window": 32, "max_window_layers": 1},
+        {"model_type": "qwen3_moe", "use_sliding_window": True},
     ],
     ids=str,
 )
@@ -87,3 +99,30 @@ def test_which_layers_have_a_window_is_what_transformers_says(settings: dict[str
     default = ["full_attention" if window is None else "sliding_attention"] * theirs.num_hidden_layers
     assert list(read.layer_types) == (getattr(theirs, "layer_types", None) or default)
     assert read.sliding_window == (window if "sliding_attention" in read.layer_types else None)
+
+
+@pytest.mark.parametrize(
+    "settings,layers",
+    [
+        ({}, (0, 1, 2, 3)),
+        ({"decoder_sparse_step": 2}, (1, 3)),
+        ({"mlp_only_layers": [0, 3], "norm_topk_prob": True}, (1, 2)),
+        ({"mlp_only_layers": None, "num_local_experts": 16, "num_experts_per_tok": 2}, (0, 1, 2, 3)),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, ()),
+        ({"num_experts": 0}, ()),
+    ],
+    ids=str,
+)
+def test_which_layers_have_experts_is_what_transformers_says(settings: dict[str, Any], layers: tuple[int, ...]) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    given = BASE | MOE | {"num_hidden_layers": 4, "moe_intermediate_size": 8} | settings
+    theirs = Qwen3MoeConfig(**{key: value for key, value in given.items() if key != "model_type"})
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(theirs)
+    assert tuple(i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")) == layers
+    read = read_decoder_config(given).experts
+    assert (() if read is None else read.layers) == layers
+    if read is not None:
+        sizes = (read.num_experts, read.top_k, read.width, read.norm_topk_prob)
+        assert sizes == (theirs.num_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size, theirs.norm_topk_prob)

@@ -65,6 +65,7 @@ def with_template_of(source: Path, folder: Path) -> Path:
         ("qwen2", {}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {}),
+        ("qwen3_moe", {}),
         ("llama", {}),
         ("phi3", {"sliding_window": 7}),
         ("internlm2", {}),
@@ -97,7 +98,7 @@ def test_one_set_of_weights_answers_alike_in_both_formats(
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}
 
 
-@pytest.mark.parametrize("decoder,form", [("internlm2", "dense"), ("internlm2", "awq"), ("qwen2", "awq")])
+@pytest.mark.parametrize("decoder,form", [("internlm2", "dense"), ("internlm2", "awq"), ("qwen2", "awq"), ("qwen3_moe", "awq")])
 def test_pictures_of_unequal_shapes_at_every_degree(
     decoder: str, form: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

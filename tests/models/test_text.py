@@ -32,6 +32,7 @@ DECODERS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("mistral", {"sliding_window": 9}),
     ("phi3", {}),
+    ("qwen3_moe", {}),
 ]
 QUESTIONS = ("What shape is it?", "Describe it, please: é 漢字 🙂")
 
@@ -73,16 +74,20 @@ FORMATS: dict[str, Recipe] = {
 }
 
 
-@pytest.mark.parametrize("decoder,name", [*(("internlm2", name) for name in FORMATS), ("phi3", "awq"), ("qwen2", "awq")])
+BLOCKS = {"fp8 block": fp8("block", (32, 32))}
+OTHERS = [("phi3", "awq"), ("qwen2", "awq"), ("qwen3_moe", "gptq"), ("qwen3_moe", "fp8 block")]
+
+
+@pytest.mark.parametrize("decoder,name", [*(("internlm2", name) for name in FORMATS), *OTHERS])
 def test_quantised_as_their_dequantised_weights(decoder: str, name: str, checkpoint: Make, tmp_path: Path) -> None:
-    """InternLM2 and Phi-3 store query, key and value as one tensor, which is quantised as one."""
+    """InternLM2 and Phi-3 store query, key and value as one tensor, which is quantised as one. Ranks share experts out whole."""
     source = checkpoint("llama" if decoder == "internlm2" else decoder, **FUSED)
     dense = make_text(source, tmp_path / "model", decoder if decoder == "internlm2" else None)
-    folder, meant = rewrite(dense, tmp_path, FORMATS[name])
+    folder, meant = rewrite(dense, tmp_path, (FORMATS | BLOCKS)[name])
     prompts = [prompt(folder, question) for question in QUESTIONS]
     wanted = ask(engine(meant), prompts)
     for tp in (1,) if "act order" in name else (1, 2):
-        with tp_engine(folder, tp) as (ours, _):
+        with tp_engine(folder, tp, expert_parallel=decoder == "qwen3_moe") as (ours, _):
             assert ask(ours, prompts) == wanted
 
 
