@@ -217,6 +217,9 @@ def _refuse_other_kinds(decoder: Decoder) -> None:
     parts, and features that enter deeper layers."""
     halves = [half for layer in decoder.decoder_layers for half in (layer.mixer, layer.feed_forward)]
     others = {type(half).__name__ for half in halves if type(half) not in (Attention, SlidingAttention, DenseMLP, Experts)}
+    experts = decoder.config.experts
+    if experts is not None and (experts.bias or experts.router_bias or experts.activation != "silu"):
+        others.add("experts with biases or another activation than silu")
     if type(decoder) is not Decoder:
         others.add(f"the decoder {type(decoder).__name__}")
     if len(set(decoder.cache_kinds)) > 1:
