@@ -24,7 +24,7 @@ from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.shards import LIST, read_shards
 from vlserve.llm.sliding_attention import SlidingAttention
 from vlserve.llm.stored_files import checkpoint_files
-from vlserve.llm.stored_names import Part, PartHandle, Ranges
+from vlserve.llm.stored_names import Part, Ranges, expanded
 from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import Target, fill, match_tensors
 from vlserve.models.base import Model
@@ -209,7 +209,7 @@ class Source:
 
 def _handle(file: Any, place: Place) -> Any:
     stored = file.get_slice(place.name)
-    return stored if place.part is None else PartHandle(stored, place.part)
+    return stored if place.part is None else next(part for _, part in expanded([place.part], stored))
 
 
 def _refuse_other_kinds(decoder: Decoder) -> None:
@@ -218,8 +218,8 @@ def _refuse_other_kinds(decoder: Decoder) -> None:
     halves = [half for layer in decoder.decoder_layers for half in (layer.mixer, layer.feed_forward)]
     others = {type(half).__name__ for half in halves if type(half) not in (Attention, SlidingAttention, DenseMLP, Experts)}
     experts = decoder.config.experts
-    if experts is not None and (experts.bias or experts.router_bias or experts.activation != "silu"):
-        others.add("experts with biases or another activation than silu")
+    if experts is not None and (experts.bias or experts.router_bias):  # GPT-OSS's, whose activation is another one too
+        others.add("experts with biases")
     if type(decoder) is not Decoder:
         others.add(f"the decoder {type(decoder).__name__}")
     if len(set(decoder.cache_kinds)) > 1:
