@@ -113,7 +113,11 @@ def test_there_and_back(decoder: str, settings: dict[str, Any], checkpoint: Make
     asked = prompts(original)
     assert [p.token_ids for p in prompts(hf)] == [p.token_ids for p in prompts(again)] == [p.token_ids for p in asked]
     wanted = ask(engine(original), asked, 8)
-    assert ask(engine(hf), prompts(hf), 8) == ask(engine(again), prompts(again), 8) == wanted
+    assert ask(engine(hf), prompts(hf), 8) == wanted
+    if decoder == "internlm2":  # all others have the same bits again
+        assert ask(engine(again), prompts(again), 8) == wanted
+    stops = json.loads((hf / "generation_config.json").read_text())["eos_token_id"]
+    assert set(stops) == read_checkpoint(original).end_token_ids == read_checkpoint(again).end_token_ids
     processor = AutoProcessor.from_pretrained(hf)
     theirs, meant = (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for folder in (hf, source))
     rendered = processor.apply_chat_template(
@@ -148,8 +152,9 @@ def test_quantised_weights_answer_alike_in_both_formats(name: str, checkpoint: M
     wanted = ask(engine(folder), prompts(folder), 6)
     with tp_engine(hf, 2) as (ours, _):
         assert ask(ours, prompts(hf), 6) == wanted
-    assert ask(engine(again), prompts(again), 6) == wanted
-    if decoder != "internlm2":
+    if decoder == "internlm2":
+        assert ask(engine(again), prompts(again), 6) == wanted
+    else:
         assert are_equal(tensors(again), tensors(folder))
     for made, outside in ((hf, ("vision_tower", "multi_modal_projector")), (again, ("vision_model", "mlp1"))):
         described = json.loads((made / "config.json").read_text())["quantization_config"]

@@ -129,10 +129,13 @@ EDITIONS: dict[str, tuple[str, Recipe, str | None]] = {
     "FP8 in blocks, Phi-3": ("phi3", fp8_in_blocks(16, 32), None),
 }
 
+AT_TWO = ("LMDeploy, InternLM2", "ms-swift, GPTQ", "compressed, 4 bits", "compressed, FP8", "FP8 in blocks, InternLM2")
+
 
 @pytest.mark.parametrize("name", EDITIONS)
 def test_an_edition_answers_as_its_dequantised_weights(name: str, checkpoint: Make, tmp_path: Path) -> None:
-    """Degree 4 has copies of the two key-value heads; groups ordered by activation allow one rank."""
+    """Degree 4 has copies of the two key-value heads; groups ordered by activation allow one rank. Degree 2, which splits less,
+    is for an edition of each way to cut."""
     decoder, recipe, section = EDITIONS[name]
     is_llama = decoder == "internlm2"
     dense = make_original(
@@ -145,6 +148,6 @@ def test_an_edition_answers_as_its_dequantised_weights(name: str, checkpoint: Ma
     (folder / "args.json").write_text(json.dumps({"model": "elsewhere", "quant_method": "gptq", "quant_bits": 4}))  # ms-swift's
     prompts = [prompt(folder, "What shapes are there?", [Image.fromarray(noise(60, 30))]), prompt(folder, "Hello!")]
     wanted = ask(engine(meant), prompts, 6)
-    for tp in (1,) if "by activation" in name else (1, 2, 4):
+    for tp in (1,) if "by activation" in name else (1, 2, 4) if name in AT_TWO else (1, 4):
         with tp_engine(folder, tp, replicate_kv_heads=True) as (ours, _):
             assert ask(ours, prompts, 6) == wanted, tp
