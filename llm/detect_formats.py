@@ -149,7 +149,9 @@ class Finder:
         layout = layouts[given.method]
         assert layout is not None
         old = self.linear.format
-        has_zeros = given.method != "compressed-tensors" or not given.symmetric
+        has_zeros = not given.symmetric or given.method == "gptq"
+        if given.method == "awq" and given.symmetric:
+            has_zeros = self._first_name(next(iter(self.outputs)), (layout.zeros.name,)) is not None
         for name, (_, size) in self.outputs.items():
             shapes = layout.shapes(size, old.in_features, given.group_size or old.in_features)
             if not has_zeros:

@@ -137,7 +137,7 @@ def _awq(given: Mapping[str, Any], where: str) -> Quantisation:
         kind=INT4,
         group_size=_group_size(where, given.get("group_size", given.get("q_group_size"))),
         version=version,
-        symmetric=False,
+        symmetric=given.get("zero_point") is False,  # with zero points of eight, or with none
         ignored=_names(given, where, "modules_to_not_convert"),
     )
 

@@ -1,24 +1,19 @@
 """Writes a checkpoint's tensors cut for tensor parallelism; shards.py says in which format.
 
 The files are written side by side, so that each stored tensor is read once, and memory holds parts of tensors, never a file.
-safetensors' own writer wants all tensors of a file in memory, hence the header is made here.
-Source of the file format: https://huggingface.co/docs/safetensors (length of the header, header as JSON, data).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from vlserve.llm.formats import Slot
+from vlserve.llm.tensor_file import Kind, TensorFile
 from vlserve.llm.tensor_parallel import Group, Span
 from vlserve.llm.weights import Rename, Target, fill, match_tensors, slot_of
 
@@ -33,34 +28,12 @@ class OfflineGroup(Group):
         self.rank, self.size = rank, size
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A stored tensor's type: torch's, and safetensors' name for it."""
-
-    dtype: torch.dtype
-    code: str
-
-
-class ShardFile:
-    """One file to be: `slots` by name, on the meta device; where each begins, and the header that says so."""
+class ShardFile(TensorFile):
+    """One file to be: `slots` by name, on the meta device."""
 
     def __init__(self, name: str, slots: Mapping[str, Slot], kinds: Mapping[str, Kind]) -> None:
-        self.name, self.slots = name, slots
-        self.starts: dict[str, int] = {}
-        entries, end = {}, 0
-        for key in sorted(slots, key=lambda key: (-kinds[key].dtype.itemsize, key)):  # so that each is aligned
-            shape, start = list(slots[key].tensor.shape), end
-            end += math.prod(shape) * kinds[key].dtype.itemsize
-            self.starts[key] = start
-            entries[key] = {"dtype": kinds[key].code, "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-        text += b" " * (-len(text) % 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        self.num_bytes = len(self.header) + end
-
-    def write(self, file: BinaryIO, key: str, part: torch.Tensor) -> None:
-        file.seek(len(self.header) + self.starts[key])
-        file.write(part.reshape(-1).view(torch.uint8).numpy().data)
+        super().__init__(name, {key: (kinds[key], slot.tensor.shape) for key, slot in slots.items()})
+        self.slots = slots
 
 
 class ShardWriter:
@@ -78,14 +51,18 @@ class ShardWriter:
         self, folder: Path, ranks: Sequence[Mapping[str, Target]], *, rename: Rename, dtype: torch.dtype | None = None
     ) -> None:
         self._folder, self._rename = folder, rename
-        self._targets = ranks[0]  # names and whole shapes are the same on all ranks
+        # whole shapes are the same on all ranks; experts may be on one alone
+        self._targets = {name: target for targets in ranks for name, target in targets.items()}
         self._kinds: dict[str, Kind] = {}
         for name, stored in match_tensors(folder, self._targets, rename=rename):
-            dimensions = stored.get_shape()
-            kind = Kind((stored[:0] if dimensions else stored[...]).dtype, stored.get_dtype())
+            kind = Kind.of(stored)
             self._kinds[name] = Kind(dtype, CODES[dtype]) if dtype is not None and kind.dtype.is_floating_point else kind
         slots = [{name: slot_of(target) for name, target in targets.items()} for targets in ranks]
-        shared = {name: slot for name, slot in slots[0].items() if all(_is_whole(of_rank[name]) for of_rank in slots)}
+        shared = {
+            name: slot
+            for name, slot in slots[0].items()
+            if all(name in of_rank and _is_whole(of_rank[name]) for of_rank in slots)
+        }
         parts = [{name: slot for name, slot in of_rank.items() if name not in shared} for of_rank in slots]
         names = [f"rank-{rank}-of-{len(ranks)}.safetensors" for rank in range(len(ranks))]
         pairs = [(SHARED, shared), *zip(names, parts, strict=True)]

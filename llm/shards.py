@@ -7,19 +7,21 @@ The files are safetensors: one for each rank with its parts, under the checkpoin
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 LIST, FORMAT = "vlserve_shards.json", 1
 
 
-class Shards(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Shards(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What LIST holds."""
 
-    format: int = FORMAT
+    format: int
     vlserve: str  # the version that wrote it
     tp: int
     replicate_kv_heads: bool
+    expert_parallel: bool = False
     ranks: list[list[str]]  # each rank's file names
 
     def files(self, folder: Path, rank: int) -> list[Path]:
@@ -31,6 +33,23 @@ class Shards(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"{LIST} names {', '.join(absent)} for rank {rank}, which {folder} lacks; copy all of its files"
             )
         return files
+
+
+class Degree(Protocol):
+    """How a model is split: a folder's own, or an `EngineConfig`."""
+
+    @property
+    def tp(self) -> int: ...
+    @property
+    def replicate_kv_heads(self) -> bool: ...
+    @property
+    def expert_parallel(self) -> bool: ...
+
+
+def split_flags(degree: Degree) -> str:
+    """As words of the command line; two degrees with the same flags are the same."""
+    others = {"--replicate-kv-heads": degree.replicate_kv_heads, "--expert-parallel": degree.expert_parallel}
+    return " ".join([f"--tp {degree.tp}", *(flag for flag, is_on in others.items() if is_on)])
 
 
 class _Version(msgspec.Struct):

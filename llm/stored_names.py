@@ -17,9 +17,10 @@ import torch
 from vlserve.llm.config import DecoderConfig
 
 Ranges = tuple[tuple[int, int], ...]
-# of packed formats: tensors whose outputs are along dimension 1 (AWQ, GPTQ); everything else has them along 0
+# of packed formats: tensors whose outputs are along dimension 1 (AWQ's gemm, GPTQ); everything else has them along 0
 ALONG_1 = ("qweight", "qzeros", "scales")
-OF_INPUTS = ("g_idx", "input_scale", "input_zero_point")  # the same for every part
+OF_INPUTS = ("g_idx", "weight_g_idx", "input_scale", "input_zero_point")  # the same for every part
+IN_WORD = 8  # codes of four bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class PartHandle:
 
     def __init__(self, stored: Any, part: Part) -> None:
         shape, kind = tuple(stored.get_shape()), part.name.rpartition(".")[2]
-        self._stored, self._shape, self._dim = stored, shape, int(kind in ALONG_1 and len(shape) > 1)
+        is_along_1 = kind in ALONG_1 and len(shape) > 1 and shape[1] in (part.total, part.total // IN_WORD)  # gemv's are not
+        self._stored, self._shape, self._dim = stored, shape, int(is_along_1)
         self._ranges: list[tuple[int, int]] | None = None  # all of it
         size = shape[self._dim] if shape else 1
         self._outputs = sum(stop - start for start, stop in part.ranges) if kind == "weight_shape" else None

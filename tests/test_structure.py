@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # from the ground up: a room imports what stands before it
 ROOMS = (
     *("kernels", "llm", "vision", "ground", "models", "plan", "structured", "prompt", "media"),
-    *("engine", "ranks", "pipeline", "doctor", "quantize", "server", "commands"),
+    *("engine", "ranks", "pipeline", "doctor", "quantize", "convert", "server", "commands"),
 )
 OUTSIDE = ("kernels", "llm", "vision")  # at the top level of the repository, linked into the package
 OPERATIONS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))

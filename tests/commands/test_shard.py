@@ -44,6 +44,8 @@ CASES = {
     "tp 3, vocabulary and width padded": ("qwen3", 3, {"num_key_value_heads": 3, "vocab_size": 341, "intermediate_size": 70}),
     "tp 4, width padded": ("mistral", 4, {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 62}),
     "tp 4, KV heads replicated": ("qwen2", 4, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "tp 2, experts by width": ("qwen3_moe", 2, {"tie_word_embeddings": True}),
+    "tp 3, experts whole": ("qwen3_moe", 3, {"num_key_value_heads": 3}),
     "tp 2, one KV head for all": ("qwen3", 2, {"num_attention_heads": 4, "num_key_value_heads": 1}),
 }
 
@@ -59,7 +61,8 @@ def cut(model: Path | str, out: Path, tp: int, **options: Any) -> Path:
 
 def load(folder: Path, rank: int, tp: int, dtype: str = "auto", **options: Any) -> Model:
     config = EngineConfig(model=str(folder), tp=tp, dtype=dtype, **options)
-    split = Split(group=OfflineGroup(rank, tp), replicate_kv_heads=config.replicate_kv_heads)
+    ways = {"replicate_kv_heads": config.replicate_kv_heads, "expert_parallel": config.expert_parallel}
+    split = Split(group=OfflineGroup(rank, tp), **ways)
     return load_model(read_checkpoint(folder), config, split, torch.device("cpu"), lambda name, done, total: None)
 
 
@@ -82,7 +85,7 @@ def test_it_answers_as_the_original_and_each_rank_has_the_same_parameters(
     case: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     decoder, tp, settings = CASES[case]
-    options = {"replicate_kv_heads": is_replicated(case)}
+    options = {"replicate_kv_heads": is_replicated(case), "expert_parallel": "whole" in case}
     original = checkpoint(decoder, **settings)
     folder = cut(original, tmp_path / "out", tp, **options)
     for rank in range(tp):
@@ -169,6 +172,7 @@ def test_another_degree_is_refused_before_anything_is_loaded(folder: Path, monke
         ({"tp": 1}, r"sharded for --tp 2, and this start is --tp 1\. Give --tp 2; .*vlserve shard ORIGINAL OUT --tp 1"),
         ({"tp": 4}, r"sharded for --tp 2, and this start is --tp 4\. Give --tp 2;"),
         ({"tp": 2, "replicate_kv_heads": True}, r"for --tp 2, and this start is --tp 2 --replicate-kv-heads\. Give --tp 2;"),
+        ({"tp": 2, "expert_parallel": True}, r"for --tp 2, and this start is --tp 2 --expert-parallel\. Give --tp 2;"),
     ):
         with pytest.raises(ConfigError, match=message):
             VLPipeline(str(folder), **options)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from vlserve.kernels.rope import RopeConfig
-from vlserve.llm.config import DecoderConfig
+from vlserve.llm.config import DecoderConfig, ExpertsConfig
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.layer_kinds import LAYER_KINDS
 from vlserve.llm.tensor_parallel import Split
+from vlserve.quantize.layer import Recipe
 
 CONFIG = DecoderConfig(
     model_type="qwen2",
@@ -40,3 +43,18 @@ def make_layer() -> DecoderLayer:
         else:
             parameter.uniform_(0.5, 1.5)
     return layer
+
+
+def moe_layer() -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
+    """(the config, what quantize_experts reads of a layer with four experts, two a token)"""
+    torch.manual_seed(1)
+    experts = ExpertsConfig(layers=(0,), num_experts=4, top_k=2, width=32, norm_topk_prob=True)
+    shapes = {f"mlp.experts.{i}.{part}_proj.weight": (32, 64) for i in range(4) for part in ("gate", "up")}
+    shapes |= {f"mlp.experts.{i}.down_proj.weight": (64, 32) for i in range(4)} | {"mlp.gate.weight": (4, 64)}
+    stored = {name: torch.empty(shape).normal_(0, shape[1] ** -0.5).bfloat16() for name, shape in shapes.items()}
+    norm = {"post_attention_layernorm.weight": torch.empty(64).uniform_(0.5, 1.5).bfloat16()}
+    return replace(CONFIG, experts=experts), stored | norm
+
+
+def awq_recipe() -> Recipe:
+    return Recipe(method="awq", group_size=32, scale_dtype=torch.float16)

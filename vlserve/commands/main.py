@@ -32,7 +32,7 @@ COMMANDS: dict[str, dict[str, Config]] = {
     "chat": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
     "run": {"sampling": SamplingParams, "engine": EngineConfig, "media": MediaConfig},
 }
-TOOLS: tuple[str, ...] = ("plan", "doctor", "shard", "quantize", "bench")  # modules of vlserve.commands
+TOOLS: tuple[str, ...] = ("plan", "doctor", "shard", "quantize", "convert", "bench")  # modules of vlserve.commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

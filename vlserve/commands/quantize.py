@@ -16,8 +16,9 @@ DESCRIPTION = """\
 Write a checkpoint with the decoder's weights in 4 or 8 bits, calibrated on pictures and text.
 
 The linear layers of the decoder are quantised; the vision encoder, the projector, the embeddings, the norms and the head
-stay as they are. Layers are read, quantised and written one at a time. What broke off, by Ctrl-C or by force, goes on
-with the same command, from the layer where it was.
+stay as they are. Tensors keep the names of the checkpoint's format, and projections that it stores as one stay one. Layers
+are read, quantised and written one at a time. What broke off, by Ctrl-C or by force, goes on with the same command, from
+the layer where it was.
 """
 EXAMPLE = """\
 examples:
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="FILE.jsonl|generated|text",
         default=default["calibration"],
-        help=f"conversations to calibrate on; generated: shapes drawn here, with questions; text: without pictures "
-        f"(default: {default['calibration']})",
+        help="conversations to calibrate on; generated: shapes drawn here, with questions; text: without pictures "
+        "(default: generated, or text for a model that takes no pictures)",
     )
     for name, text in (
         ("samples", "conversations in all; every eighth is held out to measure with"),

@@ -1,26 +1,24 @@
 """`vlserve shard`: a checkpoint cut for a tensor-parallel degree in advance, so that each rank reads its own part only.
 
-Owns the folder that is written: what is copied, that it appears whole or not at all. llm/shard_writer.py cuts.
+Owns what is copied; llm/shard_writer.py cuts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import vlserve
 from vlserve.config import DTYPES, EngineConfig
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.shards import Shards, read_shards, write_shards
+from vlserve.llm.shards import FORMAT, Shards, read_shards, split_flags, write_shards
 from vlserve.models.checkpoint import Checkpoint, find_folder, read_checkpoint
+from vlserve.models.companion_files import companion_files, copy_companions
 from vlserve.plan.tp_plan import check_tp
+from vlserve.whole_folder import check_out, check_room, gib, whole_or_nothing
 
 if TYPE_CHECKING:
     from vlserve.llm.shard_writer import ShardWriter
@@ -31,17 +29,18 @@ Cut a checkpoint for a tensor-parallel degree in advance, for slow disks.
 
 From an ordinary checkpoint each rank reads its slices, which lie scattered over all files. The folder OUT has one
 file for each rank with just its part, and one that all ranks read, with what is not split: the vision encoder, the
-projector, the norms. Config, tokenizer and templates are copied. The original is read once and not changed.
+projector, the norms. Config, tokenizer and templates are copied, but no .py files, which vlserve never reads. The
+original is read once and not changed.
 """
 EXAMPLE = """\
 example:
   vlserve shard OpenGVLab/InternVL3-8B-hf --tp 4 /fast/internvl3-8b-tp4
   vlserve serve /fast/internvl3-8b-tp4 --tp 4
 
-OUT is for this degree (and this --replicate-kv-heads) only; serving it with another one is an error. It appears when
-it is whole: what is under way is in a folder .OUT.partial-* beside it, which Ctrl-C and errors remove.
+OUT is for this degree (and this --replicate-kv-heads and --expert-parallel) only; serving it with another one is an
+error. It appears when it is whole: what is under way is in a folder .OUT.partial-* beside it, which Ctrl-C and errors remove.
 """
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
+CARD = "*.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=options["model"].metadata["help"])
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new or empty")
     parser.add_argument("--tp", type=int, required=True, metavar="N", help=options["tp"].metadata["help"])
-    parser.add_argument("--replicate-kv-heads", action="store_true", help=options["replicate_kv_heads"].metadata["help"])
+    for name in ("replicate_kv_heads", "expert_parallel"):
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=options[name].metadata["help"])
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="type to store; auto leaves each tensor as it is stored (default: auto)"
     )
@@ -60,11 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up after like Ctrl-C
-    names = ("model", "tp", "replicate_kv_heads", "dtype", "revision")
+    names = ("model", "tp", "replicate_kv_heads", "expert_parallel", "dtype", "revision")
     config = EngineConfig(**{name: getattr(options, name) for name in names})
     print(shard(config, options.out))
-    flags = f"--tp {config.tp}" + (" --replicate-kv-heads" if config.replicate_kv_heads else "")
-    print(f"serve it with: vlserve serve {options.out} {flags}")
+    print(f"serve it with: vlserve serve {options.out} {split_flags(config)}")
     return 0
 
 
@@ -73,48 +72,29 @@ def shard(config: EngineConfig, out: Path) -> str:
 
     Raises ConfigError for a degree or a folder that does not do, ModelError for a checkpoint that is not whole.
     """
-    out = _check_out(out)
+    out = check_out(out)
     checkpoint = read_checkpoint(find_folder(config.model, config.revision))
     _check_unsharded(checkpoint)
     _check_dense(checkpoint)
-    check_tp(
-        checkpoint.config, config.tp, replicate_kv_heads=config.replicate_kv_heads, source=str(checkpoint.folder / "config.json")
-    )
+    ways = {"replicate_kv_heads": config.replicate_kv_heads, "expert_parallel": config.expert_parallel}
+    check_tp(checkpoint.config, config.tp, **ways, source=str(checkpoint.folder / "config.json"))
     writer = _writer(checkpoint, config)
-    copied = _copied(checkpoint.folder)
-    num_bytes = writer.num_bytes + sum(path.stat().st_size for path in copied)
-    free = shutil.disk_usage(out.parent).free
-    if num_bytes > free:
-        raise ConfigError(
-            f"{out} will have {_gib(num_bytes)}, and its disk has {_gib(free)} free; make room, or give a folder on another disk"
-        )
+    copied = companion_files(checkpoint.folder, CARD)
+    num_bytes = writer.num_bytes + sum((checkpoint.folder / path).stat().st_size for path in copied)
+    check_room(out, num_bytes)
     from tqdm import tqdm
 
-    with _whole_or_nothing(out) as partial:
-        for path in copied:
-            shutil.copyfile(path, partial / path.name)
+    with whole_or_nothing(out) as partial:
+        copy_companions(copied, checkpoint.folder, partial)
         if config.dtype != "auto":
             _set_dtype(partial / "config.json", config.dtype)
-        shards = Shards(
-            vlserve=vlserve.__version__, tp=config.tp, replicate_kv_heads=config.replicate_kv_heads, ranks=writer.rank_files
-        )
+        shards = Shards(format=FORMAT, vlserve=vlserve.__version__, tp=config.tp, **ways, ranks=writer.rank_files)
         write_shards(partial, shards)
         with tqdm(
             desc=f"{writer.num_files} files", total=writer.num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=None
         ) as bar:
             writer.write(partial, bar.update)
-    return f"{out}: {writer.num_files} weight files for {config.tp} ranks, {_gib(num_bytes)}"
-
-
-def _check_out(out: Path) -> Path:
-    out = out.expanduser().resolve()
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}; create it first")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is {'not empty' if out.is_dir() else 'no folder'}; give a new or an empty folder")
-    if out.is_mount():  # what is under way could not be renamed to it
-        raise ConfigError(f"{out} is where a disk is mounted; give a folder in it")
-    return out
+    return f"{out}: {writer.num_files} weight files for {config.tp} ranks, {gib(num_bytes)}"
 
 
 def _check_unsharded(checkpoint: Checkpoint) -> None:
@@ -147,7 +127,8 @@ def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:
     from vlserve.llm.tensor_parallel import Split
 
     try:
-        splits = [Split(group=OfflineGroup(r, config.tp), replicate_kv_heads=config.replicate_kv_heads) for r in range(config.tp)]
+        ways = {"replicate_kv_heads": config.replicate_kv_heads, "expert_parallel": config.expert_parallel}
+        splits = [Split(group=OfflineGroup(rank, config.tp), **ways) for rank in range(config.tp)]
         models = [build_model(checkpoint, split) for split in splits]
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         return ShardWriter(checkpoint.folder, [model.targets() for model in models], rename=models[0].rename, dtype=dtype)
@@ -155,32 +136,7 @@ def _writer(checkpoint: Checkpoint, config: EngineConfig) -> ShardWriter:
         raise ModelError(str(error)) from error
 
 
-def _copied(folder: Path) -> list[Path]:
-    """The files beside the weights that OUT needs too, and licences."""
-    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not path.name.endswith(".index.json"))
-
-
 def _set_dtype(path: Path, dtype: str) -> None:
     """What a start with `--dtype auto` computes in."""
     config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": dtype}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block is through, and is removed when it is not."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ConfigError(f"{out} could not be written: {error}") from error
-        raise
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

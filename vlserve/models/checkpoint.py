@@ -14,7 +14,7 @@ from vlserve.config import EngineConfig
 from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.quantisation import FILES as QUANTISATION_FILES
 from vlserve.llm.quantisation import Quantisation, find_quantisation
-from vlserve.llm.shards import read_shards
+from vlserve.llm.shards import read_shards, split_flags
 from vlserve.models.architecture import FILES, Architecture, Preprocessor
 from vlserve.models.end_tokens import find_end_tokens
 from vlserve.models.hub import why_unreachable
@@ -108,11 +108,9 @@ def check_shards(folder: Path, config: EngineConfig) -> None:
         shards = read_shards(folder)
     except ValueError as error:
         raise ModelError(str(error)) from error
-    if shards is None or (shards.tp, shards.replicate_kv_heads) == (config.tp, config.replicate_kv_heads):
+    if shards is None or split_flags(shards) == split_flags(config):
         return
-    written, asked = (
-        f"--tp {given.tp}" + (" --replicate-kv-heads" if given.replicate_kv_heads else "") for given in (shards, config)
-    )
+    written, asked = split_flags(shards), split_flags(config)
     raise ConfigError(
         f"{folder} was sharded for {written}, and this start is {asked}. Give {written}; or start from the original checkpoint, "
         f"or shard that again: vlserve shard ORIGINAL OUT {asked}"

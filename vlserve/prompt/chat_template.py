@@ -282,6 +282,11 @@ class _Generation(Extension):
         return caller()
 
 
+def render(source: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """What a template writes for messages as they are, up to the next answer; raises jinja2.TemplateError."""
+    return str(_environment().from_string(source).render(messages=messages, add_generation_prompt=True, **variables))
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """What transformers gives a template."""
 

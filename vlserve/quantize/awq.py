@@ -15,12 +15,18 @@ KEPT = [1 - i / 20 for i in range(1, 11)]  # shares of a group's range
 
 
 def search_scales(
-    weight: torch.Tensor, inputs: Inputs, group_size: int, dtype: torch.dtype, heads: tuple[int, int] | None = None
+    weight: torch.Tensor,
+    inputs: Inputs,
+    group_size: int,
+    dtype: torch.dtype,
+    heads: tuple[int, int] | None = None,
+    *,
+    powers_of_two: bool = False,
 ) -> torch.Tensor:
     """The scale [K] of each input that makes the output's error smallest when weight * scale is rounded; 1 is among the tries.
 
     Args:
-        weight: float32 [N, K], of all linear layers that read these inputs, one below the other.
+        weight: [N, K], of all linear layers that read these inputs, one below the other.
         heads: (KV heads, query heads of each): the inputs are query heads, and those of one KV head share their scales.
     """
     activation = inputs.mean_abs
@@ -30,8 +36,10 @@ def search_scales(
     for ratio in RATIOS:
         scales = activation.pow(ratio).clamp(min=1e-4)
         scales = scales / (scales.max() * scales.min()).sqrt()
+        if powers_of_two:
+            scales = scales.log2().round().exp2()
         error = 0.0
-        for rows in weight.split(ROWS_AT_ONCE):
+        for rows in map(torch.Tensor.float, weight.split(ROWS_AT_ONCE)):
             rounded = round_groups(rows * scales, group_size, dtype).dense() / scales
             error += float(inputs.errors(rounded - rows).double().sum())
         if error < least:

@@ -43,8 +43,9 @@ def is_held_out(index: int, number: int) -> bool:
 
 def find_calibration(settings: Settings) -> Path | None:
     """The JSONL file, if it is one; raises ConfigError when it cannot be read."""
-    if settings.calibration in (GENERATED, TEXT):
+    if settings.calibration in (None, GENERATED, TEXT):
         return None
+    assert settings.calibration is not None
     path = Path(settings.calibration).expanduser()
     try:
         path.open("rb").close()

@@ -17,6 +17,7 @@ from vlserve.kernels.attention import plan_attention
 from vlserve.kernels.rotary.table import rotary_table
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
+from vlserve.llm.experts import Experts
 from vlserve.llm.kv_cache import KeysAndValues, KVCache
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.mlp import DenseMLP
@@ -149,23 +150,24 @@ class LayerRunner:
 
 @contextmanager
 def watch_inputs(layer: DecoderLayer, device: torch.device) -> Iterator[dict[str, Inputs]]:
-    """What the layer's linear layers read while it runs, by the names of layer.READERS; finished at the end."""
+    """What the layer's linear layers read while it runs, by the names of layer.READERS; finished at the end. Experts are none of
+    them."""
     attention, mlp = layer.mixer, layer.feed_forward
-    assert isinstance(attention, Attention) and isinstance(mlp, DenseMLP), "source_checkpoint.py refuses decoders of other kinds"
-    modules: dict[str, nn.Module] = {
-        "qkv": attention.qkv_proj,
-        "output": attention.o_proj,
-        "gate_up": mlp.gate_up_proj,
-        "down": mlp.down_proj,
+    assert isinstance(attention, Attention), "source_checkpoint.py refuses decoders of other kinds"
+    hidden = layer.input_layernorm.numel()
+    modules: dict[str, tuple[nn.Module, int]] = {
+        "qkv": (attention.qkv_proj, hidden),
+        "output": (attention.o_proj, attention.sizes[0]),
     }
-    sizes = {"qkv": layer.input_layernorm.numel(), "output": attention.sizes[0]}
-    sizes |= {"gate_up": sizes["qkv"], "down": next(iter(mlp.gate_up_proj.outputs.values()))[1]}
-    found = {name: Inputs(size, device) for name, size in sizes.items()}
+    if isinstance(mlp, DenseMLP):
+        width = next(iter(mlp.gate_up_proj.outputs.values()))[1]
+        modules |= {"gate_up": (mlp.gate_up_proj, hidden), "down": (mlp.down_proj, width)}
+    found = {name: Inputs(size, device) for name, (_, size) in modules.items()}
 
     def hook(inputs: Inputs) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda module, given: inputs.add(given[0])
 
-    handles = [module.register_forward_pre_hook(hook(found[name])) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(hook(found[name])) for name, (module, _) in modules.items()]
     try:
         yield found
     finally:
@@ -173,6 +175,20 @@ def watch_inputs(layer: DecoderLayer, device: torch.device) -> Iterator[dict[str
             handle.remove()
     for inputs in found.values():
         inputs.finish()
+
+
+@contextmanager
+def watch_tokens(layer: DecoderLayer) -> Iterator[list[torch.Tensor]]:
+    """What the layer's experts read while it runs, float32 [T, C] a sample, on the CPU; nothing of a dense MLP."""
+    found: list[torch.Tensor] = []
+    if not isinstance(layer.feed_forward, Experts):
+        yield found
+        return
+    handle = layer.feed_forward.register_forward_pre_hook(lambda module, given: found.append(given[0].float().cpu()))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ class LayerResult:
     rounded: dict[str, Rounded] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)  # in their stored types
     errors: dict[str, float] = field(default_factory=dict)
+    few_tokens: int = 0  # experts that were given fewer than they need
 
 
 def quantize_layer(
@@ -49,11 +50,12 @@ def quantize_layer(
     recipe: Recipe,
     progress: Callable[[], None] = lambda: None,
 ) -> LayerResult:
-    """Round all linear layers.
+    """Round the linear layers that read `inputs`.
 
     Args:
         stored: the layer's tensors as the checkpoint has them, on the device to compute on.
-        inputs: what each of READERS read, finished; divided in place by the scales that are found.
+        inputs: what each of READERS read, finished; divided in place by the scales that are found. A layer with experts has
+            those of attention.
         progress: called after each linear layer.
 
     Raises ValueError naming a tensor that cannot be rounded.
@@ -61,22 +63,28 @@ def quantize_layer(
     for reader, given in inputs.items():
         if not given.moments.isfinite().all():
             raise ValueError(f"the inputs of {READERS[reader][0]} hold NaN or infinity on the calibration samples")
-    weights = {name: stored[f"{name}.weight"].float() for name in LINEARS}
+    weights = {name: stored[f"{name}.weight"].float() for reader in inputs for name in READERS[reader]}
     result = LayerResult()
     if recipe.method == "awq":
         _Scaling(stored, weights, inputs, config, recipe, result.changed).run()
-    for reader, names in READERS.items():
-        for name in names:
+    for reader in inputs:
+        for name in READERS[reader]:
             dtype = recipe.scale_dtype or stored[f"{name}.weight"].dtype
-            rounded = _round(name, weights[name], inputs[reader], recipe, dtype)
-            dense = rounded.dense()
-            if not dense.isfinite().all():
-                raise ValueError(f"{name}.weight holds NaN, infinity or numbers too large for scales in {dtype}")
-            result.rounded[name] = rounded
-            result.errors[name] = relative_error(weights[name], dense, inputs[reader])
-            del weights[name], dense
+            round_linear(name, weights.pop(name), inputs[reader], recipe, dtype, result)
             progress()
     return result
+
+
+def round_linear(
+    name: str, weight: torch.Tensor, inputs: Inputs, recipe: Recipe, dtype: torch.dtype, result: LayerResult
+) -> None:
+    """Round one weight, float32 [N, K], into `result`; `dtype`: of its scales. Raises ValueError."""
+    rounded = _round(name, weight, inputs, recipe, dtype)
+    dense = rounded.dense()
+    if not dense.isfinite().all():
+        raise ValueError(f"{name}.weight holds NaN, infinity or numbers too large for scales in {dtype}")
+    result.rounded[name] = rounded
+    result.errors[name] = relative_error(weight, dense, inputs)
 
 
 def _round(name: str, weight: torch.Tensor, inputs: Inputs, recipe: Recipe, dtype: torch.dtype) -> Rounded:
@@ -108,8 +116,9 @@ class _Scaling:
         heads = (self.config.num_key_value_heads, self.config.num_attention_heads // self.config.num_key_value_heads)
         self._into_norm("input_layernorm", "qkv")
         self._into_linear("self_attn.v_proj", "output", heads)
-        self._into_norm("post_attention_layernorm", "gate_up")
-        self._into_linear("mlp.up_proj", "down")
+        if "gate_up" in self.inputs:
+            self._into_norm("post_attention_layernorm", "gate_up")
+            self._into_linear("mlp.up_proj", "down")
         for name, tensor in self.changed.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} cannot take its scales in {tensor.dtype}")

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlserve.errors import ConfigError
+from vlserve.models.companion_files import CODE, COMPANIONS
 
 WORK, ASKED, STATE, CLEARED, DONE, LOCK = ".quantize-work", "asked", "state.safetensors", "cleared", "done", "lock"
+REPLACED = ("*.safetensors", *COMPANIONS, CODE)
 CONFIG, REPORT, INDEX = "config.json", "report.json", "model.safetensors.index.json"
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 
 
 class Output:
@@ -52,7 +53,7 @@ class Output:
                 self._forget()
                 is_begun = False
             if not is_begun:
-                replaced = [name for name in present if (self.out / name).is_file()]
+                replaced = [str(path.relative_to(self.out)) for pattern in REPLACED for path in sorted(self.out.glob(pattern))]
                 self._write_json(ASKED, {"asked": asked, "replaced": replaced})
             elif (self.work / ASKED).exists():  # else it was done, and being cleared away
                 self._check_asked(asked)
@@ -98,22 +99,26 @@ class Output:
         tensors = load_file(self.work / STATE)
         return tensors, int(tensors.pop("num_done"))
 
-    def finish(self, shards: list[Path], copied: list[Path], config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """Put everything in its place: shards of the work folder under their last names, an index, copies, config.json."""
+    def finish(
+        self, shards: list[Path], folder: Path, copied: list[Path], config: Mapping[str, Any], report: Mapping[str, Any]
+    ) -> None:
+        """Put everything in its place: shards of the work folder under their last names, an index, copies of the files
+        `copied` within `folder`, config.json."""
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         index = self._index(shards, names)
-        for path in copied:
-            if path.name not in (CONFIG, REPORT, INDEX):
-                shutil.copyfile(path, self.work / path.name)
+        copies = {"~".join(path.parts): path for path in copied if str(path) not in (CONFIG, REPORT, INDEX)}
+        for name, path in copies.items():
+            shutil.copyfile(folder / path, self.work / name)
         self._write_json(INDEX, index)
         self._write_json(REPORT, report)
         self._write_json(CONFIG, config)
-        moved = [(self.work / INDEX, INDEX), (self.work / REPORT, REPORT)]
-        moved += [(self.work / path.name, path.name) for path in copied if path.name not in (CONFIG, REPORT, INDEX)]
+        moved = [(self.work / INDEX, Path(INDEX)), (self.work / REPORT, Path(REPORT))]
+        moved += [(self.work / name, path) for name, path in copies.items()]
         self._remove_replaced()
-        for path, name in [*zip(shards, names, strict=True), *moved]:
+        for path, place in [*zip(shards, map(Path, names), strict=True), *moved]:
             if path.exists():  # else an earlier run moved it
-                path.replace(self.out / name)
+                (self.out / place).parent.mkdir(exist_ok=True)
+                path.replace(self.out / place)
         (self.work / CONFIG).replace(self.out / CONFIG)
         (self.work / DONE).touch()
 
@@ -165,9 +170,7 @@ class Output:
         if (self.work / CLEARED).exists():  # by an earlier run, and what is there now is new
             return
         for name in read_json(self.work / ASKED)["replaced"]:
-            path = self.out / name
-            if path.name == CONFIG or any(path.match(pattern) for pattern in ("*.safetensors", *COPIED)):
-                path.unlink(missing_ok=True)
+            (self.out / name).unlink(missing_ok=True)
         (self.work / CLEARED).touch()
 
     def _write_json(self, name: str, document: Mapping[str, Any]) -> None:
@@ -199,12 +202,6 @@ def read_header(path: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return header
-
-
-def copied_files(folder: Path) -> list[Path]:
-    """The files beside the weights that OUT needs too, and licences."""
-    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not path.name.endswith(".index.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from typing import Any
 HEAD = "lm_head"
 
 
-def quantization_config(method: str, stored_format: str, group_size: int, outer_modules: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config`; `outer_modules` are the modules beside the language model, which are left as they are."""
+def quantization_config(
+    method: str, stored_format: str, group_size: int, outer_modules: Sequence[str], inner: Sequence[str] = (HEAD,)
+) -> dict[str, Any]:
+    """The `quantization_config`; `outer_modules` are the modules beside the language model, which are left as they are, and so
+    are the `inner` ones of it: its head and routers, as the files call them."""
     if stored_format == "awq":
         # names as in the files, and as transformers has them, whose patterns start at the whole model
-        names = [*outer_modules, HEAD, *(f"model.{name}" for name in outer_modules)]
+        names = [*outer_modules, *inner, *(f"model.{name}" for name in outer_modules)]
         return {
             "quant_method": "awq",
             "version": "gemm",
@@ -37,5 +40,5 @@ def quantization_config(method: str, stored_format: str, group_size: int, outer_
         "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [f"re:.*{name}.*" for name in (*outer_modules, HEAD)],
+        "ignore": [f"re:.*{name}{'$' if name.endswith('mlp.gate') else '.*'}" for name in (*outer_modules, *inner)],
     }

@@ -5,9 +5,12 @@ Codes are always chosen for the scale as it is stored, so its own rounding costs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
+
+from vlserve.llm.stored_names import Ranges
 
 LEVELS = 15  # the largest 4-bit code
 FP8 = torch.float8_e4m3fn
@@ -76,3 +79,22 @@ def merge_rows(one: Grouped, other: Grouped, take_other: torch.Tensor) -> Groupe
         torch.where(rows, other.scales, one.scales),
         torch.where(rows, other.zeros, one.zeros),
     )
+
+
+def join_rounded(parts: Sequence[tuple[Rounded, Ranges]]) -> Rounded:
+    """Several projections as the one weight that they are stored as; `Ranges` are each one's outputs there."""
+    kind = type(parts[0][0])
+    return kind(*(join_rows([(getattr(one, field.name), ranges) for one, ranges in parts]) for field in fields(kind)))
+
+
+def join_rows(parts: Sequence[tuple[torch.Tensor, Ranges]]) -> torch.Tensor:
+    """Tensors of N outputs, each in its ranges of the outputs of all; one without ranges is all."""
+    first = parts[0][0]
+    if not parts[0][1]:
+        return first
+    kind = torch.uint8 if first.dtype == FP8 else first.dtype  # torch cannot write some rows of such floats
+    whole = torch.empty(sum(len(tensor) for tensor, _ in parts), *first.shape[1:], dtype=kind, device=first.device)
+    for tensor, ranges in parts:
+        rows = torch.cat([torch.arange(start, stop, device=first.device) for start, stop in ranges])
+        whole[rows] = tensor.view(kind)
+    return whole.view(first.dtype)

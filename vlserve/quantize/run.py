@@ -6,6 +6,8 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from tqdm import tqdm
 
 import vlserve
 from vlserve.errors import ConfigError, ModelError
-from vlserve.llm.layer import DecoderLayer
-from vlserve.llm.weights import slot_of
 from vlserve.models.checkpoint import find_folder, read_checkpoint
+from vlserve.models.companion_files import CODE, companion_files, without_missing_code
 from vlserve.quantize.calibration import find_calibration, read_samples
+from vlserve.quantize.experts import quantize_experts
 from vlserve.quantize.hidden_states import (
     NOT_SCORED,
     LayerRunner,
@@ -28,11 +30,13 @@ from vlserve.quantize.hidden_states import (
     read_streams,
     score,
     watch_inputs,
+    watch_tokens,
 )
-from vlserve.quantize.layer import LINEARS, LayerResult, Recipe, quantize_layer, tensors_of
-from vlserve.quantize.output_folder import REPORT, Output, copied_files, read_header, read_json, write_tensors
+from vlserve.quantize.layer import LayerResult, Recipe, quantize_layer, tensors_of
+from vlserve.quantize.output_folder import REPORT, Output, read_header, read_json, write_tensors
 from vlserve.quantize.quantization_config import quantization_config
-from vlserve.quantize.settings import Settings
+from vlserve.quantize.rounding import join_rounded, join_rows
+from vlserve.quantize.settings import GENERATED, TEXT, Settings
 from vlserve.quantize.source_checkpoint import Source
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
@@ -47,6 +51,7 @@ def quantize(settings: Settings) -> dict[str, Any]:
     calibration = find_calibration(settings)
     folder = find_folder(settings.model, settings.revision)
     source = Source(read_checkpoint(folder))
+    settings = replace(settings, calibration=settings.calibration or (GENERATED if source.sees else TEXT))
     check_shapes(source, settings)
     device, dtype = _resolve(settings)
     asked = _asked(settings, source, calibration, device, dtype)
@@ -67,9 +72,10 @@ def check_shapes(source: Source, settings: Settings) -> None:
     """Whether groups and packing divide the weights; raises ConfigError naming one that they do not."""
     if settings.method == "fp8":
         return
-    for name, (outputs, inputs) in source.shapes().items():
+    shapes = {name: shape for index in range(source.num_layers) for name, shape in source.shapes(index).items()}
+    for name, (outputs, inputs) in shapes.items():
         if inputs % settings.group_size:
-            fits = [size for size in (128, 64, 32) if all(shape[1] % size == 0 for shape in source.shapes().values())]
+            fits = [size for size in (128, 64, 32) if all(shape[1] % size == 0 for shape in shapes.values())]
             way = f"give --group-size {fits[0]}" if fits else "only --method fp8 can do it"
             raise ConfigError(f"{name} has {inputs} inputs, no multiple of group_size {settings.group_size}; {way}")
         if outputs % 8:
@@ -94,8 +100,8 @@ def _asked(
     """All that changes the result, as JSON."""
     folder = source.checkpoint.folder
     model = hashlib.blake2b(repr([(path.name, path.stat().st_size) for path in source.files]).encode(), digest_size=8)
-    for path in copied_files(folder):
-        model.update(path.name.encode() + path.read_bytes())
+    for path in companion_files(folder, CODE):
+        model.update(str(path).encode() + (folder / path).read_bytes())
     data = settings.calibration
     if calibration is not None:
         data = f"{calibration.name} {hashlib.blake2b(calibration.read_bytes(), digest_size=8).hexdigest()}"
@@ -169,42 +175,52 @@ class _Run:
 
     def _layers(self, streams: Streams, num_done: int) -> None:
         runner = LayerRunner(self.source.config, streams.longest, self.dtype, self.device)
-        each = 2 * len(streams.lengths) + 3 * len(streams.held_out_lengths) + len(LINEARS)
         number = self.source.num_layers
-        with tqdm(total=each * number, initial=each * num_done, mininterval=_interval(), bar_format=BAR) as bar:
+        steps = [2 * len(streams.lengths) + 3 * len(streams.held_out_lengths) + self._num_rounded(i) for i in range(number)]
+        with tqdm(total=sum(steps), initial=sum(steps[:num_done]), mininterval=_interval(), bar_format=BAR) as bar:
             for index in range(num_done, number):
                 bar.set_description_str(f"layer {index + 1}/{number}")
                 self._layer(index, streams, runner, bar.update)
                 self.output.write_state(streams.tensors(), index + 1)
 
+    def _num_rounded(self, index: int) -> int:
+        """Steps of the progress bar: linear layers, or experts."""
+        names = [name.split(".experts.") for name in self.source.shapes(index)]
+        return len({name[1].split(".")[0] for name in names if len(name) > 1}) + sum(len(name) == 1 for name in names)
+
     def _layer(self, index: int, streams: Streams, runner: LayerRunner, progress: Callable[[], None]) -> None:
         layer = self.source.layer(index, self.dtype, self.device)
-        with watch_inputs(layer, self.device) as inputs:
+        with watch_inputs(layer, self.device) as inputs, watch_tokens(layer) as tokens:
             runner.run(layer, streams.calibration, streams.lengths, progress)
         original = runner.run(layer, streams.original, streams.held_out_lengths, progress)
         stored = {name: tensor.to(self.device) for name, tensor in self.source.layer_tensors(index).items()}
+        del layer
         with torch.inference_mode(), _named(index):
             result = quantize_layer(stored, inputs, self.source.config, self.recipe, progress)
-        del inputs
-        _replace_weights(layer, result)
+            if tokens:
+                quantize_experts(stored, torch.cat(tokens), self.source.config, self.recipe, result, progress)
+        del inputs, tokens
+        layer = self.source.layer(index, self.dtype, self.device, partial(_changed, result))
         after = runner.run(layer, streams.original, streams.held_out_lengths, progress)
         report = {"error": _relative(after - original, original - streams.original)}
         streams.original = original
         streams.rounded = runner.run(layer, streams.rounded, streams.held_out_lengths, progress)
         streams.calibration = runner.run(layer, streams.calibration, streams.lengths, progress)
         report["drift"] = _relative(streams.rounded - original, original)
+        if result.few_tokens:
+            report["experts_with_few_tokens"] = result.few_tokens
         self.output.write_layer(index, self._written(index, stored, result), report | {"linear_errors": result.errors})
 
     def _written(self, index: int, stored: dict[str, torch.Tensor], result: LayerResult) -> dict[str, torch.Tensor]:
         """A layer's tensors by the names in the file."""
         tensors: dict[str, torch.Tensor] = {}
-        for own, tensor in stored.items():
-            name, linear = self.source.stored_name(index, own), own.removesuffix(".weight")
-            if linear in result.rounded:
-                parts = tensors_of(result.rounded[linear], self.settings.stored_format)
-                tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
+        for name, parts in self.source.stored_names(index).items():
+            if parts[0].own.removesuffix(".weight") in result.rounded:
+                rounded = join_rounded([(result.rounded[part.own.removesuffix(".weight")], part.ranges) for part in parts])
+                written = tensors_of(rounded, self.settings.stored_format)
+                tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in written.items()}
             else:
-                tensors[name] = result.changed.get(own, tensor)
+                tensors[name] = join_rows([(result.changed.get(part.own, stored[part.own]), part.ranges) for part in parts])
         return tensors
 
     def _finish(self, streams: Streams) -> None:
@@ -214,7 +230,9 @@ class _Run:
         shards = [*self._outer_shards(), *(self.output.layer_file(i) for i in range(self.source.num_layers))]
         checkpoint, modules = self.source.checkpoint, self.source.outer_modules()
         form = self.settings.stored_format
-        described = quantization_config(self.settings.method, form, self.settings.group_size, modules)
+        described = quantization_config(
+            self.settings.method, form, self.settings.group_size, modules, [self.source.head, *self.source.routers]
+        )
         report = self.asked | {
             "calibration_samples": len(streams.lengths),
             "calibration_tokens": sum(streams.lengths),
@@ -234,8 +252,8 @@ class _Run:
             },
             "layers": [self.output.layer_report(index) for index in range(self.source.num_layers)],
         }
-        config = checkpoint.config | {"quantization_config": described}
-        self.output.finish(shards, copied_files(checkpoint.folder), config, report)
+        config = without_missing_code(checkpoint.config, checkpoint.folder) | {"quantization_config": described}
+        self.output.finish(shards, checkpoint.folder, companion_files(checkpoint.folder, CODE), config, report)
 
     def _outer_shards(self) -> list[Path]:
         """Everything but the decoder's layers, copied as it is, in the work folder."""
@@ -259,13 +277,10 @@ class _Run:
         return shards
 
 
-def _replace_weights(layer: DecoderLayer, result: LayerResult) -> None:
-    """The layer computes with what will be stored."""
-    slots = {name: slot_of(target) for name, target in layer.targets("")}
-    for name, rounded in result.rounded.items():
-        slots[f"{name}.weight"].tensor.copy_(rounded.dense())
-    for name, tensor in result.changed.items():
-        slots[name].tensor.copy_(tensor)
+def _changed(result: LayerResult, own: str) -> torch.Tensor | None:
+    """What the layer computes with afterwards, where it is not the checkpoint's."""
+    rounded = result.rounded.get(own.removesuffix(".weight"))
+    return result.changed.get(own) if rounded is None else rounded.dense()
 
 
 def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:

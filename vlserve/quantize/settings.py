@@ -22,7 +22,7 @@ class Settings:
     Args:
         model, revision: as everywhere. out: the folder to write.
         format: None takes the method's usual one.
-        calibration: `generated`, `text`, or the path of a JSONL file.
+        calibration: `generated`, `text`, or the path of a JSONL file; None: generated, or text for a model that sees nothing.
         samples: conversations in all; every eighth is held out to measure with.
         dtype: what layers are run in; the search itself is in float32. auto: float32 on the CPU, bfloat16 on CUDA.
         force: start afresh, and replace a checkpoint that is in `out`.
@@ -33,7 +33,7 @@ class Settings:
     method: str = "awq"
     format: str | None = None
     group_size: int = 128
-    calibration: str = GENERATED
+    calibration: str | None = None
     samples: int = 128
     seed: int = 0
     dtype: str = "auto"

@@ -5,8 +5,10 @@ Names are of two kinds: those in the files (`stored names`), and those that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,18 +18,37 @@ from vlserve.errors import ConfigError, ModelError
 from vlserve.llm.attention import Attention
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.decoder import Decoder
+from vlserve.llm.experts import Experts
 from vlserve.llm.layer import DecoderLayer
 from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.shards import LIST, read_shards
 from vlserve.llm.sliding_attention import SlidingAttention
 from vlserve.llm.stored_files import checkpoint_files
+from vlserve.llm.stored_names import Part, Ranges, expanded
 from vlserve.llm.tensor_parallel import Split
-from vlserve.llm.weights import Target, fill, match_tensors, slot_of
+from vlserve.llm.weights import Target, fill, match_tensors
 from vlserve.models.base import Model
 from vlserve.models.checkpoint import Checkpoint
-from vlserve.quantize.layer import LINEARS
+from vlserve.quantize.quantization_config import HEAD
 
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a target is in the files: a stored tensor, or a part of one that holds several."""
+
+    path: Path
+    name: str
+    part: Part | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A layer's own tensor, and its outputs among those of the stored one; () for all."""
+
+    own: str
+    ranges: Ranges
 
 
 class Source:
@@ -51,21 +72,18 @@ class Source:
         except (ValueError, FileNotFoundError) as error:
             raise ModelError(str(error)) from error
         self.config: DecoderConfig = self._model.decoder.config
-        self.stored: dict[str, tuple[Path, str]] = {}  # by target: the file and the name in it
+        self.stored: dict[str, Place] = {}  # by target
         self.passed_over: list[tuple[Path, str]] = []
         for path in files:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                     target = self._model.rename(name)
-                    if not isinstance(target, str | None):
-                        raise ConfigError(
-                            f"{path.name}: {name} is several projections in one tensor, which cannot be quantised; quantise an "
-                            "edition that stores them apart, as InternVL's '-hf' editions do"
-                        )
                     if target is None:
                         self.passed_over.append((path, name))
+                    elif isinstance(target, str):
+                        self.stored[target] = Place(path, name)
                     else:
-                        self.stored[target] = (path, name)
+                        self.stored |= {part.name: Place(path, name, part) for part in target}
         layers, self._model.decoder.layers = self._model.decoder.layers, torch.nn.ModuleList()
         self._outer = set(self._model.targets())
         self._layers = layers
@@ -96,14 +114,34 @@ class Source:
 
     @property
     def files(self) -> list[Path]:
-        return sorted({path for path, _ in [*self.stored.values(), *self.passed_over]})
+        return sorted({place.path for place in self.stored.values()} | {path for path, _ in self.passed_over})
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the linear layers of one decoder layer, by their names within it."""
-        layer = self._layers[0]
+    @property
+    def sees(self) -> bool:
+        """Whether there are pictures for it."""
+        return bool(self.checkpoint.preprocessor.placeholders())
+
+    @property
+    def head(self) -> str:
+        """The head's module, as the files call it within the language model."""
+        target = next((name for name in self._outer if name.endswith(f"{HEAD}.weight")), None)
+        return HEAD if target is None else self.stored[target].name.removesuffix(".weight").rpartition(".")[2]
+
+    def shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Of the linear layers of one decoder layer, (outputs, inputs) by their names within it."""
+        layer = self._layers[index]
         assert isinstance(layer, DecoderLayer)
-        slots = dict(layer.targets(""))
-        return {name: slot_of(slots[f"{name}.weight"]).full for name in LINEARS}
+        return {
+            names + name: (size, linear.format.in_features)
+            for names, linear in layer.linears("")
+            for name, (_, size) in linear.format.outputs.items()
+        }
+
+    @property
+    def routers(self) -> list[str]:
+        """Names, or the part that is enough, of the modules that choose experts."""
+        layers = [] if self.config.experts is None else self.config.experts.layers
+        return ["mlp.gate"] if len(layers) == self.num_layers else [f"layers.{index}.mlp.gate" for index in layers]
 
     def outer_model(self, dtype: torch.dtype, device: torch.device) -> Model:
         """Everything but the decoder's layers, with weights: the encoder, the embeddings, the last norm and the head."""
@@ -114,50 +152,74 @@ class Source:
             self._fill(name, target)
         return model
 
-    def layer(self, index: int, dtype: torch.dtype, device: torch.device) -> DecoderLayer:
-        """One decoder layer with its weights, in memory of its own."""
+    def layer(
+        self,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        changed: Callable[[str], torch.Tensor | None] = lambda own: None,
+    ) -> DecoderLayer:
+        """One decoder layer with its weights, in memory of its own; `changed`: what comes in the place of its own tensors."""
         with torch.device("meta"):
             layer = DecoderLayer(self.config, Split(), self._model.decoder.layer_kind(index))
         layer = layer.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for own, target in layer.targets(""):
-            self._fill(self._names[index][own], target)
+            other = changed(own)
+            if other is None:
+                self._fill(self._names[index][own], target)
+            else:
+                fill(target, other)
+        layer.mixer.finish()
+        layer.feed_forward.finish()
         return layer
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """A layer's tensors as they are stored, by the layer's own names."""
-        return {own: self._read(*self.stored[target]) for own, target in self._names[index].items()}
+        found = {}
+        for own, target in self._names[index].items():
+            with safe_open(self.stored[target].path, "pt") as file:
+                found[own] = _handle(file, self.stored[target])[...]
+        return found
 
-    def stored_name(self, index: int, own: str) -> str:
-        """In the files, of a layer's tensor."""
-        return self.stored[self._names[index][own]][1]
+    def stored_names(self, index: int) -> dict[str, list[Within]]:
+        """A layer's tensors by their names in the files, each with what it holds."""
+        found: dict[str, list[Within]] = {}
+        for own, target in self._names[index].items():
+            place = self.stored[target]
+            found.setdefault(place.name, []).append(Within(own, () if place.part is None else place.part.ranges))
+        return found
 
     def outer_tensors(self) -> list[tuple[Path, str]]:
         """(file, stored name) of everything but the decoder's layers, in the files' order."""
-        inner = {self.stored[target] for names in self._names for target in names.values()}
-        return sorted(({*self.stored.values()} | {*self.passed_over}) - inner)
+        inner = {(self.stored[target].path, self.stored[target].name) for names in self._names for target in names.values()}
+        return sorted(({(place.path, place.name) for place in self.stored.values()} | {*self.passed_over}) - inner)
 
     def outer_modules(self) -> list[str]:
         """First names of the modules beside the language model, e.g. vision_tower."""
         own = next(iter(self._names[0].items()))
         prefix = own[1].removesuffix(own[0])  # language_model.model.layers.0.
         language = prefix.split(".")[0]
-        return sorted({name.split(".")[0] for name in self._outer} - {language})
+        return sorted({name.split(".")[0] for name in self._outer} - {language, HEAD})
 
     def _fill(self, name: str, target: Target) -> None:
-        path, stored = self.stored[name]
-        with safe_open(path, "pt") as file:
-            fill(target, file.get_slice(stored))
+        place = self.stored[name]
+        with safe_open(place.path, "pt") as file:
+            fill(target, _handle(file, place))
 
-    def _read(self, path: Path, name: str) -> torch.Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+
+def _handle(file: Any, place: Place) -> Any:
+    stored = file.get_slice(place.name)
+    return stored if place.part is None else next(part for _, part in expanded([place.part], stored))
 
 
 def _refuse_other_kinds(decoder: Decoder) -> None:
-    """What calibration cannot run yet: other layers than attention with a dense MLP, positions of several parts, and features
-    that enter deeper layers."""
+    """What calibration cannot run yet: other layers than attention with a dense MLP or plain experts, positions of several
+    parts, and features that enter deeper layers."""
     halves = [half for layer in decoder.decoder_layers for half in (layer.mixer, layer.feed_forward)]
-    others = {type(half).__name__ for half in halves if type(half) not in (Attention, SlidingAttention, DenseMLP)}
+    others = {type(half).__name__ for half in halves if type(half) not in (Attention, SlidingAttention, DenseMLP, Experts)}
+    experts = decoder.config.experts
+    if experts is not None and (experts.bias or experts.router_bias):  # GPT-OSS's, whose activation is another one too
+        others.add("experts with biases")
     if type(decoder) is not Decoder:
         others.add(f"the decoder {type(decoder).__name__}")
     if len(set(decoder.cache_kinds)) > 1:
