@@ -24,7 +24,7 @@ from vlserve.llm.mlp import DenseMLP
 from vlserve.llm.shards import LIST, read_shards
 from vlserve.llm.sliding_attention import SlidingAttention
 from vlserve.llm.stored_files import checkpoint_files
-from vlserve.llm.stored_names import Part, Ranges, expanded
+from vlserve.llm.stored_names import ExpertPart, Part, Ranges, expanded
 from vlserve.llm.tensor_parallel import Split
 from vlserve.llm.weights import Target, fill, match_tensors
 from vlserve.models.base import Model
@@ -40,7 +40,7 @@ class Place:
 
     path: Path
     name: str
-    part: Part | None = None
+    part: Part | ExpertPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ class Source:
         found: dict[str, list[Within]] = {}
         for own, target in self._names[index].items():
             place = self.stored[target]
-            found.setdefault(place.name, []).append(Within(own, () if place.part is None else place.part.ranges))
+            found.setdefault(place.name, []).append(Within(own, place.part.ranges if isinstance(place.part, Part) else ()))
         return found
 
     def outer_tensors(self) -> list[tuple[Path, str]]:
