@@ -21,6 +21,7 @@ from tests.checkpoints import edit_json
 from tests.engine.ranks import tp_engine
 from tests.engine.reference import add, ask, engine, prompt, run
 from tests.engine.test_laws import SAMPLING, Ties
+from tests.original_format import make_original, make_text
 from tests.vision.test_preprocess import noise
 from vlserve import ConfigError, ModelError, VLPipeline
 from vlserve.commands.main import main
@@ -99,6 +100,21 @@ def test_it_answers_as_the_original_and_each_rank_has_the_same_parameters(
     for mine, theirs in zip(got, want, strict=True):
         ties.same(mine, theirs)
     ties.check()
+
+
+@pytest.mark.parametrize("kind,decoder", [("text", "qwen2"), ("text", "internlm2"), ("original", "phi3")])
+def test_other_formats_and_projections_that_are_stored_as_one(
+    kind: str, decoder: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    is_llama = decoder == "internlm2"
+    make = {"text": make_text, "original": make_original}[kind]
+    original = make(checkpoint("llama" if is_llama else decoder), tmp_path / "model", decoder=decoder if is_llama else None)
+    (original / "additional_chat_templates").mkdir()
+    (original / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    folder = cut(original, tmp_path / "out", 2)
+    assert all(is_same(load(folder, rank, 2), load(original, rank, 2)) for rank in range(2))
+    assert (folder / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
+    assert not list(folder.glob("*.py")), "vlserve reads none"
 
 
 def test_two_processes_answer_from_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
