@@ -19,6 +19,7 @@ from tests.models import toy_family
 from tests.models.toy_family import TOY, make_toy
 from tests.original_format import make_original, make_text
 from tests.rehearsal.engines import SMALL, TEMPLATE, Rig, answers, make_tiny, tokens
+from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.llm import config_readers
 from vlserve.models import registry
@@ -57,6 +58,16 @@ def same(rig: Rig, folder: Path, *images: Image.Image) -> Engine:
 def test_a_family_answers_as_on_the_cpu(decoder: str, settings: dict[str, Any], rig: Rig, tmp_path: Path) -> None:
     ours = same(rig, make(tmp_path, decoder, settings), picture(1, (14, 14)))
     assert ours.runner.decodes is not None and ours.runner.decodes.graphs.recorded
+
+
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl"))  # with windows, and with levels of features
+def test_pictures_of_any_size_are_encoded_without_waiting(family: str, rig: Rig, tmp_path: Path) -> None:
+    folder = make(tmp_path, family, {})
+    ours = rig.engine(folder, **OPTIONS)
+    sizes = ((14, 14), (90, 40), (40, 90))
+    asked = [(prompt(folder, "which?", [picture(number, size)]), SamplingParams(), 2) for number, size in enumerate(sizes)]
+    got = rig.serve(ours, asked)
+    assert [len(events) for events in got.values()] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("decoder", ("qwen2", *OF_LLAMA))
