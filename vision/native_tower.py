@@ -52,18 +52,28 @@ class NativeTower(Tower):
 
     def encode(self, pixels: torch.Tensor, units: Sequence[Unit]) -> torch.Tensor:
         numbers = iter(pixels.split([unit.num_bytes for unit in units]))
-        found = [self._encode([(next(numbers), unit) for unit in some]) for some in self._packs(units)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        found: torch.Tensor | None = None
+        place = 0
+        for pack in self._packs(units):
+            some = self._encode([(next(numbers), unit) for unit in pack])
+            if len(pack) == len(units):
+                return some
+            if found is None:  # put into one tensor at once: all parts beside it would take the memory twice
+                found = some.new_empty(sum(unit.num_features for unit in units), *some.shape[1:])
+            found[place : place + len(some)] = some
+            place += len(some)
+        assert found is not None
+        return found
 
     def _encode(self, pack: Sequence[tuple[torch.Tensor, Unit]]) -> torch.Tensor:
+        patches = [self._patches(*one) for one in pack]
+        grids = [self._grid(unit) for _, unit in pack]
+        return self.features(self.patch_embed(patches.pop() if len(patches) == 1 else torch.cat(patches)), grids)
+
+    def _patches(self, numbers: torch.Tensor, unit: Unit) -> torch.Tensor:
         weight = self.patch_embed.proj.weight
-        patches = []
-        for numbers, unit in pack:
-            frames = numbers.view(-1, *unit.shape[-3:]).to(weight.device, non_blocking=True)
-            patches.append(patchify(self.normalise(frames).to(weight.dtype), self.image))
-        embedded = self.patch_embed(patches[0] if len(patches) == 1 else torch.cat(patches))
-        del patches
-        return self.features(embedded, [self._grid(unit) for _, unit in pack])
+        frames = numbers.view(-1, *unit.shape[-3:]).to(weight.device, non_blocking=True)
+        return patchify(self.normalise(frames).to(weight.dtype), self.image)
 
     def _packs(self, units: Sequence[Unit]) -> Iterator[list[Unit]]:
         """Neighbours, as many as have no more patches than the largest picture."""
@@ -183,8 +193,11 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stretche
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [P, H, D] by pairs of channels (i, i + D/2), in float32."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    out, (first, second) = torch.empty_like(x), x.float().chunk(2, -1)
+    below, above = out.chunk(2, -1)
+    below.copy_(torch.addcmul(first * cos, second, sin, value=-1))
+    above.copy_(torch.addcmul(second * cos, first, sin))
+    return out
 
 
 def _rows_and_columns(rows: int, columns: int, merge: int, device: torch.device) -> torch.Tensor:

@@ -48,7 +48,7 @@ class GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
 
 
 def order_by_windows(grids: Sequence[Grid], window: int, device: torch.device) -> tuple[torch.Tensor, Stretches]:

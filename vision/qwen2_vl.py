@@ -29,15 +29,17 @@ class Qwen2VLTower(NativeTower):
 
 
 class QuickMLP(nn.Module):
-    """With x * sigmoid(1.702 x) between."""
-
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x)"""
+    return (1.702 * x).sigmoid_().mul_(x)
 
 
 class Merger(nn.Module):

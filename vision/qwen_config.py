@@ -30,6 +30,34 @@ class QwenVisionConfig:
     position_side: int = 0  # of the square of learned positions; 0: there are none
     deep_layers: tuple[int, ...] = ()  # after which features for deeper decoder layers are taken
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the encoder with its mergers; windows come with RMSNorm and SwiGLU."""
+        width, inner, merged = self.width, self.intermediate_size, self.width * self.spatial_merge_size**2
+        norm = width if self.window else 2 * width
+        mlp = 3 * width * inner + 2 * inner + width if self.window else 2 * width * inner + inner + width
+        block = 2 * norm + 4 * width * (width + 1) + mlp
+        positions = self.position_side**2 * width + width * bool(self.position_side)  # and the bias of the patches' embedding
+        merger = merged * (merged + 1) + (merged + 1) * self.out_size
+        patch = 3 * self.temporal_patch_size * self.patch_size**2 * width
+        deep = len(self.deep_layers) * (2 * merged + merger)
+        return patch + positions + self.depth * block + norm + merger + deep
+
+    def peak_bytes(self, num_features: int, itemsize: int) -> int:
+        """Of units with so many features in one call of `encode` on CUDA, at its fullest: vision/native_tower.py."""
+        b, width, pixels = itemsize, self.width, 3 * self.patch_size**2
+        normalise = max(9 * pixels, (1 + self.temporal_patch_size) * b * pixels)  # uint8, and two steps in float32; patches
+        embed = self.temporal_patch_size * b * pixels + width * b
+        # the block's input, the norm of it, query, key and value, one of them turned in float32, and in the encoder's type
+        attention = width * (7 * b + 8)
+        # the block's input, the sum so far and the norm of it; the feed-forward twice
+        feed_forward = (3 * width + 2 * self.intermediate_size) * b
+        kept = 4 * width // self.num_heads + 16 * bool(self.position_side)  # cos and sin; rows and columns
+        merge = self.spatial_merge_size**2
+        patches = merge * max(normalise, embed, kept + max(attention, feed_forward))
+        order = 8 * bool(self.window)
+        return num_features * (patches + order + len(self.deep_layers) * self.out_size * b)
+
 
 def read_qwen2_vision(config: Mapping[str, Any]) -> QwenVisionConfig:
     """Qwen2-VL: `hidden_size` is the decoder's."""

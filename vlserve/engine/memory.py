@@ -121,7 +121,7 @@ def planned_bytes(checkpoint: Checkpoint, config: EngineConfig, model: Model, ma
     shape = read_model_shape(checkpoint.config)
     shape = replace(shape, decoder=replace(shape.decoder, quantisation=checkpoint.quantisation))  # or a file's beside config.json
     if model.tower is None:
-        shape = replace(shape, encoder=None, counted=None)
+        shape = replace(shape, encoder=None, sized=None, counted=None)
     part = shard(shape.decoder, config.tp)
     return Planned(
         step=step_bytes(shape, part, step, is_first=model.decoder.split.group.rank == 0),

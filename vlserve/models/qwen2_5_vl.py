@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlserve.models.architecture import Architecture, Config, Files
+from vlserve.models.architecture import Architecture, Config, EncoderBytes, Files
 from vlserve.models.qwen2_vl import PUBLISHED, decoder
-from vlserve.models.qwen_vl import QwenPreprocessor, make_model, make_preprocessor
+from vlserve.models.qwen_vl import QwenPreprocessor, encoder_bytes, make_model, make_preprocessor
 from vlserve.vision.qwen_config import read_qwen2_5_vision
 
 if TYPE_CHECKING:
@@ -25,4 +25,8 @@ def build(config: Config, preprocessor: QwenPreprocessor, split: Split) -> Model
     return make_model(decoder(config), split, Qwen2_5VLTower(vision, preprocessor.image), vision.out_size)
 
 
-QWEN2_5_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder)
+def sizes(config: Config, preprocessor: QwenPreprocessor, itemsize: int) -> EncoderBytes:
+    return encoder_bytes(read_qwen2_5_vision(config), preprocessor, itemsize)
+
+
+QWEN2_5_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vlserve.llm.config import DecoderConfig
-from vlserve.models.architecture import Architecture, Config, Files
-from vlserve.models.qwen_vl import QwenPreprocessor, make_model, make_preprocessor, read_qwen_text, read_sections
+from vlserve.models.architecture import Architecture, Config, EncoderBytes, Files
+from vlserve.models.qwen_vl import QwenPreprocessor, encoder_bytes, make_model, make_preprocessor, read_qwen_text, read_sections
 from vlserve.vision.qwen_config import read_qwen2_vision
 
 if TYPE_CHECKING:
@@ -50,4 +50,8 @@ def build(config: Config, preprocessor: QwenPreprocessor, split: Split) -> Model
     return make_model(decoder(config), split, Qwen2VLTower(vision, preprocessor.image), vision.out_size)
 
 
-QWEN2_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder)
+def sizes(config: Config, preprocessor: QwenPreprocessor, itemsize: int) -> EncoderBytes:
+    return encoder_bytes(read_qwen2_vision(config), preprocessor, itemsize)
+
+
+QWEN2_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes)

@@ -15,6 +15,7 @@ from vlserve.llm.config_readers import read_text_config
 from vlserve.models.architecture import (
     Config,
     Detail,
+    EncoderBytes,
     Features,
     Files,
     Layout,
@@ -177,6 +178,12 @@ def make_preprocessor(config: Config, files: Files, vision: QwenVisionConfig, pu
     }
     image = read_native_config(image_processor_settings(files), encoder=encoder, published=published)
     return QwenPreprocessor(image=image, image_token_id=config.get("image_token_id", IMAGE_ID), most_pixels=image.max_pixels)
+
+
+def encoder_bytes(vision: QwenVisionConfig, preprocessor: QwenPreprocessor, itemsize: int) -> EncoderBytes:
+    """With the largest picture."""
+    peak = vision.peak_bytes(preprocessor.image.max_pixels // preprocessor.image.factor**2, itemsize)
+    return EncoderBytes(vision.num_parameters * itemsize, peak)
 
 
 def read_qwen_text(config: Config, model_type: str, defaults: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
