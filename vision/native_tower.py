@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -24,19 +23,11 @@ from vlserve.vision.tower import Tower
 
 Grid = tuple[int, int]  # rows and columns of patches
 Stretches = list[tuple[int, int]]  # (how many, patches in each), one after another, that see what is in them
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where patches are, and which of them see each other."""
-
-    cos_sin: tuple[torch.Tensor, torch.Tensor]  # [P, 1, D/2] float32
-    whole: Stretches  # of the units
-    windows: Stretches | None = None
+CosSin = tuple[torch.Tensor, torch.Tensor]  # [P, 1, D/2] float32 each
 
 
 class NativeTower(Tower):
-    """Blocks on packed patches; a family's own are `blocks`, `embed` and `merge`."""
+    """A family has its own `blocks`, and `features`, which go through them."""
 
     blocks: nn.ModuleList
 
@@ -119,13 +110,13 @@ class NativeTower(Tower):
         """[P, 2] int64, where the patches of a feature stand together."""
         return torch.cat([_rows_and_columns(*grid, self.image.merge_size, device) for grid in grids])
 
-    def places(self, rows_and_columns: torch.Tensor, whole: Stretches, windows: Stretches | None = None) -> Places:
+    def cos_sin(self, rows_and_columns: torch.Tensor) -> CosSin:
         """Half of a head's frequencies turn by row, half by column. Source: Qwen2VLVisionRotaryEmbedding of transformers."""
         dim = self.config.width // self.config.num_heads // 2
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=rows_and_columns.device) / dim
         frequencies = 1.0 / self.config.rope_theta**exponents  # [D/4]
         angles = (rows_and_columns[..., None].float() * frequencies).flatten(1).unsqueeze(1)  # [P, 1, D/2]
-        return Places((angles.cos(), angles.sin()), whole, windows)
+        return angles.cos(), angles.sin()
 
 
 def whole_units(grids: Sequence[Grid]) -> Stretches:
@@ -164,8 +155,8 @@ class Block(nn.Module):
         self.norm1, self.norm2 = norm(config.width, eps=1e-6), norm(config.width, eps=1e-6)
         self.attn, self.mlp = PackedAttention(config.width, config.num_heads), mlp
 
-    def forward(self, x: torch.Tensor, places: Places, stretches: Stretches) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), places.cos_sin, stretches)
+    def forward(self, x: torch.Tensor, cos_sin: CosSin, stretches: Stretches) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), cos_sin, stretches)
         return x + self.mlp(self.norm2(x))
 
 
@@ -175,7 +166,7 @@ class PackedAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], stretches: Stretches) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos_sin: CosSin, stretches: Stretches) -> torch.Tensor:
         """x [P, C] -> [P, C]."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         return self.proj(attend(turned(query, *cos_sin), turned(key, *cos_sin), value, stretches))

@@ -30,14 +30,11 @@ class Qwen2_5VLTower(NativeTower):
         merge = self.image.merge_size
         order, windows = order_by_windows([(r // merge, c // merge) for r, c in grids], self.config.window, x.device)
         windows = [(number, length * merge**2) for number, length in windows]
-        places = self.places(
-            _by_feature(self.rows_and_columns(grids, x.device), order, merge),
-            whole_units(grids),
-            windows,
-        )
+        cos_sin = self.cos_sin(_by_feature(self.rows_and_columns(grids, x.device), order, merge))
+        whole = whole_units(grids)
         x = _by_feature(x, order, merge)
         for number, block in enumerate(self.blocks):
-            x = block(x, places, places.whole if number in self.config.full_layers else windows)
+            x = block(x, cos_sin, whole if number in self.config.full_layers else windows)
         found = self.merger(x)
         return torch.empty_like(found).index_copy_(0, order, found).unsqueeze(1)
 

@@ -22,9 +22,9 @@ class Qwen2VLTower(NativeTower):
         self.merger = Merger(config, nn.LayerNorm)
 
     def features(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        places = self.places(self.rows_and_columns(grids, x.device), whole_units(grids))
+        cos_sin, whole = self.cos_sin(self.rows_and_columns(grids, x.device)), whole_units(grids)
         for block in self.blocks:
-            x = block(x, places, places.whole)
+            x = block(x, cos_sin, whole)
         return self.merger(x).unsqueeze(1)
 
 

@@ -31,10 +31,10 @@ class Qwen3VLTower(NativeTower):
     def features(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         rows_and_columns = self.rows_and_columns(grids, x.device)
         x = x + self._positions(rows_and_columns, grids).to(x.dtype)
-        places = self.places(rows_and_columns, whole_units(grids))
+        cos_sin, whole = self.cos_sin(rows_and_columns), whole_units(grids)
         deep: list[torch.Tensor] = []
         for number, block in enumerate(self.blocks):
-            x = block(x, places, places.whole)
+            x = block(x, cos_sin, whole)
             if number in self.config.deep_layers:
                 deep.append(self.deepstack_merger_list[len(deep)](x))
         return torch.stack((self.merger(x), *deep), 1)

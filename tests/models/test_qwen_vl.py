@@ -21,6 +21,7 @@ from tests.qwen_vl import KINDS, make_qwen_vl
 from tests.server.running import chat
 from tests.vision.test_preprocess import noise
 from vlserve import VLPipeline
+from vlserve.commands.main import main
 from vlserve.config import SamplingParams, ServerConfig
 from vlserve.engine.engine import Engine
 from vlserve.engine.messages import TokenEvent
@@ -148,6 +149,12 @@ def test_on_ranks_that_preempt(tp: int, family: Family) -> None:
         family.same(family.answers(ours))
         assert ours.scheduler.num_preemptions > 0, "the cache was meant to be too small for all"
     assert len({runner.features.num_bytes for runner in runners}) == 1
+
+
+def test_cut_in_advance(family: Family, tmp_path: Path) -> None:
+    assert main(["shard", str(family.folder), "--tp", "2", str(tmp_path / "cut")]) == 0
+    with tp_engine(tmp_path / "cut", 2) as (ours, _):
+        family.same(family.answers(ours))
 
 
 def test_as_transformers_saves_it(family: Family, tmp_path: Path) -> None:
