@@ -42,7 +42,12 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_shard: str = "5GB", **text: Any) -> Path:
-    """A random InternVL checkpoint with a `decoder` in `_text_config`, saved by transformers."""
+    """A random InternVL checkpoint with a `decoder` in `_text_config`, saved by transformers; or a Qwen-VL one, of the kind that
+    `decoder` names."""
+    from tests.qwen_vl import KINDS, make_qwen_vl
+
+    if decoder in KINDS:
+        return make_qwen_vl(folder, decoder, seed=seed, max_shard=max_shard, **text)
     from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
 
     tokenizer = make_tokenizer()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.qwen_vl import KINDS as QWEN_VL
+
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
-# the decoder, and what of its text config is not as `make_checkpoint` has it
+# the decoder, or a family with its own, and what of its text config is not as `make_checkpoint` has it
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"tie_word_embeddings": True, "max_shard": "100KB"}),
@@ -28,5 +30,6 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_oss", {}),
     ("phi3", {"rope_parameters": PLAIN}),
     ("phi3", {"rope_parameters": PLAIN, "sliding_window": 7}),
+    *((kind, {}) for kind in QWEN_VL),
 ]
 OF_LLAMA = ("internlm2", "internlm3")  # transformers has none of them; their arithmetic is a Llama's

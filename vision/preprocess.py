@@ -15,12 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vlserve.kernels.upload import upload
 from vlserve.vision.pixels import Pixels
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vlserve.vision.image_config import ImageConfig
+    from vlserve.vision.native_config import NativeConfig
 
 
 def make_tiles(image: Image.Image, config: ImageConfig) -> Pixels:
@@ -36,12 +38,12 @@ def make_tiles(image: Image.Image, config: ImageConfig) -> Pixels:
     size, grid = config.tile_size, config.grid(image.height, image.width)
     if config.pad_to_square and not config.dynamic:
         picture = _padded(picture, config.mean)
-    resize = _resize_as_pillow if config.resize == "pillow" else partial(_resize, mode=config.resample)
-    canvas = resize(picture, grid.rows * size, grid.columns * size)
+    to_size = _resize_as_pillow if config.resize == "pillow" else partial(resize, mode=config.resample)
+    canvas = to_size(picture, grid.rows * size, grid.columns * size)
     tiles = canvas.unflatten(1, (grid.rows, size)).unflatten(3, (grid.columns, size))  # [3, R, S, C, S]
     tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # [R*C, 3, S, S]
     if config.thumbnail and grid.cells > 1:
-        tiles = torch.cat([tiles, resize(picture, size, size)[None]])
+        tiles = torch.cat([tiles, to_size(picture, size, size)[None]])
     return Pixels(
         data=tiles.contiguous().view(-1).numpy(),
         units=(config.unit,) * len(tiles),
@@ -63,7 +65,23 @@ def normalise(
     return (pixels.float() - (mean * scale).view(shape)) / (std * scale).view(shape)
 
 
-def image_digest(array: np.ndarray, config: ImageConfig) -> bytes:
+class Normaliser:
+    """`normalise` with a config's numbers, which go to the device with the first pixels."""
+
+    def __init__(self, config: ImageConfig | NativeConfig) -> None:
+        self._config = config
+        self._mean_std: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, H, W] on the device to float32."""
+        config = self._config
+        if self._mean_std is None:
+            self._mean_std = upload(config.mean, torch.float32, pixels.device), upload(config.std, torch.float32, pixels.device)
+        mean, std = self._mean_std
+        return normalise(pixels, mean, std, rescale_factor=config.rescale_factor, do_normalize=config.do_normalize)
+
+
+def image_digest(array: np.ndarray, config: ImageConfig | NativeConfig) -> bytes:
     """32 bytes over size, pixels and every setting that changes the tiles."""
     header = repr(("RGB", array.shape, str(array.dtype), config)).encode()
     digest = hashlib.blake2b(header, digest_size=32)
@@ -71,7 +89,7 @@ def image_digest(array: np.ndarray, config: ImageConfig) -> bytes:
     return digest.digest()
 
 
-def _resize(picture: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
+def resize(picture: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
     """On uint8, [3, H, W] -> [3, height, width], antialiased where the mode can be; equals torchvision's to the bit."""
     if picture.shape[1:] == (height, width):
         return picture

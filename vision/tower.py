@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
-from vlserve.kernels.upload import upload
 from vlserve.vision.config import TILES_AT_ONCE
 from vlserve.vision.image_config import ImageConfig
 from vlserve.vision.pixels import Unit
-from vlserve.vision.preprocess import normalise
+from vlserve.vision.preprocess import Normaliser
 
 
 class Tower(nn.Module, ABC):
@@ -63,7 +61,7 @@ class TileTower(Tower):
     def __init__(self, image_config: ImageConfig) -> None:
         super().__init__()
         self.image_config = image_config
-        self._mean_std: tuple[torch.Tensor, torch.Tensor] | None = None  # on the tower's device, from the first tiles on
+        self._normalise = Normaliser(image_config)
 
     @abstractmethod
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,15 +78,11 @@ class TileTower(Tower):
         return [self.fixed_unit] * TILES_AT_ONCE
 
     def encode(self, pixels: torch.Tensor, units: Sequence[Unit]) -> torch.Tensor:
-        weight, config = next(self.parameters()), self.image_config
-        if self._mean_std is None:
-            self._mean_std = upload(config.mean, torch.float32, weight.device), upload(config.std, torch.float32, weight.device)
+        weight = next(self.parameters())
         parts = pixels.view(len(units), *self.fixed_unit.shape).split(TILES_AT_ONCE)
-        mean, std = self._mean_std
-        how = partial(normalise, mean=mean, std=std, rescale_factor=config.rescale_factor, do_normalize=config.do_normalize)
         found: torch.Tensor | None = None
         for place, part in enumerate(parts):
-            some = self.features(how(part.to(weight.device, non_blocking=True)).to(weight.dtype))
+            some = self.features(self._normalise(part.to(weight.device, non_blocking=True)).to(weight.dtype))
             if found is None:
                 found = some if len(parts) == 1 else some.new_empty(len(units), *some.shape[1:])
             if len(parts) > 1:  # put into one tensor at once: all parts beside it would take the memory twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models.test_qwen_vl_config import PUBLISHED as QWEN_VL
 from tests.rehearsal.cuda import H100
 from tests.rehearsal.memory import rehearsed
 from vlserve.config import KV_DTYPES
@@ -22,6 +24,7 @@ from vlserve.llm.shard_writer import OfflineGroup
 from vlserve.llm.tensor_parallel import Split
 from vlserve.models import internvl, registry
 from vlserve.models.base import Model
+from vlserve.models.qwen_vl import QwenPreprocessor
 from vlserve.models.tiles import TilePreprocessor
 from vlserve.plan.footprint import FLOAT32, Step, _part_bytes, shard
 from vlserve.plan.model_shape import read_decoder_shape
@@ -210,6 +213,32 @@ def test_a_decoders_peak(decoder: str, length: int, kv_dtype: str) -> None:
 def step(tokens: int, length: int) -> Step:
     sizes = {"max_model_len": length, "max_num_seqs": 1, "max_num_batched_tokens": tokens, "block_size": 16}
     return Step(itemsize=2, **sizes)
+
+
+@pytest.mark.parametrize("name", QWEN_VL)
+def test_an_encoder_of_pictures_of_any_size(name: str) -> None:
+    """Weights to the byte; the peak with the largest picture that the files allow, and with small ones."""
+    settings = QWEN_VL[name]
+    family = registry.find_architecture(settings)
+    for most in (16384, 4):
+        front = family.preprocessor(settings, {})
+        assert isinstance(front, QwenPreprocessor)
+        front = replace(front, image=replace(front.image, min_pixels=1, max_pixels=most * front.image.factor**2))
+        with torch.device("meta"):
+            tower = family.build(settings, front, WHOLE).to(torch.bfloat16).tower
+        assert tower is not None and family.sizes is not None
+        with rehearsed(H100) as card, torch.inference_mode():
+            tower.to_empty(device=torch.device("cuda", 0))
+            units = tower.heaviest()
+            pixels = torch.zeros(sum(unit.num_bytes for unit in units), dtype=torch.uint8)
+            tower.encode(pixels, units)
+            memory = card.memory()
+            before = memory.peak = memory.now
+            tower.encode(pixels, units)
+            peak = memory.peak - before
+        told = family.sizes(settings, front, 2)
+        assert told.weights == num_bytes(tower)
+        assert peak <= told.peak + ROUNDING and (most < 100 or told.peak <= 1.02 * peak)
 
 
 def test_a_packages_encoder_is_counted_by_building_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,8 +215,8 @@ OF_GEMMA = internvl_chat(text("gemma", 16, 16, 3072, 24576, 28, 256000, head_dim
         (internvl(QWEN_05B, SMALL_ENCODER | {"hidden_act": []}) | {"downsample_ratio": 0}, "hidden_act []"),
         (internvl(QWEN_05B) | {"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' is not supported"),
         (
-            {"vision_config": {}, **text("qwen2_vl", 28, 4, 3584, 18944, 28, 152064)},
-            "model_type 'qwen2_vl'",
+            {"vision_config": {}, **text("qwen2_5_omni", 28, 4, 3584, 18944, 28, 152064)},
+            "model_type 'qwen2_5_omni'",
         ),
     ],
 )

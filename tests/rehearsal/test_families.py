@@ -13,12 +13,13 @@ from PIL import Image
 
 from tests.engine.reference import engine, prompt
 from tests.engine.test_laws import picture
-from tests.families import FAMILIES, OF_LLAMA
+from tests.families import FAMILIES, OF_LLAMA, QWEN_VL
 from tests.llm.granite import add_granite
 from tests.models import toy_family
 from tests.models.toy_family import TOY, make_toy
 from tests.original_format import make_original, make_text
 from tests.rehearsal.engines import SMALL, TEMPLATE, Rig, answers, make_tiny, tokens
+from vlserve.config import SamplingParams
 from vlserve.engine.engine import Engine
 from vlserve.llm import config_readers
 from vlserve.models import registry
@@ -60,6 +61,16 @@ def test_a_family_answers_as_on_the_cpu(decoder: str, settings: dict[str, Any], 
     assert ours.runner.decodes is not None and ours.runner.decodes.graphs.recorded
 
 
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl"))  # with windows, and with levels of features
+def test_pictures_of_any_size_are_encoded_without_waiting(family: str, rig: Rig, tmp_path: Path) -> None:
+    folder = make(tmp_path, family, {})
+    ours = rig.engine(folder, **OPTIONS)
+    sizes = ((14, 14), (90, 40), (40, 90))
+    asked = [(prompt(folder, "which?", [picture(number, size)]), SamplingParams(), 2) for number, size in enumerate(sizes)]
+    got = rig.serve(ours, asked)
+    assert [len(events) for events in got.values()] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("decoder", ("qwen2", *OF_LLAMA))
 def test_opengvlabs_format(decoder: str, rig: Rig, tmp_path: Path) -> None:
     source = make(tmp_path / "source", "llama" if decoder in OF_LLAMA else decoder, {})
@@ -75,7 +86,7 @@ def test_a_decoder_alone(rig: Rig, tmp_path: Path) -> None:
 
 def test_every_family_is_rehearsed() -> None:
     decoders = {decoder for decoder, _ in FAMILIES} | set(OF_LLAMA)
-    assert decoders == config_readers.READERS.keys(), "those of tests/families.py are those served"
+    assert decoders == {*config_readers.READERS, *QWEN_VL}, "those of tests/families.py are those served"
     assert {"internvl", "internvl_chat", *decoders} == registry.BUILT_IN.keys()
 
 

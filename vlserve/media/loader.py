@@ -137,7 +137,7 @@ class PictureLoader:
             is_avif = isinstance(source, bytes) and source[4:8] == b"ftyp"
             plan.is_large.append(width * height > LARGE_PIXELS or is_avif)
             sizes = (width, height), (height, width)  # EXIF may turn it
-            plan.num_tokens += min(plan.preprocessors[index].count_features(*size, part.detail) for size in sizes)
+            plan.num_tokens += min(_count(plan.preprocessors[index], size, part) for size in sizes)
         return plan
 
     def _prepare(self, source: Source, part: ImagePart, preprocessor: Preprocessor, clock: PreparationClock) -> Pixels:
@@ -214,6 +214,14 @@ def _configured(preprocessor: Preprocessor, part: ImagePart) -> Preprocessor:
         theirs, ours = "mm_processor_kwargs.", f"{part.options_param}."
         param = (error.param or "").replace(theirs, ours)
         raise RequestError(str(error).replace(theirs, ours), param=param, code=error.code) from None
+
+
+def _count(preprocessor: Preprocessor, size: tuple[int, int], part: ImagePart) -> int:
+    """Features of a picture; raises RequestError naming the part, where the model takes no picture of such a shape."""
+    try:
+        return preprocessor.count_features(*size, part.detail)
+    except RequestError as error:
+        raise image_error(part.param, str(error), error.code) if error.param is None else error from None
 
 
 def _make_fetcher(config: MediaConfig) -> Fetcher:

@@ -115,6 +115,14 @@ class Placeholder:
     id: int
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderBytes:
+    """Of an encoder on every rank: its weights, and what one call of `Tower.encode` takes beside them at its fullest."""
+
+    weights: int
+    peak: int
+
+
 class Preprocessor(ABC):
     """The front's half of a family, for one checkpoint. Immutable, and used by many threads at once."""
 
@@ -180,6 +188,8 @@ class Architecture:
             Raises ValueError.
         encoder: config.json -> the sizes of the vision encoder, from which the plan computes its bytes; None where it is to be
             built on the meta device and counted. Raises ValueError.
+        sizes: (config.json, the front half, bytes of a number) -> the encoder's bytes, where it is not of the kind that `encoder`
+            tells. Raises ValueError.
         text_model_type: of a `text_config` that names none; "" where it must.
         language_model: the same without pictures, for `--language-model-only`; None where that is not served.
     """
@@ -188,6 +198,7 @@ class Architecture:
     build: Callable[[Config, Any, Split], Model]
     decoder: Callable[[Config], DecoderConfig] = read_text_config
     encoder: Callable[[Config], EncoderConfig] | None = None
+    sizes: Callable[[Config, Any, int], EncoderBytes] | None = None
     text_model_type: str = ""
     language_model: Architecture | None = None
     origin: str = BUILT_IN  # the package and entry point, for messages; filled in by find_architecture

@@ -14,10 +14,14 @@ from vlserve.errors import ModelError
 from vlserve.models.architecture import Architecture, Config
 from vlserve.models.internvl import INTERNVL
 from vlserve.models.internvl_chat import INTERNVL_CHAT
+from vlserve.models.qwen2_5_vl import QWEN2_5_VL
+from vlserve.models.qwen2_vl import QWEN2_VL
+from vlserve.models.qwen3_vl import QWEN3_VL
 from vlserve.models.text import TEXT_MODELS
 
 GROUP = "vlserve.models"
-BUILT_IN = {"internvl": INTERNVL, "internvl_chat": INTERNVL_CHAT, **TEXT_MODELS}
+QWEN_VL = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_5_VL, "qwen3_vl": QWEN3_VL}
+BUILT_IN = {"internvl": INTERNVL, "internvl_chat": INTERNVL_CHAT, **QWEN_VL, **TEXT_MODELS}
 
 
 def find_architecture(config: Config, *, language_model_only: bool = False) -> Architecture:

@@ -64,13 +64,9 @@ class TilePreprocessor(Preprocessor):
 
     def configured(self, options: Mapping[str, Any]) -> Preprocessor:
         """What transformers' processor takes for tiling, there or within `images_kwargs`, and other servers' names for it."""
-        nested = options.get("images_kwargs")
-        if isinstance(nested, Mapping):
-            options = {name: value for name, value in options.items() if name != "images_kwargs"}
-            options |= {f"images_kwargs.{name}": value for name, value in nested.items()}
         given: dict[str, Any] = {}
         params: dict[str, str] = {}
-        for place, value in options.items():
+        for place, value in flat_options(options).items():
             name = TILE_OPTIONS.get(place.removeprefix("images_kwargs.")) if self.image.dynamic else None
             if name is None:
                 Preprocessor.configured(self, {place: value})  # super() knows another class where there are slots
@@ -91,6 +87,15 @@ class TilePreprocessor(Preprocessor):
     def _for(self, detail: Detail) -> ImageConfig:
         """`low` is one tile."""
         return replace(self.image, dynamic=False) if detail == "low" else self.image
+
+
+def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's `mm_processor_kwargs` by where they stand: those within `images_kwargs` as `images_kwargs.name`."""
+    nested = options.get("images_kwargs")
+    if not isinstance(nested, Mapping):
+        return dict(options)
+    beside = {name: value for name, value in options.items() if name != "images_kwargs"}
+    return beside | {f"images_kwargs.{name}": value for name, value in nested.items()}
 
 
 def _tile_option(name: str, value: Any, param: str) -> Any:

@@ -127,6 +127,8 @@ def cuts(decoder: DecoderShape, part: Shard, tp: int, *, by_expert: bool = False
 
 def vision_bytes(shape: ModelShape, config: Mapping[str, Any], itemsize: int) -> tuple[int, ModelShape]:
     """Bytes of encoder and projector, and the shape; a package's model that cannot be built is one that is not supported."""
+    if shape.sized is not None:
+        return shape.sized(itemsize).weights, shape
     if shape.counted is not None and shape.preprocessor is not None:
         try:
             return _counted_bytes(shape.counted, config, shape.preprocessor, itemsize), shape
@@ -227,7 +229,7 @@ def activation_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bo
 def step_bytes(shape: ModelShape, part: Shard, step: Step, *, is_first: bool) -> int:
     """The fullest moment of a step beside all that stays; `is_first` for the rank that samples."""
     peaks = [_layer_peak(shape.decoder, part, step), _logits_peak(shape.decoder, part, step, is_first=is_first)]
-    return max(*peaks, _encoder_peak(shape.encoder, shape.decoder, part, step) if shape.has_pictures else 0)
+    return max(*peaks, _encoder_peak(shape, part, step) if shape.has_pictures else 0)
 
 
 def most_features(max_num_batched_tokens: int, max_model_len: int) -> int:
@@ -334,11 +336,14 @@ def _logits_peak(decoder: DecoderShape, part: Shard, step: Step, *, is_first: bo
     return max(held + max(gathered, own + whole * (b + FLOAT32)), sampling)
 
 
-def _encoder_peak(encoder: EncoderConfig | None, decoder: DecoderShape, part: Shard, step: Step) -> int:
+def _encoder_peak(shape: ModelShape, part: Shard, step: Step) -> int:
     """This rank's share of a step's tiles in the encoder, TILES_AT_ONCE of them, or a copy of all new features, while the step's
     embeddings wait."""
-    tokens, features = _step_tokens(step), _new_features(decoder, step)
+    encoder, decoder, tokens = shape.encoder, shape.decoder, _step_tokens(step)
+    features = _new_features(decoder, step)
     waiting = tokens * decoder.hidden_size * step.itemsize + _index_bytes(step, tokens)
+    if shape.sized is not None:
+        return waiting + max(shape.sized(step.itemsize).peak, features)
     if encoder is None:  # only its own code knows: it is measured
         return waiting + features
     share = most_units(step.max_num_batched_tokens, step.max_model_len, encoder.tokens_per_tile, part.tp)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlserve.errors import ConfigError, ModelError
@@ -17,7 +18,7 @@ from vlserve.llm.quantisation import FP8, Quantisation, find_quantisation
 from vlserve.vision.config import EncoderConfig, read_encoder_config
 
 if TYPE_CHECKING:
-    from vlserve.models.architecture import Architecture, Preprocessor
+    from vlserve.models.architecture import Architecture, EncoderBytes, Preprocessor
 
 SECTIONS = ("text_config", "llm_config")  # the second is OpenGVLab's internvl_chat
 MAX_SIZE, MAX_HEADS = 2**31, 2**14  # a config.json beyond these is damaged
@@ -71,13 +72,14 @@ class ModelShape:
     image_tokens: int  # of the largest picture
     tokens_per_tile: int | None  # None where pictures have no tiles of one size
     preprocessor: Preprocessor | None  # None where vlserve does not know the model
+    sized: Callable[[int], EncoderBytes] | None  # by bytes of a number, where the family tells it so
     counted: Architecture | None  # whose encoder only its own code knows: it is built without memory and counted
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
     def has_pictures(self) -> bool:
-        return self.encoder is not None or self.counted is not None
+        return self.encoder is not None or self.sized is not None or self.counted is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +118,12 @@ def read_model_shape(config: Mapping[str, Any], *, language_model_only: bool = F
         if decoder.quantisation.kind == FP8:
             notes.append("on the CPU, FP8 weights are converted to dtype when they are loaded and take its bytes")
     sees = preprocessor is None or preprocessor.most_features() > 0
-    is_counted = sees and architecture is not None and architecture.encoder is None
-    encoder = _read_encoder(config, architecture) if sees else None
-    if sees and encoder is None:
+    sized = _sized(config, architecture, preprocessor) if sees else None
+    is_counted = sees and sized is None and architecture is not None and architecture.encoder is None
+    encoder = _read_encoder(config, architecture) if sees and sized is None else None
+    if sees and encoder is None and sized is None:
         notes.append("config.json does not tell the vision encoder's sizes: its activations are not counted")
-    elif sees and architecture is None and model_type != "internvl_chat":
+    elif encoder is not None and architecture is None and model_type != "internvl_chat":
         notes.append("the vision encoder and its projector are counted as InternVL's, from vision_config's sizes")
     return ModelShape(
         decoder=decoder,
@@ -128,6 +131,7 @@ def read_model_shape(config: Mapping[str, Any], *, language_model_only: bool = F
         image_tokens=_image_tokens(config, preprocessor, encoder),
         tokens_per_tile=_tokens_per_tile(preprocessor, encoder),
         preprocessor=preprocessor,
+        sized=sized,
         counted=architecture if is_counted else None,
         reasons=reasons,
         notes=tuple(notes),
@@ -285,6 +289,14 @@ def _read_encoder(config: Mapping[str, Any], architecture: Architecture | None) 
         return None
     sizes = (encoder.hidden_size, encoder.intermediate_size, encoder.num_hidden_layers, encoder.image_size, encoder.patch_size)
     return encoder if all(0 < size <= MAX_SIZE for size in sizes) and 0.01 < encoder.downsample_ratio <= 1 else None
+
+
+def _sized(
+    config: Mapping[str, Any], architecture: Architecture | None, preprocessor: Preprocessor | None
+) -> Callable[[int], EncoderBytes] | None:
+    if architecture is None or architecture.sizes is None or preprocessor is None:
+        return None
+    return partial(architecture.sizes, config, preprocessor)
 
 
 def _tokens_per_tile(preprocessor: Preprocessor | None, encoder: EncoderConfig | None) -> int | None:
