@@ -31,7 +31,8 @@ counts, and what they are to reach: [kernel_targets.md](kernel_targets.md). What
 * **a number**: instructions of a turn of the main loop times threads, over the weights or the numbers of keys and values
   that the turn takes; and the cap, where there is one.
 * **group**: of attention, query heads to a head of keys and values; of 4-bit weights, inputs that share a scale.
-* **rows** of an expert's product: the tokens of a block, 16 in decoding. "In pairs" are 4-bit weights put in order at load.
+* **rows** of an expert's product: the tokens of a block, 16 in decoding. "In pairs" are 4-bit weights that are put in order when
+  they are loaded.
 
 fp32 is there to be exact, not fast: its products go without tensor cores. Eight-bit keys and values are int8 or E4M3 codes, which
 become numbers of the query's type. For fp16 the hardware converts E4M3 from compute capability 8.9 on; below it, and for bf16
