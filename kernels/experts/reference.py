@@ -47,9 +47,10 @@ def experts_matmul_ref(x: torch.Tensor, weights: ExpertWeights, routes: Routes, 
     inputs = x.double().repeat_interleave(routes.per_row(x), 0)
     dense = dequantize_ref(weights)
     out = torch.zeros(routes.num_choices, dense.shape[1], dtype=torch.float64, device=x.device)
-    for choice, expert in enumerate(ours(routes.experts, routes.num_experts, routes.first).flatten().tolist()):
-        if expert < routes.num_experts:
-            out[choice] = F.linear(inputs[choice], dense[expert], None if bias is None else bias[expert].double())
+    local = ours(routes.experts, routes.num_experts, routes.first).flatten().cpu()
+    for expert in sorted(set(local.tolist()) - {routes.num_experts}):
+        choices = (local == expert).nonzero()[:, 0].to(x.device)
+        out[choices] = F.linear(inputs[choices], dense[expert], None if bias is None else bias[expert].double())
     return out.to(x.dtype)
 
 

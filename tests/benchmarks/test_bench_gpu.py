@@ -63,12 +63,12 @@ def test_a_dry_run_says_what_it_is_and_ends_in_json(dry: list[str]) -> None:
     assert any(line.startswith("nothing was timed") for line in dry)
     result = json.loads(dry[-1])
     assert result["timed"] is False and not result["failed"]
-    assert {row["model"] for row in result["kernels"]} == {*MODELS, "square"}
+    assert {row["model"] for row in result["kernels"]} == {*MODELS, "square", "30b-a3b", "gpt-oss-20b"}
     assert {row["model"] for row in result["models"]} == set(MODELS)
     kinds = {row["kernel"].split(",")[0] for row in result["kernels"]}
     assert kinds == {
         *("AWQ product", "AWQ", "AWQ dequantise", "int8 head", "head", "greedy sampling", "sampling with top-k"),
-        *("attention decode", "attention prefill"),
+        *("attention decode", "attention prefill", "experts' product"),
         *("rms_norm", "add_rms_norm", "silu_mul", "rotary_store", "add_scaled_norm"),
     }
     for row in result["kernels"]:

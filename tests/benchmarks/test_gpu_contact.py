@@ -163,7 +163,16 @@ def test_every_operation_with_a_kernel_is_among_the_cases() -> None:
     names = {case.kernel.split(",")[0] for case in real_cases()}
     assert names >= {
         *("AWQ product", "AWQ", "AWQ dequantise", "head", "int8 head", "greedy sampling", "sampling with top-k"),
-        *("attention decode", "attention prefill", "rms_norm", "add_rms_norm", "silu_mul", "rotary_store", "add_scaled_norm"),
+        *(
+            "experts' product",
+            "attention decode",
+            "attention prefill",
+            "rms_norm",
+            "add_rms_norm",
+            "silu_mul",
+            "rotary_store",
+            "add_scaled_norm",
+        ),
     }
     products = [case.kernel for case in cases(MODELS["8b"], 1024)]
     assert products.count("AWQ product") == products.count("16-bit product") == 4
