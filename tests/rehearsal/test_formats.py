@@ -20,7 +20,7 @@ from vlserve.config import SamplingParams
 from vlserve.kernels import int4, int4_pairs
 from vlserve.kernels.experts import Fp8Experts, PairedExperts
 from vlserve.kernels.int4_pairs import PairedWeights
-from vlserve.llm import formats_int4
+from vlserve.llm import formats_int4, stacked_experts
 from vlserve.llm.experts import Experts
 from vlserve.llm.formats_8bit import Fp8Format, Int8Format
 
@@ -105,16 +105,19 @@ def test_quantised_weights(rig: Rig, dense: Path, name: str, tmp_path: Path, mon
 
 @pytest.mark.parametrize("name", ("awq", "fp8 blocks"))
 def test_experts(rig: Rig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8 is as it is published."""
+    """FP8 as it is published. Blocks of sizes that only larger steps make are launched before the first request as well."""
     monkeypatch.setattr(checkpoints, "TILE", 14)
     monkeypatch.setattr(checkpoints, "CHAT_TEMPLATE", TEMPLATE)
     recipe = QUANTISED[name] if name == "awq" else fp8("block", (128, 128))
     folder, meant = rewrite(make_checkpoint(tmp_path / "dense", "qwen3_moe", **MOE), tmp_path, recipe)
+    launched: list[object] = []
+    monkeypatch.setattr(stacked_experts, "launch_all", lambda weights, **given: launched.append((weights, given["most_tokens"])))
     ours = rig.engine(folder, **OPTIONS, dtype="float16")
     (experts,) = [layer.feed_forward for layer in ours.runner.model.decoder.decoder_layers]
     assert isinstance(experts, Experts)
     kind = PairedExperts if name == "awq" else Fp8Experts
     assert all(isinstance(part.weights, kind) for part in (experts.gate_up, experts.down))
+    assert launched == [(part.weights, OPTIONS["max_num_batched_tokens"]) for part in (experts.gate_up, experts.down)]
     near(rig.serve(ours, asked(folder)[:1]), serve(engine(meant, device="cpu", **OPTIONS), asked(folder)[:1]))
 
 
