@@ -93,9 +93,7 @@ def test_pictures_are_refused_by_name_and_prompts_are_the_same(checkpoint: Make,
             assert built.token_ids == prompt(whole, question).token_ids
 
 
-def test_shards_are_served_without_the_tower_in_them(
-    checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_shards_are_served_without_the_tower_in_them(checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nor is it said that there is something which fills nothing."""
     folder = checkpoint("qwen3", num_hidden_layers=2)
     shard(EngineConfig(model=str(folder), tp=2), tmp_path / "shards")
