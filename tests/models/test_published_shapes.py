@@ -30,17 +30,18 @@ from vlserve.plan.tp_plan import check_tp
 
 SMALL: Config = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "max_model_len": 32, "vision_cache_gib": 0.0}
 VOCAB, PLACEHOLDER = 61, 60
+TEXTS = ("Qwen/Qwen2-7B", "Qwen/QwQ-32B", "Qwen/Qwen2.5-72B-Instruct-AWQ")  # whose decoders are in models with pictures too
 IMAGE, PATCH = 28, 14
 FEATURES = (IMAGE // PATCH // 2) ** 2  # of a tile
 
 
 def shape_of(model: Published) -> tuple[Any, ...]:
-    """Models that are alike in it have decoders that shrink to the same."""
+    """Models that are alike in it have decoders that shrink to the same; quantised ones are tried dense."""
     names = ("num_attention_heads", "num_key_value_heads", "num_experts", "partial_rotary_factor")
-    return model.decoder, *(model.llm.get(name) for name in names)
+    return model.name in TEXTS, model.decoder, *(model.llm.get(name) for name in names)
 
 
-SHAPES = list({shape_of(model): model for model in reversed(PUBLISHED.values()) if "AWQ" not in model.name}.values())
+SHAPES = list({shape_of(model): model for model in reversed(PUBLISHED.values())}.values())
 
 
 def shrunk(config: Config) -> Config:
