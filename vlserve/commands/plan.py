@@ -126,7 +126,10 @@ def _degree(options: argparse.Namespace, folder: Path) -> tuple[int | None, bool
     from vlserve.models.checkpoint import check_shards
 
     if options.tp is not None:
-        check_shards(folder, EngineConfig(tp=options.tp, replicate_kv_heads=options.replicate_kv_heads))
+        check_shards(
+            folder,
+            EngineConfig(tp=options.tp, replicate_kv_heads=options.replicate_kv_heads, expert_parallel=options.expert_parallel),
+        )
         return options.tp, options.replicate_kv_heads
     try:
         shards = read_shards(folder)
