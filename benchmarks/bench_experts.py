@@ -1,7 +1,7 @@
 """Times decoding of a mixture of experts on the CPU against transformers: tokens a second, in turns.
 
-The model has random weights in the shape of Qwen3-30B-A3B's layers, of which a few are taken, with a vocabulary that is smaller in
-the same proportion. transformers decodes with its own cache, a step a call, in each of its ways to compute experts. In float32
+The model has random weights in the shape of Qwen3-30B-A3B's layers, of which a few are taken, with a vocabulary that is smaller
+in the same proportion. transformers decodes with its own cache, a step a call, in each of its ways to compute experts. In float32
 the greedy tokens of all are compared. Ratios are medians of the pairs of one turn; the last line is one JSON document.
 
     python benchmarks/bench_experts.py --layers 4 --dtype bfloat16

@@ -48,6 +48,17 @@ class Experts(FeedForward):
         gate = self.config.gate
         return silu_mul(gate_up) if gate is None else clamped_swiglu(gate_up, gate.alpha, gate.limit)
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Layers that launch the same have the same."""
+        weights = (self.gate_up.weights, self.down.weights)
+        return tuple((type(held), None if held is None else held.size) for held in weights)
+
+    def launch_all(self, most_tokens: int) -> None:
+        """All that steps of up to so many tokens launch, so that it has been compiled; on a GPU with Triton."""
+        for part in (self.gate_up, self.down):
+            part.launch_all(self.config.top_k, self.router.dtype, most_tokens)
+
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """While the weights come; afterwards there are none."""
         for number, linears in enumerate(zip(self.gate_up.each(), self.down.each(), strict=True), self.span.start):

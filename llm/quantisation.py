@@ -41,7 +41,7 @@ class Quantisation:
     def __str__(self) -> str:
         groups = f", groups of {self.group_size}" if self.group_size else ""
         blocks = f", blocks of {self.block[0]}x{self.block[1]}" if self.block else ""
-        return f"{self.method} {self.kind}{groups}{blocks}"
+        return f"{self.method}{f' {self.kind}' * (self.kind != self.method)}{groups}{blocks}"
 
     def check_inputs(self, in_features: int, name: str) -> None:
         """Raises ValueError where groups do not divide a layer's inputs."""

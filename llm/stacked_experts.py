@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlserve.kernels.experts import experts_matmul, prepare
+from vlserve.kernels.experts import experts_matmul, launch_all, prepare
 from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Mxfp4Experts, Routes
 from vlserve.llm.formats import DenseFormat
 from vlserve.llm.formats_8bit import EightBitFormat, Fp8Format
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.formats_mxfp4 import Mxfp4Format
 from vlserve.llm.linear import Linear
+
+FEWEST_INPUTS = 32  # of a block of FP8 that products on a GPU take, a power of two; others are converted
 
 
 class StackedExperts(nn.Module):
@@ -52,6 +54,11 @@ class StackedExperts(nn.Module):
             self.padding = form.front, form.size - form.front - form.in_span.size
         self.linears, self._stacks = nn.ModuleList(), {}
 
+    def launch_all(self, top_k: int, dtype: torch.dtype, most_tokens: int) -> None:
+        """All that products of steps of up to so many tokens launch, so that it has been compiled; on a GPU with Triton."""
+        assert self.weights is not None, "finish() comes before launch_all()"
+        launch_all(self.weights, top_k=top_k, dtype=dtype, bias=self.bias, most_tokens=most_tokens)
+
     @property
     def packed_bytes(self) -> int:
         """Of what are no parameters any more."""
@@ -66,9 +73,9 @@ class StackedExperts(nn.Module):
         if isinstance(form, Mxfp4Format):
             return Mxfp4Experts(codes=stacks["format.codes"], scales=stacks["format.scales"])
         assert isinstance(form, EightBitFormat)
-        codes = stacks["format.codes"]
-        if isinstance(form, Fp8Format) and codes.device.type != "cpu":
-            width = None if form.block is None else form.block[1]
+        codes, width = stacks["format.codes"], None if form.block is None else form.block[1]
+        is_taken = width is None or (width >= FEWEST_INPUTS and width & (width - 1) == 0)
+        if isinstance(form, Fp8Format) and codes.device.type != "cpu" and is_taken:
             offset = 0 if width is None else form.in_span.start % width
             stored = codes.view(form.stored_dtype)
             return Fp8Experts(codes=stored, scales=stacks["format.scales"], block=width, offset=offset)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 # the decoder, and what of its text config is not as `make_checkpoint` has it
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
@@ -20,10 +21,10 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("mistral", {}),
     ("mistral", {"sliding_window": 9}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ("qwen3", WINDOW),
     ("qwen2", {"vision_qk_norm": True, "norm_type": "rms_norm"}),
     ("qwen3_moe", {}),
-    ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 6}),
+    ("qwen3_moe", WINDOW | {"norm_topk_prob": False, "mlp_only_layers": [0]}),
     ("gpt_oss", {}),
     ("phi3", {"rope_parameters": PLAIN}),
     ("phi3", {"rope_parameters": PLAIN, "sliding_window": 7}),

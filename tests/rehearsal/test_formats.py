@@ -18,8 +18,10 @@ from tests.rehearsal.cuda import A100
 from tests.rehearsal.engines import TEMPLATE, Answers, Asked, Rig, serve
 from vlserve.config import SamplingParams
 from vlserve.kernels import int4, int4_pairs
+from vlserve.kernels.experts import Fp8Experts, PairedExperts
 from vlserve.kernels.int4_pairs import PairedWeights
 from vlserve.llm import formats_int4
+from vlserve.llm.experts import Experts
 from vlserve.llm.formats_8bit import Fp8Format, Int8Format
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 16, "block_size": 8}
@@ -31,6 +33,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "bfloat16, int8 cache, eager": {"dtype": "bfloat16", "kv_cache_dtype": "int8", "enforce_eager": True},
     "bfloat16, fp8 cache by bits": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
 }
+MOE = TEXT | {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2}
 # in float16, but where a format asks for another type
 QUANTISED: dict[str, Recipe] = {
     "awq": awq(32),
@@ -109,3 +112,18 @@ def test_gpt_oss_in_mxfp4(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     packed, meant = (to_mxfp4(source, tmp_path / str(dense), dense=dense) for dense in (False, True))
     ours = rig.engine(packed, **OPTIONS, dtype="bfloat16", kv_cache_dtype="fp8")
     near(rig.serve(ours, asked(packed)), serve(engine(meant, device="cpu", **OPTIONS), asked(packed)))
+
+
+@pytest.mark.parametrize("name", ("awq", "fp8 blocks"))
+def test_experts(rig: Rig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 is as it is published."""
+    monkeypatch.setattr(checkpoints, "TILE", 14)
+    monkeypatch.setattr(checkpoints, "CHAT_TEMPLATE", TEMPLATE)
+    recipe = QUANTISED[name] if name == "awq" else fp8("block", (128, 128))
+    folder, meant = rewrite(make_checkpoint(tmp_path / "dense", "qwen3_moe", **MOE), tmp_path, recipe)
+    ours = rig.engine(folder, **OPTIONS, dtype="float16")
+    (experts,) = [layer.feed_forward for layer in ours.runner.model.decoder.decoder_layers]
+    assert isinstance(experts, Experts)
+    kind = PairedExperts if name == "awq" else Fp8Experts
+    assert all(isinstance(part.weights, kind) for part in (experts.gate_up, experts.down))
+    near(rig.serve(ours, asked(folder)[:1]), serve(engine(meant, device="cpu", **OPTIONS), asked(folder)[:1]))

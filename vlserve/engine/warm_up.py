@@ -17,6 +17,7 @@ from vlserve.kernels.attention.plan import Shape, plan_cut
 from vlserve.kernels.sampling import draw_tokens
 from vlserve.kernels.sampling.types import Draw
 from vlserve.llm.decoder import Decoder
+from vlserve.llm.experts import Experts
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.kv_cache import KVCache
 
@@ -37,6 +38,8 @@ def warm_up_decoder(decoder: Decoder, cache: KVCache, *, most_tokens: int, most_
         logits = decoder.logits(hidden[:1].expand(number, -1).contiguous())
     for linear in _four_bits(decoder):
         linear.launch_all()
+    for experts in _experts(decoder):
+        experts.launch_all(most_tokens)
     if logits is not None:  # on rank 0
         draw_tokens(logits, logits.argmax(-1), [Draw(row=0, temperature=1.0, top_k=1, seed=0, number=0)])
 
@@ -74,4 +77,13 @@ def _four_bits(decoder: Decoder) -> list[GroupedInt4Format]:
     for _, linear in decoder.linears():
         if isinstance(of := linear.format, GroupedInt4Format):
             found[of.size, of.group, sum(span.size for span, _ in of.outputs.values())] = of
+    return list(found.values())
+
+
+def _experts(decoder: Decoder) -> list[Experts]:
+    """Of one layer of each shape."""
+    found: dict[object, Experts] = {}
+    for layer in decoder.decoder_layers:
+        if isinstance(experts := layer.feed_forward, Experts):
+            found[experts.shape] = experts
     return list(found.values())
