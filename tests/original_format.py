@@ -165,9 +165,7 @@ def _config(theirs: dict[str, Any], decoder: str | None) -> dict[str, Any]:
         "architectures": [CLASSES[text["model_type"]]],
         "eos_token_id": text["bos_token_id"],  # as in InternVL3-8B: not the end of a turn
         "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": rope
-        if text["model_type"] == "gpt_oss"
-        else {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "rope_scaling": rope if text["model_type"] == "gpt_oss" else {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
         "torch_dtype": "float32",
         "use_cache": False,
     }

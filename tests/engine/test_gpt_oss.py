@@ -81,6 +81,9 @@ def test_opengvlabs_format(checkpoint: Make, tmp_path: Path) -> None:
     wanted, got = (
         ask(engine(where), [prompt(where, QUESTIONS[0], images) for images in ([], [picture])]) for where in (source, folder)
     )
+    names = engine(source).runner.model.rename("model.language_model.layers.0.mlp.experts.down_proj_bias")
+    assert not isinstance(names, str) and names is not None
+    assert names[1].name == "language_model.model.layers.0.mlp.experts.1.down_proj.bias", "as some savers call it"
     assert got[0] == wanted[0]  # pictures are resized in another way
     assert len(got[1]) == len(wanted[1])
 

@@ -68,8 +68,7 @@ def attention(
         + ("*fp32" if sinks else None,)
         + ("i32", "i32", "i32", "fp32"),
         constants=constants,
-        options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-        | ({"maxnreg": registers} if registers else {}),
+        options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages} | ({"maxnreg": registers} if registers else {}),
         numbers=2 * tiling.positions * dim,
         registers=170 if decodes and dtype != "fp32" and not (codes and sinks and window) else ALL,
         shared=160 * 1024,
