@@ -41,6 +41,7 @@ def is_written(blocks: Blocks) -> torch.Tensor:
     [
         (14, 2, 64, False),
         (8, 2, 128, False),
+        (6, 3, 16, True),
         (5, 1, 80, True),
         (4, 4, 8, True),
         (4, 2, 12, True),
