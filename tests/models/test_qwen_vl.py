@@ -36,7 +36,7 @@ from vlserve.server.app import create_app
 SIZES = [(5600, 28), (20, 3000), (40, 30), (200, 50), (31, 90), (1, 1), (300, 410), (112, 112)]
 SIX = (90, 60)  # of two rows of features and three columns
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4}  # heads of 16 channels
-LENGTH = 10
+LENGTH = 6
 Turns = Sequence[tuple[str, Sequence[int | str]]]  # roles, with the pictures' numbers and texts
 CONVERSATIONS: list[Turns] = [
     [("user", ["What shape is it?"])],
@@ -146,7 +146,7 @@ def test_on_ranks_that_preempt(tp: int, family: Family) -> None:
     config = read_checkpoint(family.folder).config
     layers = config.get("text_config", config)["num_hidden_layers"]
     block = 2 * max(1, 2 // tp) * 16 * 4 * 4 * layers  # bytes of four tokens: keys and values, heads, channels
-    rough = {"max_num_batched_tokens": 29, "block_size": 4, "max_model_len": 200, "vision_cache_gib": 1e-6}
+    rough = {"max_num_batched_tokens": 61, "block_size": 4, "max_model_len": 200, "vision_cache_gib": 1e-6}
     rough |= {"kv_cache_gib": 52.5 * block / 2**30, "replicate_kv_heads": True}
     with tp_engine(family.folder, tp, **rough) as (ours, runners):
         assert ours.runner.num_blocks == 52
