@@ -13,25 +13,32 @@ import sys
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.published import PUBLISHED, Published
+from tests.models.test_qwen_vl_config import PUBLISHED as QWEN_VL
+from tests.published import PUBLISHED
 from vlserve.config import EngineConfig
 from vlserve.engine.engine import Engine
 from vlserve.llm.config_readers import READERS
 from vlserve.llm.quantisation import Quantisation, find_quantisation
 from vlserve.models.checkpoint import find_checkpoint
-from vlserve.models.registry import BUILT_IN
+from vlserve.models.registry import BUILT_IN, find_architecture
 from vlserve.plan.tp_plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/models.md"
 SHOWING = ("tests/engine", "tests/llm", "tests/models")
-FORMATS = {"internvl": "transformers' (-hf)", "internvl_chat": "OpenGVLab's own"}
+FORMATS = {
+    "internvl": "transformers' (-hf)",
+    "internvl_chat": "OpenGVLab's own",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+}
 ALONE = "text model"
 PROPERTY = "answered"  # of a test's report
 HEAD = f"""\
@@ -143,9 +150,9 @@ def _rows_table(rows: set[Row]) -> str:
     ranks = defaultdict[tuple[str, str, str], list[str]](list)
     for row in sorted(rows, key=lambda row: (row[:3], len(row.ranks), row.ranks)):
         ranks[row[:3]].append(row.ranks)
-    lines = ["| format | decoder | weights | ranks | published |", "|---|---|---|---|---|"]
+    lines, models = ["| format | decoder | weights | ranks | published |", "|---|---|---|---|---|"], _models()
     for (form, decoder, weights), degrees in sorted(ranks.items()):
-        names = ", ".join(_short(model.name) for model in PUBLISHED.values() if _row(model) == (form, decoder, weights))
+        names = ", ".join(_short(name) for name, (config, of) in models.items() if _row(config, of) == (form, decoder, weights))
         lines.append(f"| {form} | `{decoder}` | {weights} | {', '.join(degrees)} | {names} |")
     return "\n".join(lines)
 
@@ -156,19 +163,25 @@ def read_rows(text: str) -> set[Row]:
     return {Row(form, decoder, weights, one) for form, decoder, weights, ranks in found for one in ranks.split(", ")}
 
 
-def _row(model: Published) -> tuple[str, str, str]:
-    weights = _weights(find_quantisation(model.config))
-    return FORMATS.get(model.config["model_type"], ALONE), model.decoder, weights
+def _models() -> dict[str, tuple[dict[str, Any], str]]:
+    """config.json and decoder of each published model."""
+    found = {model.name: (model.config, model.decoder) for model in PUBLISHED.values()}
+    seeing = {name: (config, find_architecture(config).decoder(config).model_type) for name, config in QWEN_VL.items()}
+    return found | {f"Qwen/{name}": of for name, of in seeing.items()}
+
+
+def _row(config: Mapping[str, Any], decoder: str) -> tuple[str, str, str]:
+    return FORMATS.get(config["model_type"], ALONE), decoder, _weights(find_quantisation(config))
 
 
 def _models_table() -> str:
     lines = ["| model | decoder | weights | `--tp` | GiB | KV per token |", "|---|---|---|---|---|---|"]
-    for model in PUBLISHED.values():
-        plan = make_plan(model.config, tp=1)
+    for name, (config, decoder) in _models().items():
+        plan = make_plan(config, tp=1)
         (rank,) = plan.ranks
         size = (rank.vision_bytes + rank.decoder_bytes + rank.embedding_bytes) / 2**30
         degrees, kv = ", ".join(map(str, plan.legal_tp)), f"{rank.kv_bytes_per_token / 1024:,.0f} KiB"
-        lines.append(f"| {model.name} | {model.decoder} | {_row(model)[2]} | {degrees} | {size:,.1f} | {kv} |")
+        lines.append(f"| {name} | {decoder} | {_row(config, decoder)[2]} | {degrees} | {size:,.1f} | {kv} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from tests.engine.reference import ask, engine, prompt
 from tests.models.toy_family import TOY, make_toy
 from tests.original_format import make_original, make_text
 from tests.prompt.test_build import copy_of
+from tests.qwen_vl import KINDS as QWEN_VL
 from tests.test_structure import loaded_by
 from vlserve import ConfigError, ModelError, RequestError
 from vlserve.commands.main import main
@@ -40,8 +41,10 @@ ALONE: dict[str, Any] = {"language_model_only": True}
 QUESTIONS = ("What shape is it?", "<img>Describe</img> it, please: é 漢字 🙂")
 
 
-@pytest.fixture(params=["internvl", "internvl_chat"])
+@pytest.fixture(params=["internvl", "internvl_chat", "qwen3_vl"])
 def whole(request: pytest.FixtureRequest, checkpoint: Make, tmp_path: Path) -> Path:
+    if request.param in QWEN_VL:
+        return checkpoint(request.param)
     source = checkpoint("qwen3", num_hidden_layers=2)
     return source if request.param == "internvl" else make_original(source, tmp_path / "original")
 

@@ -89,18 +89,16 @@ def _make(options: argparse.Namespace) -> Plan:
     from vlserve.plan.tp_plan import make_plan
 
     path = _find_config(options.model, options.revision)
-    tp, replicate_kv_heads = _degree(options, path.parent)
+    asked = {name: getattr(options, name) for name in ENGINE_FLAGS + SWITCHES} | _cut(options, path.parent)
     stored, faults = _read_headers(path)
     return make_plan(
         _read_config(path),
-        tp=tp,
         stored=stored,
         faults=faults,
         source=str(path),
         device_memory=options.device_memory,
-        replicate_kv_heads=replicate_kv_heads,
         request=Request(**{field.name: getattr(options, field.name) for field in fields(Request)}),
-        **{name: getattr(options, name) for name in ENGINE_FLAGS + SWITCHES},
+        **asked,
     )
 
 
@@ -120,22 +118,20 @@ def _read_headers(path: Path) -> tuple[Mapping[str, StoredTensor] | None, tuple[
         return None, (str(error),) if are_there else ()
 
 
-def _degree(options: argparse.Namespace, folder: Path) -> tuple[int | None, bool]:
-    """Ranks, and whether KV heads are replicated: as asked, or as the folder was cut. Raises ConfigError where they differ."""
+def _cut(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Ranks and what they share: as asked, or as the folder was cut. Raises ConfigError where they differ."""
     from vlserve.llm.shards import read_shards
     from vlserve.models.checkpoint import check_shards
 
+    asked: dict[str, Any] = {name: getattr(options, name) for name in ("tp", "replicate_kv_heads", "expert_parallel")}
     if options.tp is not None:
-        check_shards(
-            folder,
-            EngineConfig(tp=options.tp, replicate_kv_heads=options.replicate_kv_heads, expert_parallel=options.expert_parallel),
-        )
-        return options.tp, options.replicate_kv_heads
+        check_shards(folder, EngineConfig(**asked))
+        return asked
     try:
         shards = read_shards(folder)
     except ValueError as error:
         raise ModelError(str(error)) from error
-    return (None, options.replicate_kv_heads) if shards is None else (shards.tp, shards.replicate_kv_heads)
+    return asked if shards is None else {name: getattr(shards, name) for name in asked}
 
 
 def _failed(tp: int | None, reason: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vlserve.models.architecture import Architecture, Config, EncoderBytes, Files
 from vlserve.models.qwen2_vl import PUBLISHED, decoder
-from vlserve.models.qwen_vl import QwenPreprocessor, encoder_bytes, make_model, make_preprocessor
+from vlserve.models.qwen_vl import QwenPreprocessor, alone, encoder_bytes, make_model, make_preprocessor
 from vlserve.vision.qwen_config import read_qwen2_5_vision
 
 if TYPE_CHECKING:
@@ -29,4 +29,4 @@ def sizes(config: Config, preprocessor: QwenPreprocessor, itemsize: int) -> Enco
     return encoder_bytes(read_qwen2_5_vision(config), preprocessor, itemsize)
 
 
-QWEN2_5_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes)
+QWEN2_5_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes, language_model=alone(decoder))

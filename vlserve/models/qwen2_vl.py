@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve.llm.config import DecoderConfig
 from vlserve.models.architecture import Architecture, Config, EncoderBytes, Files
-from vlserve.models.qwen_vl import QwenPreprocessor, encoder_bytes, make_model, make_preprocessor, read_qwen_text, read_sections
+from vlserve.models.qwen_vl import (
+    QwenPreprocessor,
+    alone,
+    encoder_bytes,
+    make_model,
+    make_preprocessor,
+    read_qwen_text,
+    read_sections,
+)
 from vlserve.vision.qwen_config import read_qwen2_vision
 
 if TYPE_CHECKING:
@@ -54,4 +62,4 @@ def sizes(config: Config, preprocessor: QwenPreprocessor, itemsize: int) -> Enco
     return encoder_bytes(read_qwen2_vision(config), preprocessor, itemsize)
 
 
-QWEN2_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes)
+QWEN2_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes, language_model=alone(decoder))

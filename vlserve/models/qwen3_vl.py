@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from vlserve.llm.config import DecoderConfig
 from vlserve.models.architecture import Architecture, Config, EncoderBytes, Files
-from vlserve.models.qwen_vl import QwenPreprocessor, encoder_bytes, make_model, make_preprocessor, read_qwen_text, read_sections
+from vlserve.models.qwen_vl import (
+    QwenPreprocessor,
+    alone,
+    encoder_bytes,
+    make_model,
+    make_preprocessor,
+    read_qwen_text,
+    read_sections,
+)
 from vlserve.vision.qwen_config import read_qwen3_vision
 
 if TYPE_CHECKING:
@@ -40,17 +48,23 @@ def preprocessor(config: Config, files: Files) -> QwenPreprocessor:
     return make_preprocessor(config, files, read_qwen3_vision(config), PUBLISHED)
 
 
-def decoder(config: Config) -> DecoderConfig:
+def text_decoder(config: Config) -> DecoderConfig:
     """Frequencies turn by time, row and column in turns; where a section is through, the rest turns by time."""
     found, rope = read_qwen_text(config, "qwen3", TEXT)
     axes = [0] * (found.head_dim // 2)
     for axis, number in tuple(enumerate(read_sections(rope, SECTIONS, found, interleaved=True)))[1:]:
         for place in range(axis, min(3 * number, len(axes)), 3):
             axes[place] = axis
+    return replace(found, mrope_axes=tuple(axes))
+
+
+def decoder(config: Config) -> DecoderConfig:
+    """With the layers that take features of their own."""
+    found = text_decoder(config)
     levels = len(read_qwen3_vision(config).deep_layers)
     if levels > found.num_hidden_layers:
         raise ValueError(f"vision_config.deepstack_visual_indexes has {levels}, and the decoder {found.num_hidden_layers} layers")
-    return replace(found, mrope_axes=tuple(axes), deep_layers=tuple(range(levels)))
+    return replace(found, deep_layers=tuple(range(levels)))
 
 
 def build(config: Config, preprocessor: QwenPreprocessor, split: Split) -> Model:
@@ -64,4 +78,4 @@ def sizes(config: Config, preprocessor: QwenPreprocessor, itemsize: int) -> Enco
     return encoder_bytes(read_qwen3_vision(config), preprocessor, itemsize)
 
 
-QWEN3_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes)
+QWEN3_VL = Architecture(preprocessor=preprocessor, build=build, decoder=decoder, sizes=sizes, language_model=alone(text_decoder))

@@ -5,7 +5,7 @@ Qwen2-VL, Qwen2.5-VL and Qwen3-VL differ in their encoders and decoders (qwen2_v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from vlserve.errors import RequestError
 from vlserve.llm.config import DecoderConfig
 from vlserve.llm.config_readers import read_text_config
 from vlserve.models.architecture import (
+    Architecture,
     Config,
     Detail,
     EncoderBytes,
@@ -25,6 +26,7 @@ from vlserve.models.architecture import (
     Span,
     Vocabulary,
 )
+from vlserve.models.text import TextPreprocessor
 from vlserve.models.tiles import flat_options, image_processor_settings
 from vlserve.vision.native_config import NativeConfig, read_native_config, smart_resize
 from vlserve.vision.pixels import Pixels
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 PICTURE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 AROUND = ("<|vision_start|>", "<|vision_end|>")  # which the chat template writes
+CONTROL_TOKENS = (PICTURE, VIDEO, *AROUND)
 IMAGE_ID = 151655  # where config.json does not say
 # of a request or a picture, and what it is here; the names of transformers and of qwen-vl-utils
 _OPTIONS = {
@@ -67,7 +70,7 @@ class QwenPreprocessor(Preprocessor):
         return {"image": Placeholder(PICTURE, self.image_token_id)}
 
     def control_tokens(self) -> tuple[str, ...]:
-        return PICTURE, VIDEO, *AROUND
+        return CONTROL_TOKENS
 
     def prepare(self, image: Image.Image, detail: Detail) -> Pixels:
         from vlserve.vision.native_pixels import resize_picture  # imports torch, which the front does while the rank loads
@@ -233,12 +236,27 @@ def read_sections(rope: Mapping[str, Any], default: Sequence[int], decoder: Deco
     return list(sections)
 
 
-def make_model(decoder: DecoderConfig, split: Split, tower: Tower, out_size: int) -> Model:
+def alone(decoder: Callable[[Config], DecoderConfig]) -> Architecture:
+    """A family without pictures: of a text, all parts of a position are the same."""
+
+    def plain(config: Config) -> DecoderConfig:
+        return replace(decoder(config), mrope_axes=())
+
+    def preprocessor(config: Config, files: Files) -> TextPreprocessor:
+        return TextPreprocessor(CONTROL_TOKENS)
+
+    def build(config: Config, preprocessor: TextPreprocessor, split: Split) -> Model:
+        return make_model(plain(config), split)
+
+    return Architecture(preprocessor=preprocessor, build=build, decoder=plain)
+
+
+def make_model(decoder: DecoderConfig, split: Split, tower: Tower | None = None, out_size: int | None = None) -> Model:
     """With the names of older checkpoints: `visual.`, `model.layers.`; and newer: `model.visual.`, `model.language_model.`."""
     from vlserve.llm.decoders import make_decoder
     from vlserve.models.base import Model
 
-    if out_size != decoder.hidden_size:
+    if tower is not None and out_size != decoder.hidden_size:
         raise ValueError(f"the encoder gives features of {out_size} (vision_config), and the decoder takes {decoder.hidden_size}")
 
     class QwenVL(Model):
@@ -247,4 +265,4 @@ def make_model(decoder: DecoderConfig, split: Split, tower: Tower, out_size: int
                 name = "language_model." + name
             return super().rename(name)
 
-    return QwenVL(make_decoder(decoder, split), tower)
+    return QwenVL(make_decoder(decoder, split), tower, is_alone=tower is None)
