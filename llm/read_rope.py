@@ -54,6 +54,8 @@ def read_rope(
         # transformers: where it stands beside the settings, that one counts
         given |= {name: text[name] for name in ("original_max_position_embeddings",) if text.get(name) is not None}
         original = int(read_number(given, "original_max_position_embeddings", where, max_positions))
+        if original < 2:
+            raise ValueError(f"{where}original_max_position_embeddings is {original}; expected a whole number above 1")
     for name in _REQUIRED.get(rope_type, ()):
         # transformers: yarn's may be null, and then the lengths tell it
         if name not in given and not (rope_type == "yarn" and name in stored and original < max_positions):

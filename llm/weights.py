@@ -104,10 +104,11 @@ class _Others:
             self._unused.append(stored_name)
 
     def settle(self) -> None:
+        """Each stored tensor once, whatever parts it has."""
         if self._unexpected:
-            raise ValueError(f"unexpected weights in {self._folder.name}: {some(self._unexpected)}")
+            raise ValueError(f"unexpected weights in {self._folder.name}: {some(list(dict.fromkeys(self._unexpected)))}")
         if self._unused:
-            log.warning("%s: not part of this model and not used: %s", self._folder.name, some(self._unused))
+            log.warning("%s: not part of this model and not used: %s", self._folder.name, some(list(dict.fromkeys(self._unused))))
 
 
 def slot_of(target: Target) -> Slot:

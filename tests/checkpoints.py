@@ -75,7 +75,9 @@ def make_checkpoint(folder: Path, decoder: str = "qwen2", *, seed: int = 0, max_
     model = InternVLForConditionalGeneration(config).eval()
     with torch.no_grad():  # far enough from zero that answers vary and gaps between logits are wide
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
+            if ".experts." in name and parameter.ndim == 3:  # GPT-OSS has inputs first
+                parameter.normal_(0, parameter.shape[1 if decoder == "gpt_oss" else 2] ** -0.5)
+            elif parameter.ndim > 1:
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)

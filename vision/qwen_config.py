@@ -151,6 +151,9 @@ def _read(vision: Mapping[str, Any], *, width: int, **others: Any) -> QwenVision
     rope = vision.get("rope_parameters") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", "axial") != "axial":
         raise ValueError(f"vision_config.rope_parameters {rope!r} is not supported; supported: rope_type axial")
+    theta = rope.get("rope_theta", 10000.0)
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < 1e30:
+        raise ValueError(f"vision_config.rope_parameters.rope_theta is {theta!r}; expected a number above 0")
     return QwenVisionConfig(
         width=width,
         num_heads=heads,
@@ -158,7 +161,7 @@ def _read(vision: Mapping[str, Any], *, width: int, **others: Any) -> QwenVision
         patch_size=_integer(vision, "patch_size"),
         spatial_merge_size=_integer(vision, "spatial_merge_size"),
         temporal_patch_size=_integer(vision, "temporal_patch_size"),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=float(theta),
         **others,
     )
 

@@ -202,12 +202,17 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     save_file(weights, path)
 
 
-def test_the_plan_is_for_the_degree_it_was_cut_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tp = json.loads((folder / LIST).read_text())["tp"]
+@pytest.mark.parametrize("decoder,options", [("qwen2", {}), ("qwen3_moe", {"expert_parallel": True})])
+def test_the_plan_is_for_the_degree_it_was_cut_for(
+    decoder: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cut(checkpoint(decoder), tmp_path / "tp2", 2, **options)
     assert main(["plan", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tp"] == tp
-    assert main(["plan", str(folder), "--tp", str(tp + 1)]) == 1
-    assert f"was sharded for --tp {tp}, and this start is --tp {tp + 1}" in capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)
+    assert main(["plan", str(folder), "--json", "--tp", "2", *["--expert-parallel"] * len(options)]) == 0
+    assert found["tp"] == 2 and found["ranks"] == json.loads(capsys.readouterr().out)["ranks"]
+    assert main(["plan", str(folder), "--tp", "3"]) == 1
+    assert "was sharded for --tp 2" in capsys.readouterr().err
 
 
 def test_loading_is_strict_both_ways(folder: Path) -> None:

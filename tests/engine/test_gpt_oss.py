@@ -72,14 +72,15 @@ def test_greedy_tokens_equal_transformers(
 
 
 def test_opengvlabs_format(checkpoint: Make, tmp_path: Path) -> None:
-    """The same weights under other names: the same tokens."""
+    """The same weights under other names: the same tokens. Its conversation has ends of its own."""
     source = checkpoint("gpt_oss")
     folder = make_original(source, tmp_path / "model", template="internvl3_5_gpt_oss")
     template = json.loads((source / "processor_config.json").read_text()).get("chat_template")
     (folder / "chat_template.jinja").write_text(template or (source / "chat_template.jinja").read_text())
     picture = Image.fromarray(noise(40, 30))
     wanted, got = (
-        ask(engine(where), [prompt(where, QUESTIONS[0], images) for images in ([], [picture])]) for where in (source, folder)
+        ask(engine(where), [prompt(where, QUESTIONS[0], images) for images in ([], [picture])], ignore_eos=True)
+        for where in (source, folder)
     )
     names = engine(source).runner.model.rename("model.language_model.layers.0.mlp.experts.down_proj_bias")
     assert not isinstance(names, str) and names is not None
@@ -106,3 +107,16 @@ def test_mxfp4_is_kept_in_four_bits_and_read_strictly(folders: dict[str, Path], 
         save_file({n: t.contiguous() for n, t in changed.items()}, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match=message):
             engine(folder)
+
+
+def test_experts_are_of_weight_in_these_tests(checkpoint: Make, tmp_path: Path) -> None:
+    """Without them the answers are others."""
+    for decoder in ("qwen3_moe", "gpt_oss"):
+        folder = checkpoint(decoder)
+        prompts = [prompt(folder, question) for question in QUESTIONS]
+        other = shutil.copytree(folder, tmp_path / decoder)
+        for path in other.glob("*.safetensors"):
+            tensors = {name: tensor * (".experts." not in name) for name, tensor in load_file(path).items()}
+            save_file(tensors, path, metadata={"format": "pt"})
+        answers, without = ask(engine(folder), prompts), ask(engine(other), prompts)
+        assert all(one != two for one, two in zip(answers, without, strict=True))

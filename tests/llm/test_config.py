@@ -22,6 +22,7 @@ BASE: dict[str, Any] = {
 
 
 MOE = {"model_type": "qwen3_moe"}
+LONG = {"rope_scaling": {"rope_type": "longrope"}}
 
 
 def test_variations_of_the_shape() -> None:
@@ -59,6 +60,14 @@ def test_rope_in_both_spellings() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"vocab_size": 0}, "text_config.vocab_size is 0"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        (
+            LONG | {"original_max_position_embeddings": 0.5},
+            "original_max_position_embeddings is 0; expected a whole number above 1",
+        ),
+        (
+            LONG | {"original_max_position_embeddings": 1},
+            "original_max_position_embeddings is 1; expected a whole number above 1",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (MOE | {"num_experts": 4}, "num_experts_per_tok 8 is more than num_experts 4"),
         (MOE | {"num_experts": -1}, "num_experts is -1; expected a positive integer"),

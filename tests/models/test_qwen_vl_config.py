@@ -214,6 +214,10 @@ def test_longer_contexts_by_yarn() -> None:
         ("Qwen3-VL-4B-Instruct", "vision_config", {"num_position_embeddings": 2300}, "num_position_embeddings is 2300"),
         ("Qwen3-VL-4B-Instruct", "text_config", {"num_hidden_layers": 2}, "deepstack_visual_indexes has 3, and the decoder 2"),
         ("Qwen3-VL-4B-Instruct", "text_config", {"hidden_act": "gelu"}, "text_config.hidden_act 'gelu'"),
+        *(
+            ("Qwen2-VL-7B-Instruct", "vision_config", {"rope_parameters": {"rope_theta": given}}, "rope_parameters.rope_theta is")
+            for given in (-1, 0, None, "x", 10**400)
+        ),
         ("Qwen3-VL-4B-Instruct", "", {"rope_theta": 1e6}, "config.json has rope_theta at its top level"),
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
+from shlex import quote
 
 from vlserve.config import EngineConfig
 
@@ -44,5 +45,5 @@ def run(options: argparse.Namespace) -> int:
     print(written)
     for note in notes:
         print(f"note: {note}")
-    print(f"serve it with: vlserve serve {options.out}")
+    print(f"serve it with: vlserve serve {quote(str(options.out))}")
     return 0

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from vlserve.config import EngineConfig
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"\nstopped; the same command goes on with {settings.out}", file=sys.stderr)
         raise
     print(describe(report))
-    print(f"{settings.out}: the whole report is in report.json; serve it with: vlserve serve {settings.out}")
+    print(f"{settings.out}: the whole report is in report.json; serve it with: vlserve serve {quote(str(settings.out))}")
     return 0
 
 

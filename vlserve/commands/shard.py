@@ -9,6 +9,7 @@ import argparse
 import json
 import signal
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import vlserve
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     names = ("model", "tp", "replicate_kv_heads", "expert_parallel", "dtype", "revision")
     config = EngineConfig(**{name: getattr(options, name) for name in names})
     print(shard(config, options.out))
-    print(f"serve it with: vlserve serve {options.out} {split_flags(config)}")
+    print(f"serve it with: vlserve serve {quote(str(options.out))} {split_flags(config)}")
     return 0
 
 

@@ -75,7 +75,11 @@ def read_config(config: Config) -> DecoderConfig:
 
 
 def _refuse() -> NoReturn:
-    raise RequestError("this model takes no pictures", param="messages", code="unsupported_parameter")
+    raise RequestError(
+        "this model takes no pictures; a vision model does, unless it was started with --language-model-only",
+        param="messages",
+        code="unsupported_parameter",
+    )
 
 
 _ALONE = Architecture(preprocessor=preprocessor, build=build, decoder=read_config)
