@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from tokenizers import AddedToken
 
 from tests.checkpoints import make_tokenizer
+from vlserve.models.checkpoint import read_checkpoint
+from vlserve.prompt.build import PromptBuilder
 from vlserve.prompt.chat_messages import read_messages
 from vlserve.prompt.chat_template import ChatTemplate
 from vlserve.prompt.conversation import Message, PromptOptions, Text
@@ -126,6 +130,17 @@ def test_tools_and_wishes(template: ChatTemplate) -> None:
     for asked, want in (("none", "low"), ("minimal", "low"), ("medium", "medium"), ("high", "high"), ("xhigh", "high")):
         assert f"Reasoning: {want}<|end|>" in rendered(template, [USER], wishes={"reasoning_effort": asked})
     assert "built in: python" in rendered(template, [USER], variables={"builtin_tools": ["python"]})
+
+
+def test_a_prompt_says_whether_its_answer_is_told_apart(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint(), tmp_path / "model")
+    make_tokenizer_of_channels(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    builder, messages = PromptBuilder(read_checkpoint(folder)), [Message("user", [Text("Hi")], is_string=True)]
+    assert builder.build(messages).opened == "assistant"
+    assert builder.build(messages, PromptOptions(only_final=True)).opened == "assistant<|channel|>final<|message|>"
+    assert builder.build(messages, PromptOptions(is_raw=True)).opened is None
+    assert PromptBuilder(read_checkpoint(checkpoint())).build(messages).opened is None
 
 
 def test_what_a_prompt_opens_is_known(template: ChatTemplate, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator
 from typing import Literal, Protocol
 
 from vlserve.pipeline.outputs import Piece
-from vlserve.prompt.harmony import CHANNEL, ENDS, MARKS, MESSAGE, START
+from vlserve.prompt.harmony import CHANNEL, ENDS, MARK, MARKS, MESSAGE, START
 
 THINK, END_THINK = "<think>", "</think>"
 NAMESPACE = "functions."
 LONGEST = max(map(len, MARKS))
-_MARK = re.compile("|".join(map(re.escape, MARKS)))
 _ROLES = ("assistant", "user", "system", "developer", "tool")
 _CHANNEL = re.compile(rf"{re.escape(CHANNEL)}\s*(\w*)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
@@ -82,7 +81,7 @@ class HarmonyParser:
 
     def _read(self, text: str, *, is_prompt: bool = False) -> Iterator[Piece]:
         self._text += text
-        while match := _MARK.search(self._text):
+        while match := MARK.search(self._text):
             before, self._text = self._text[: match.start()], self._text[match.end() :]
             yield from self._say(before)
             yield from self._mark(match[0])
