@@ -101,7 +101,9 @@ class LocalPipeline(PipelineCalls):
             return
         parser = HarmonyParser(prompt.opened, calls=False, reasoning=False)
         async for delta in self.answer(prompt, params):
-            pieces = parser.add(delta.text) + (parser.finish() if delta.finish_reason is not None else [])
+            pieces = parser.add(delta.text)
+            if delta.finish_reason is not None:
+                pieces += parser.finish(cut=delta.finish_reason == "length")
             yield replace(delta, text="".join(piece.text for piece in pieces))
 
     async def prepare(self, turns: Sequence[Turn], options: PromptOptions | None = None) -> Prompt:
