@@ -40,6 +40,23 @@ CASES: list[tuple[str, bool, list[tuple[str, ...]]]] = [
     ("assistant", True, [("content", "assistant")]),
     ("<|channel|>analysis to=python code<|message|>print(1)<|call|>", True, [("reasoning", "print(1)")]),
     ("<|channel|>final<|message|>1 < 2 and <|x|> <|", False, [("content", "1 < 2 and <|x|> <|")]),
+    ("<|channel|>final Hello world", True, [("content", "Hello world")]),  # without <|message|>
+    ("<|channel|>final Hello world<|end|><|start|>assistant" + ANSWER, True, [("content", "Hello world\nA circle.\n")]),
+    (f"<|channel|>analysis Hm.<|return|><|start|>assistant{ANSWER}", True, [("reasoning", "Hm."), ("content", "A circle.\n")]),
+    ("<|channel|>commentary to=functions.weather <|constrain|>json", True, []),
+    (' to=functions.weather<|channel|>commentary json {"city": 1}', True, [("content", '{"city": 1}')]),
+    ("<|channel|>final A <|constrain|> B", True, [("content", "A   B")]),
+    (f"{THOUGHT}assistants help", True, [("reasoning", "Hm, {}."), ("content", "assistants help")]),
+    (f"{THOUGHT}toolbox", True, [("reasoning", "Hm, {}."), ("content", "toolbox")]),
+    (f"{THOUGHT}\nassistant foo", True, [("reasoning", "Hm, {}."), ("content", " foo")]),
+    (f"{THOUGHT}\nassistant", True, [("reasoning", "Hm, {}.")]),
+    (f"{THOUGHT}\nassistant{ANSWER}", True, [("reasoning", "Hm, {}."), ("content", "A circle.\n")]),
+    ("s help", True, [("content", "s help")]),  # behind the prompt's "assistant"
+    ("user guide", True, [("content", "user guide")]),
+    ("<|channel|>commentary to=functions.<|message|>A circle.", True, [("content", "A circle.")]),
+    ("<|channel|>commentary to=assistant<|message|>A circle.", True, [("content", "A circle.")]),
+    ("<|channel|>commentary to=functions<|message|>A circle.", True, [("content", "A circle.")]),
+    ("<|channel|>commentary to=functions.user<|message|>{}", True, [("call", "user", "{}")]),
     ('<|channel|>final<|message|><tool_call>{"name": 1}', True, [("content", '<tool_call>{"name": 1}')]),
 ]
 
@@ -55,6 +72,14 @@ def test_any_cutting_gives_the_same(text: str, calls: bool, want: list[tuple[str
     rng = random.Random(text)
     for size in (1, 2, 3, len(text) or 1, *(rng.randint(1, 9) for _ in range(10))):
         assert parsed(text, size, calls=calls) == want, f"in pieces of {size}"
+
+
+def test_a_header_that_was_cut_is_no_content() -> None:
+    for text in ("<|channel|>final Hello", "<|channel|>ana", " to=functions.wea", f"{THOUGHT}<|start|>assis", f"{THOUGHT}\nuser"):
+        parser = HarmonyParser("assistant", calls=True)
+        assert all(piece.kind == "reasoning" for piece in parser.add(text) + parser.finish(cut=True)), text
+    parser = HarmonyParser("assistant", calls=True)
+    assert merged(parser.add("use") + parser.finish(cut=True)) == [("content", "use")], "the prompt has the role"
 
 
 def test_reasoning_beside_content_stands_in_tags() -> None:

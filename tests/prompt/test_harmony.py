@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import pytest
 from tokenizers import AddedToken
 
 from tests.checkpoints import make_tokenizer
+from vlserve.errors import RequestError
+from vlserve.models.checkpoint import read_checkpoint
+from vlserve.prompt.build import PromptBuilder
 from vlserve.prompt.chat_messages import read_messages
 from vlserve.prompt.chat_template import ChatTemplate
 from vlserve.prompt.conversation import Message, PromptOptions, Text
@@ -126,6 +131,28 @@ def test_tools_and_wishes(template: ChatTemplate) -> None:
     for asked, want in (("none", "low"), ("minimal", "low"), ("medium", "medium"), ("high", "high"), ("xhigh", "high")):
         assert f"Reasoning: {want}<|end|>" in rendered(template, [USER], wishes={"reasoning_effort": asked})
     assert "built in: python" in rendered(template, [USER], variables={"builtin_tools": ["python"]})
+
+
+@pytest.mark.parametrize("before", [[], [{"role": "assistant", "content": "", "tool_calls": [call("1", "rain")]},
+    {"role": "tool", "tool_call_id": "1", "content": "much"}, {"role": "assistant", "content": "Rain."}]])  # fmt: skip
+def test_a_result_without_its_call_is_named(before: list[dict[str, Any]], template: ChatTemplate) -> None:
+    messages = [USER, *before, {"role": "tool", "tool_call_id": "call_7", "content": "no"}]
+    with pytest.raises(RequestError, match='tool_call_id "call_7".*must have the call in its tool_calls') as caught:
+        rendered(template, messages)
+    assert caught.value.param == f"messages[{len(messages) - 1}]" and caught.value.param in str(caught.value)
+    messages[-2:] = [{"role": "assistant", "content": "", "tool_calls": [call("call_7", "sun")]}, USER, messages[-1]]
+    assert rendered(template, messages).endswith(OF_USER + result("sun", "no") + "<|start|>assistant")
+
+
+def test_a_prompt_says_whether_its_answer_is_told_apart(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint(), tmp_path / "model")
+    make_tokenizer_of_channels(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    builder, messages = PromptBuilder(read_checkpoint(folder)), [Message("user", [Text("Hi")], is_string=True)]
+    assert builder.build(messages).opened == "assistant"
+    assert builder.build(messages, PromptOptions(only_final=True)).opened == "assistant<|channel|>final<|message|>"
+    assert builder.build(messages, PromptOptions(is_raw=True)).opened is None
+    assert PromptBuilder(read_checkpoint(checkpoint())).build(messages).opened is None
 
 
 def test_what_a_prompt_opens_is_known(template: ChatTemplate, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from vlserve.plan.tp_plan import check_tp, choose_dtype
 from vlserve.prompt.build import Prompt, PromptBuilder
 from vlserve.prompt.chat_messages import ImagePart, Turn
 from vlserve.prompt.conversation import Message, Picture, PromptOptions, Text
-from vlserve.prompt.harmony import opened
 from vlserve.ranks.client import EngineClient
 from vlserve.structured import grammar as structured
 from vlserve.timing import PreparationClock
@@ -93,15 +92,18 @@ class LocalPipeline(PipelineCalls):
 
     async def answers(self, turns: Sequence[Turn], params: SamplingParams) -> AsyncIterator[Delta]:
         await self.check_structured(params)
-        prompt = await self.prepare(turns, PromptOptions(only_final=params.structured is not None))
-        behind = opened(prompt.token_ids, self.tokenizer) if params.skip_special_tokens else None
-        if behind is None:
+        prompt = await self.prepare(
+            turns, PromptOptions(only_final=params.structured is not None, is_raw=not params.skip_special_tokens)
+        )
+        if prompt.opened is None:
             async for delta in self.answer(prompt, params):
                 yield delta
             return
-        parser = HarmonyParser(behind, calls=False, reasoning=False)
-        async for delta in self.answer(prompt, replace(params, skip_special_tokens=False)):
-            pieces = parser.add(delta.text) + (parser.finish() if delta.finish_reason is not None else [])
+        parser = HarmonyParser(prompt.opened, calls=False, reasoning=False)
+        async for delta in self.answer(prompt, params):
+            pieces = parser.add(delta.text)
+            if delta.finish_reason is not None:
+                pieces += parser.finish(cut=delta.finish_reason == "length")
             yield replace(delta, text="".join(piece.text for piece in pieces))
 
     async def prepare(self, turns: Sequence[Turn], options: PromptOptions | None = None) -> Prompt:
@@ -138,7 +140,7 @@ class LocalPipeline(PipelineCalls):
         clock = AnswerClock(prompt, self.observers)
         if self.client.ready is not None:
             sampling = with_stop_tokens(sampling, self._builder.tokenizer, self.client.ready.vocab_size)
-        text = AnswerText(self._builder.tokenizer, sampling)
+        text = AnswerText(self._builder.tokenizer, sampling, prompt.opened)
         events = self.client.generate(prompt, sampling, max_tokens, timeout_s)
         try:
             async for event in events:

@@ -14,7 +14,7 @@ from vlserve.models.architecture import Placeholder, Positions, Preprocessor, Sp
 from vlserve.models.checkpoint import Checkpoint
 from vlserve.prompt.chat_template import ChatTemplate
 from vlserve.prompt.conversation import Message, Picture, PromptOptions
-from vlserve.prompt.harmony import final_opening
+from vlserve.prompt.harmony import final_opening, opened
 from vlserve.prompt.tokenizer import Tokenizer
 from vlserve.timing import Preparation
 from vlserve.vision.pixels import Pixels
@@ -27,6 +27,7 @@ class Prompt:
     cache_salt: str = ""
     preparation: Preparation = field(default_factory=Preparation)
     positions: Positions | None = None  # None: one after another
+    opened: str | None = None  # what an answer that is told apart by Harmony's channels goes on from
 
     @property
     def num_image_tokens(self) -> int:
@@ -78,7 +79,9 @@ class PromptBuilder:
             ids += final_opening(ids, self.tokenizer)
         if not ids:
             raise RequestError("the prompt is empty", param="messages")
-        return Prompt(ids, spans, options.cache_salt, positions=self._positions(preprocessor, ids, spans))
+        positions = self._positions(preprocessor, ids, spans)
+        behind = None if options.is_raw else opened(ids, self.tokenizer)
+        return Prompt(ids, spans, options.cache_salt, positions=positions, opened=behind)
 
     def encode_plain(self, text: str, beginning: bool) -> Prompt:
         """A raw text as a prompt, without the template; special tokens in it are ordinary characters."""

@@ -49,6 +49,7 @@ class PromptOptions:
         continue_final: the answer goes on where the last message ends.
         add_generation_prompt: open the assistant's turn.
         only_final: a model whose answers have channels (harmony.py) answers in the final one at once.
+        is_raw: the answer is wanted as the model writes it; one that has channels is told apart by them otherwise.
         cache_salt: caches are shared only with prompts of the same salt.
         mm_processor_kwargs: what the model's preprocessing takes for one request, e.g. max_dynamic_patch.
     """
@@ -59,5 +60,6 @@ class PromptOptions:
     continue_final: bool = False
     add_generation_prompt: bool = True
     only_final: bool = False
+    is_raw: bool = False
     cache_salt: str = ""
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)

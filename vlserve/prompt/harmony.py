@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from vlserve.prompt.tokenizer import Tokenizer
@@ -12,6 +13,7 @@ from vlserve.prompt.tokenizer import Tokenizer
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|endoftext|>")  # of a message
 MARKS = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
+MARK = re.compile("|".join(map(re.escape, MARKS)))
 _OPENING = (CHANNEL, "final", MESSAGE)
 
 
@@ -27,6 +29,12 @@ def opened(ids: Sequence[int], tokenizer: Tokenizer) -> str | None:
     start = tokenizer.added[START]["id"]
     place = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] == start), None)
     return None if place is None else tokenizer.decode(ids[place + 1 :], skip_special_tokens=False)
+
+
+def is_in_text(opened: str) -> bool:
+    """Whether what follows belongs to a message's text, not to a header."""
+    marks = [match[0] for match in MARK.finditer(opened) if match[0] != CONSTRAIN]
+    return marks[-1:] == [MESSAGE]
 
 
 def final_opening(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

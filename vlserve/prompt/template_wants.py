@@ -5,11 +5,13 @@ GPT-OSS's takes reasoning as `thinking`, one call a message, and a description o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vlserve.errors import RequestError
 from vlserve.prompt.conversation import Message, Text
 
 _THINKING = re.compile(r"""\.thinking\b|['"]thinking['"]""")
@@ -34,6 +36,8 @@ class Wants:
         )
 
     def messages(self, given: Sequence[Message]) -> list[Message]:
+        if self.one_call and self.channels:
+            _check_results(given)
         messages = list(_one_call_each(given)) if self.one_call else list(given)
         return [_with_thinking(message) for message in messages] if self.thinking else messages
 
@@ -45,6 +49,21 @@ class Wants:
     def wish(self, name: str, value: Any) -> Any:
         """A variable that counts where the template reads it, in its words."""
         return _EFFORTS.get(value, value) if self.channels and name == "reasoning_effort" else value
+
+
+def _check_results(messages: Sequence[Message]) -> None:
+    """A result is told by the function's name, which only the call has. Raises RequestError."""
+    has_call = False
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            has_call = bool(message.fields.get("tool_calls"))
+        elif message.role == "tool" and not has_call:
+            place, id = f"messages[{i}]", json.dumps(message.fields.get("tool_call_id"))[:80]
+            raise RequestError(
+                f"{place} is a tool's result (tool_call_id {id}) without its call: the last assistant message before it "
+                "must have the call in its tool_calls",
+                param=place,
+            )
 
 
 def _with_thinking(message: Message) -> Message:

@@ -135,6 +135,7 @@ class ChatRequest(ConstrainedBody):
             cache_salt=self.cache_salt or "",
             mm_processor_kwargs=self.mm_processor_kwargs or {},
             only_final=self._holds_all,
+            is_raw=self.is_raw,
         )
 
     def for_prompt(self, params: Sequence[SamplingParams], prompt: Prompt, tokenizer: Tokenizer) -> list[SamplingParams]:
@@ -151,12 +152,12 @@ class ChatRequest(ConstrainedBody):
         return [replace(p, structured=form) for p, form in zip(params, formed, strict=True)]
 
     def _for_harmony(self, params: Sequence[SamplingParams]) -> list[SamplingParams]:
-        """With the tokens that part its channels. What holds for all of an answer holds in the final channel (`prompt_options`);
+        """What holds for all of an answer holds in the final channel (`prompt_options`);
         calls that may come are in another one, where no grammar reaches."""
         if any(p.structured for p in params) and not self._holds_all:
             say_once("strict functions are held to their schemas with tool_choice required only: the model calls in a channel")
-            params = [replace(p, structured=None) for p in params]
-        return [replace(p, skip_special_tokens=False) for p in params]
+            return [replace(p, structured=None) for p in params]
+        return list(params)
 
     @property
     def is_raw(self) -> bool:
@@ -218,10 +219,10 @@ class ChatRequest(ConstrainedBody):
 
 
 def reply_parser(
-    prompt: Prompt, tokenizer: Tokenizer, *, calls: bool, only_calls: bool, separate: bool = True, is_raw: bool = False
+    prompt: Prompt, tokenizer: Tokenizer, *, calls: bool, only_calls: bool, separate: bool = True
 ) -> ReplyParser | HarmonyParser:
     """What tells an answer to this prompt apart; `separate`: its reasoning from the rest."""
-    behind = None if is_raw else opened(prompt.token_ids, tokenizer)
+    behind = prompt.opened
     if behind is None:
         thinking = separate and is_thinking(prompt, tokenizer)
         return ReplyParser(calls=calls, reasoning=separate, thinking=thinking, only_calls=only_calls)
@@ -287,7 +288,7 @@ class ChatAnswer(Chunks):
         self._asked, self._prompt, self._tokenizer, self._model = asked, prompt, tokenizer, model
         self._id, self._created = protocol.new_id("chatcmpl-"), protocol.now()
         separate = asked.separate_reasoning is not False
-        how = {"calls": asked.calls, "only_calls": asked.must_call, "separate": separate, "is_raw": asked.is_raw}
+        how = {"calls": asked.calls, "only_calls": asked.must_call, "separate": separate}
         self._choices = [
             Choice(reply_parser(prompt, tokenizer, **how), protocol.first_usage(prompt)) for _ in range(asked.num_choices)
         ]
