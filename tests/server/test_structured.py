@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import openai
@@ -193,7 +194,7 @@ def test_what_must_come_comes_after_the_reasoning(thinking: bool, monkeypatch: p
     ]
     for fields, text, beginnings in forms:
         asked = ChatRequest.model_validate({"messages": [], **fields})
-        (params,) = asked.for_prompt(asked.params({}), Prompt([], [], ""), None)  # type: ignore[arg-type]
+        (params,) = asked.for_prompt(asked.params({}), Prompt([], [], ""), SimpleNamespace(added={}))  # type: ignore[arg-type]
         assert params.structured is not None
         matcher = xgrammar.GrammarMatcher(compiler.compile_grammar(to_grammar(params.structured)))
         for beginning, fits in beginnings.items():
