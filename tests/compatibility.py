@@ -40,6 +40,7 @@ FORMATS = {
     "qwen3_vl": "Qwen3-VL",
 }
 ALONE = "text model"
+DECODERS = frozenset(READERS)  # before tests add some
 PROPERTY = "answered"  # of a test's report
 HEAD = f"""\
 # Models that were seen to work
@@ -82,7 +83,7 @@ def made(engine: Engine, config: EngineConfig) -> None:
     """To be called for an engine that a test makes."""
     checkpoint = find_checkpoint(config)
     model_type, decoder = checkpoint.config["model_type"], engine.runner.model.decoder.config.model_type
-    if model_type in BUILT_IN and decoder in READERS:
+    if model_type in BUILT_IN and decoder in DECODERS:
         ranks = f"{config.tp}{' --expert-parallel' * getattr(config, 'expert_parallel', False)}"
         _rows[engine] = Row(FORMATS.get(model_type, ALONE), decoder, _weights(checkpoint.quantisation), ranks)
 

@@ -135,7 +135,10 @@ def broken(folder: Path, target: Path, kind: str) -> Path:
     [
         ("weights", "checkpoint file missing: model.safetensors"),
         ("tokenizer", "checkpoint file missing: tokenizer.json"),
-        ("architecture", "model_type 'blip'.* is not supported; supported: internlm2, internlm3, internvl, internvl_chat"),
+        (
+            "architecture",
+            "model_type 'blip'.* is not supported; supported: gpt_oss, internlm2, internlm3, internvl, internvl_chat",
+        ),
         ("missing", "weights missing.*vision_tower.embeddings.cls_token"),
     ],
 )
