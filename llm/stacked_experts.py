@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlserve.kernels.experts import experts_matmul, launch_all, prepare
+from vlserve.kernels.experts.launch import takes_block
 from vlserve.kernels.experts.types import DenseExperts, ExpertWeights, Fp8Experts, Int4Experts, Mxfp4Experts, Routes
 from vlserve.llm.formats import DenseFormat
 from vlserve.llm.formats_8bit import EightBitFormat, Fp8Format
 from vlserve.llm.formats_int4 import GroupedInt4Format
 from vlserve.llm.formats_mxfp4 import Mxfp4Format
 from vlserve.llm.linear import Linear
-
-FEWEST_INPUTS = 32  # of a block of FP8 that products on a GPU take, a power of two; others are converted
 
 
 class StackedExperts(nn.Module):
@@ -74,8 +73,7 @@ class StackedExperts(nn.Module):
             return Mxfp4Experts(codes=stacks["format.codes"], scales=stacks["format.scales"])
         assert isinstance(form, EightBitFormat)
         codes, width = stacks["format.codes"], None if form.block is None else form.block[1]
-        is_taken = width is None or (width >= FEWEST_INPUTS and width & (width - 1) == 0)
-        if isinstance(form, Fp8Format) and codes.device.type != "cpu" and is_taken:
+        if isinstance(form, Fp8Format) and codes.device.type != "cpu" and takes_block(width):  # others are converted
             offset = 0 if width is None else form.in_span.start % width
             stored = codes.view(form.stored_dtype)
             return Fp8Experts(codes=stored, scales=stacks["format.scales"], block=width, offset=offset)

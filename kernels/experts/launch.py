@@ -67,3 +67,8 @@ def choose_paired_tile(rows: int, *, is_exact: bool) -> Tile:
     if rows > 32:
         return Tile(outputs=128, inputs=128, warps=8, stages=3)  # four would spill on sm_120
     return Tile(outputs=64, inputs=128, warps=2, stages=4 if rows == 16 else 3)
+
+
+def takes_block(inputs: int | None) -> bool:
+    """Whether products take FP8 weights of which so many inputs share a scale; None or 0: all of a row."""
+    return not inputs or (inputs >= FINEST and inputs & (inputs - 1) == 0)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlserve.kernels.experts.launch import FINEST, block_rows, choose_tile, most_blocks
+from vlserve.kernels.experts.launch import FINEST, block_rows, choose_tile, most_blocks, takes_block
 from vlserve.kernels.experts.triton_pairs import multiply_pairs
 from vlserve.kernels.experts.types import (
     Blocks,
@@ -273,7 +273,7 @@ def _stored(weights: ExpertWeights) -> tuple[tl.constexpr, torch.Tensor, torch.T
             return INT4, weights.codes, weights.scales, weights.zeros, 0 if groups == 1 else weights.size[2] // groups, 0
         case Fp8Experts():
             block = weights.block or 0
-            if block & (block - 1) or 0 < block < FINEST:
+            if not takes_block(block):
                 raise ValueError(f"FP8 in blocks of {block} inputs; expected a power of two of {FINEST} or more")
             return FP8, weights.codes.view(torch.uint8), weights.scales, None, block, weights.offset if block else 0
     raise ValueError(f"a GPU multiplies with no {type(weights).__name__}; expected weights as `prepare` gives them there")
